@@ -1,0 +1,22 @@
+"""The two errors that users see. Everything else is an error of ours (exit code 70)."""
+
+
+class InputError(Exception):
+    """Wrong use, or an input that is missing or broken: exit code 2, one sentence, no traceback.
+
+    The message says what is wrong, where, and how to mend it.
+    """
+
+
+class Unavailable(InputError):
+    """A model, data set or artifact that could not be had.
+
+    Args:
+        reason: what is missing and why, without a full stop.
+        fix: what to do about it, ideally a command.
+    """
+
+    def __init__(self, reason: str, fix: str) -> None:
+        super().__init__(f"{reason}. {fix}" if fix else reason)
+        self.reason = reason
+        self.fix = fix

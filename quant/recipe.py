@@ -1,0 +1,307 @@
+"""Recipes: one YAML per model that holds facts and choices, checked against this schema.
+
+A recipe may name a `base` in `recipes/_base/`; mappings are merged key by key, the recipe wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from quant.errors import InputError
+
+SCHEMA_VERSION = 1
+
+Task = Literal["text_detection", "text_recognition"]
+TargetName = Literal["onnxruntime", "openvino", "paddle"]
+MethodName = Literal["ptq", "paddleslim"]
+RangeMethod = Literal["minmax", "percentile", "mse"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Archive(_Part):
+    """An official archive of the FP32 inference model."""
+
+    url: str = Field(pattern=r"^https?://")
+    format: Literal["paddle", "pir"] = Field(description="paddle = old-IR .pdmodel, pir = inference.json")
+    sha256: Sha256 | None = Field(None, description="of the archive; without it: trust on first use")
+    files: dict[str, Sha256] = Field(default_factory=dict, description="sha256 of files inside")
+
+
+class WheelSource(_Part):
+    """FP32 weights that an installed Python package ships."""
+
+    package: str = Field(description="import name of the package")
+    folder: str = Field(description="folder of the model inside the package")
+
+
+class PackageFile(_Part):
+    """A file that an installed Python package ships."""
+
+    package: str = Field(description="import name of the package")
+    path: str = Field(description="path inside the package")
+
+
+class ModelSource(_Part):
+    archives: list[Archive] = Field(default_factory=list)
+    wheel: WheelSource | None = None
+    character_dict: PackageFile | None = Field(
+        None, description="one character a line, for sources without inference.yml"
+    )
+
+
+class Expectation(_Part):
+    """The officially published FP32 metric, for orientation only."""
+
+    metric: str
+    value: float
+    source: str
+
+
+class Splits(_Part):
+    """Shares of every data set; a sample's split follows from the hash of its content."""
+
+    calibration: Fraction
+    search: Fraction
+    report: Fraction
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> Splits:
+        total = self.calibration + self.search + self.report
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"calibration + search + report must be 1, not {total:g}")
+        return self
+
+
+class GeneratedSet(_Part):
+    """The built-in set, used when no other set can be had."""
+
+    kind: Literal["text_lines", "text_pages"]
+    samples: int = Field(ge=8, le=100_000)
+    seed: int = 0
+
+
+class Data(_Part):
+    sets: list[str] = Field(description="names in calib_data/, pooled")
+    splits: Splits
+    generated: GeneratedSet
+
+
+class Calibration(_Part):
+    samples: int = Field(ge=1, description="pictures taken from the calibration split")
+    range: RangeMethod
+    percentile: float = Field(99.999, gt=50, le=100, description="of |x|-sorted values kept, in percent")
+
+
+class Ladder(_Part):
+    """PTQ first; then the operators that hurt most go back to FP32 while the search split fails."""
+
+    search_samples: int = Field(ge=1, description="pictures of the search split that judge a rung")
+    damage_samples: int = Field(ge=1, description="pictures of the search split that rank the operators")
+    max_damage: float = Field(gt=0, le=1, description="share of the summed damage that may stay in INT8")
+    min_coverage: float = Field(ge=0, le=1, description="never revert below this share of INT8 work")
+    margin: float = Field(ge=0, description="points below the gate's limit that the search drop must keep")
+
+
+class PaddleSlim(_Part):
+    """Arguments of paddleslim.quant.quant_post_static."""
+
+    algo: Literal["hist", "avg", "abs_max", "mse", "KL", "emd", "min_max"]
+    hist_percent: float = Field(0.9999, gt=0.5, le=1)
+    samples: int = Field(ge=1, description="pictures, one a batch")
+
+
+class TargetChoice(_Part):
+    method: MethodName = "ptq"
+    min_coverage: float | None = Field(None, ge=0, le=1, description="overrides ladder.min_coverage")
+
+
+class Gate(_Part):
+    max_drop: float = Field(ge=0, description="points of the metric in percent")
+    max_relative_drop: float = Field(ge=0, description="percent of the FP32 metric")
+
+
+class Latency(_Part):
+    shape: list[int] = Field(min_length=2, description="input shape that is timed, and counted for coverage")
+    runs: int = Field(ge=1)
+
+
+class Recipe(_Part):
+    """Facts and choices for one model."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    description: str
+    task: Task
+    model: ModelSource
+    expect: Expectation
+    inference: dict[str, Any] = Field(description="inference.yml for sources that ship none (PaddleX layout)")
+    data: Data
+    calibration: Calibration
+    ladder: Ladder
+    paddleslim: PaddleSlim
+    targets: dict[TargetName, TargetChoice] = Field(min_length=1)
+    metric: str
+    gate: Gate
+    latency: Latency
+    tolerance: float = Field(gt=0, description="largest difference allowed between original and prepared")
+    seed: int = 0
+
+    def content_hash(self) -> str:
+        """Hex sha256 of everything the recipe says, after merging and overriding."""
+        text = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class RecipeProblem:
+    """One thing that is wrong in a recipe file."""
+
+    file: str
+    key: str
+    value: str
+    allowed: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.key} = {self.value}: {self.allowed}"
+
+
+class RecipeError(InputError):
+    """All problems of one recipe at once."""
+
+    def __init__(self, problems: list[RecipeProblem]) -> None:
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = problems
+
+
+def recipes_dir() -> Path:
+    """The folder of the recipes: inside the installed package, else beside it in a checkout."""
+    installed = Path(__file__).parent / "_recipes"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of all recipes, sorted."""
+    return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
+
+
+def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Read, merge, override and check the recipe of a model.
+
+    Args:
+        name: a model name, see `recipe_names`, or the path of a YAML file.
+        overrides: `key=value` pairs; dots descend into mappings, the value is YAML.
+
+    Raises:
+        InputError: no such recipe.
+        RecipeError: the file or an override is wrong; lists every problem.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else recipes_dir() / f"{name}.yaml"
+    if not path.is_file() or Path(name).name != name and not name.endswith((".yaml", ".yml")):
+        known = ", ".join(recipe_names())
+        raise InputError(f"no recipe for model '{name}'. Known models: {known} (see `quant list`)")
+    document = _merged(path)
+    for override in overrides:
+        _override(document, override)
+    return _checked(path.name, document)
+
+
+def _merged(path: Path) -> dict[str, Any]:
+    document = _read_mapping(path)
+    base = document.pop("base", None)
+    if base is None:
+        return document
+    base_path = recipes_dir() / "_base" / f"{base}.yaml"
+    if not base_path.is_file():
+        known = ", ".join(sorted(p.stem for p in base_path.parent.glob("*.yaml")))
+        raise RecipeError([RecipeProblem(path.name, "base", str(base), f"must be one of {known}")])
+    return _deep_merge(_merged(base_path), document)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        line = " ".join(str(error).split())
+        raise RecipeError([RecipeProblem(path.name, "(file)", "unreadable", line)]) from error
+    if not isinstance(document, dict):
+        kind = type(document).__name__
+        raise RecipeError([RecipeProblem(path.name, "(file)", kind, "must be a mapping of keys")])
+    return document
+
+
+def _deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _deep_merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override}: write it as key=value, for example --set calibration.samples=64")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {key}: '{text}' is not a YAML value") from error
+    *parents, last = key.split(".")
+    place: Any = document
+    for parent in parents:
+        place = place.setdefault(parent, {}) if isinstance(place, dict) else None
+    if not isinstance(place, dict):
+        raise InputError(f"--set {key}: there is no such key; `quant describe MODEL` shows all keys")
+    place[last] = value
+
+
+def _checked(file: str, document: dict[str, Any]) -> Recipe:
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise RecipeError([_problem(file, detail) for detail in error.errors()]) from error
+
+
+def _problem(file: str, detail: Any) -> RecipeProblem:
+    key = ".".join(str(part) for part in detail["loc"]) or "(file)"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        return RecipeProblem(file, key, _short(detail["input"]), f"unknown key; allowed here: {_siblings(detail['loc'])}")
+    if detail["type"] == "missing":
+        return RecipeProblem(file, key, "(missing)", "is required")
+    return RecipeProblem(file, key, _short(detail["input"]), message)
+
+
+def _siblings(location: tuple[int | str, ...]) -> str:
+    """Keys allowed beside an unknown one, found by walking the schema."""
+    schema = Recipe.model_json_schema()
+    place = schema
+    for part in location[:-1]:
+        if "$ref" in place:
+            place = schema["$defs"][place["$ref"].rsplit("/", 1)[1]]
+        if isinstance(part, int):
+            place = place.get("items", {})
+        else:
+            place = place.get("properties", {}).get(part) or place.get("additionalProperties") or {}
+        for option in place.get("anyOf", []):
+            if "$ref" in option:
+                place = option
+    if "$ref" in place:
+        place = schema["$defs"][place["$ref"].rsplit("/", 1)[1]]
+    return ", ".join(place.get("properties", {})) or "none"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
