@@ -101,7 +101,8 @@ class Data(_Part):
 class Calibration(_Part):
     samples: int = Field(ge=1, description="pictures taken from the calibration split")
     range: RangeMethod
-    percentile: float = Field(99.999, gt=50, le=100, description="of |x|-sorted values kept, in percent")
+    percentile: float = Field(99.999, gt=50, le=100, description="values kept by range: percentile, in percent")
+    bias_correction: bool = Field(True, description="make quantized convolutions right on average")
 
 
 class Ladder(_Part):
@@ -109,8 +110,9 @@ class Ladder(_Part):
 
     search_samples: int = Field(ge=1, description="pictures of the search split that judge a rung")
     damage_samples: int = Field(ge=1, description="pictures of the search split that rank the operators")
-    max_damage: float = Field(gt=0, le=1, description="share of the summed damage that may stay in INT8")
+    coverage_steps: list[float] = Field(description="coverages to stop at on the way down, falling")
     min_coverage: float = Field(ge=0, le=1, description="never revert below this share of INT8 work")
+    max_discordance: float = Field(gt=0, le=100, description="percent of search samples whose outcome may differ")
     margin: float = Field(ge=0, description="points below the gate's limit that the search drop must keep")
 
 
@@ -124,6 +126,7 @@ class PaddleSlim(_Part):
 
 class TargetChoice(_Part):
     method: MethodName = "ptq"
+    activations: Literal["uint8", "int8"] = Field("uint8", description="uint8 asymmetric, int8 symmetric")
     min_coverage: float | None = Field(None, ge=0, le=1, description="overrides ladder.min_coverage")
 
 

@@ -1,0 +1,235 @@
+"""Data sets by name: one YAML per public set in this folder, folders of the user's own, the generated sets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from quant.archive import Progress, install, staged
+from quant.errors import InputError, Unavailable
+from quant.recipe import Sha256, Task
+from quant.source import cache_dir, search_path
+
+LabelFormat = Literal["det_label", "rec_label"]
+
+FORMATS: dict[Task, LabelFormat] = {"text_detection": "det_label", "text_recognition": "rec_label"}
+"""The label format of each task: det_label = image TAB JSON, rec_label = image TAB text."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataArchive(_Part):
+    """The public archive of a set."""
+
+    url: str = Field(pattern=r"^https?://")
+    sha256: Sha256 | None = Field(None, description="without it: trust on first use")
+
+
+def _relative(path: str) -> str:
+    if not path or path.startswith("/") or ".." in path.split("/"):
+        raise ValueError("must be a path inside the folder of the set")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_relative)]
+
+
+class DatasetEntry(_Part):
+    """What is known about a public set."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    task: Task
+    description: str
+    format: LabelFormat
+    label_files: list[RelativePath] = Field(min_length=1)
+    images: RelativePath = Field(".", description="folder that the paths in the label files start from")
+    homepage: str = Field(pattern=r"^https?://")
+    licence: str
+    language: list[str] = Field(description="codes; empty: not stated")
+    archive: DataArchive | None = Field(description="null: not open, or only after registration at the homepage")
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class DatasetFolder:
+    """A data set on disk.
+
+    Attributes:
+        name: the registered name, the folder's name, or generated-<kind>.
+        folder: where it is.
+        label_files: what lists its pictures and labels.
+        images: the folder that the paths in the label files start from.
+        format: how a label is written.
+        source: says in words where the set was found.
+        licence: its terms.
+    """
+
+    name: str
+    folder: Path
+    label_files: tuple[Path, ...]
+    images: Path
+    format: LabelFormat
+    source: str
+    licence: str
+
+
+def dataset_names(task: Task | None = None) -> list[str]:
+    """Names of the registered sets, sorted; of one task if given."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
+    return [name for name in names if task is None or load_entry(name).task == task]
+
+
+def load_entry(name: str) -> DatasetEntry:
+    """Read and check the YAML of a registered set.
+
+    Raises:
+        InputError: no such set, or its file is wrong.
+    """
+    path = Path(__file__).parent / f"{name}.yaml"
+    if Path(name).name != name or not path.is_file():
+        raise InputError(f"no data set '{name}'. Known sets: {', '.join(dataset_names())}; or give a folder")
+    try:
+        return DatasetEntry.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path.name}: no YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        details = [f"{path.name}: {_key(detail)} = {detail['input']!r}: {detail['msg']}" for detail in error.errors()]
+        raise InputError("\n".join(details)) from error
+
+
+def _key(detail: Any) -> str:
+    return ".".join(str(part) for part in detail["loc"]) or "(file)"
+
+
+def resolve_dataset(name_or_dir: str | Path, task: Task, progress: Progress | None = None) -> DatasetFolder:
+    """Find a data set: a registered name, or a folder in the documented label format.
+
+    A registered name wins over a folder of the same name, so that a recipe means the same set
+    wherever it runs; write ./NAME for the folder. Registered sets are searched in QUANT_DATA_HOME,
+    the cache, the public archive.
+
+    Raises:
+        InputError: neither a known set nor a folder; a set of another task; a folder without labels.
+        Unavailable: a known set that no source has.
+    """
+    name = str(name_or_dir)
+    if name in dataset_names():
+        return _resolve_entry(load_entry(name), task, progress)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _checked(_own(folder.absolute(), task))
+    known = ", ".join(dataset_names(task))
+    raise InputError(f"'{name}' is neither a folder nor a data set for {task}. Known sets: {known}")
+
+
+def _own(folder: Path, task: Task) -> DatasetFolder:
+    labels = (folder / "label.txt",)
+    return DatasetFolder(folder.name, folder, labels, folder, FORMATS[task], f"the folder {folder}", "the user's own")
+
+
+def _resolve_entry(entry: DatasetEntry, task: Task, progress: Progress | None) -> DatasetFolder:
+    if entry.task != task:
+        known = ", ".join(dataset_names(task))
+        raise InputError(f"the data set {entry.name} is for {entry.task}, not {task}. Sets for {task}: {known}")
+    tried: list[str] = []
+    for home in search_path("QUANT_DATA_HOME"):
+        if (home / entry.name).is_dir():
+            return _checked(_folder(entry, home / entry.name, f"QUANT_DATA_HOME ({home})"))
+        tried.append(f"QUANT_DATA_HOME: no folder {home / entry.name}")
+    try:
+        return install_dataset(entry.name, progress)
+    except Unavailable as error:
+        tried.append(error.reason)
+        place = f"put it in a folder {entry.name} in QUANT_DATA_HOME"
+        fix = f"Get the set from {entry.homepage} ({entry.licence}) and {place}"
+        raise Unavailable(f"the data set {entry.name} cannot be had: {'; '.join(tried)}", fix) from error
+
+
+def install_dataset(name: str, progress: Progress | None = None) -> DatasetFolder:
+    """Bring the public archive of a registered set into the cache; nothing is done when it is there.
+
+    Raises:
+        InputError: no such set; or the archive arrived, but is unsafe, damaged or not the expected one.
+        Unavailable: the set has no open address, or it cannot be reached.
+    """
+    entry = load_entry(name)
+    folder = cached_dir(name)
+    if folder.is_dir():
+        return _checked(_folder(entry, folder, f"the cache {folder}"))
+    if entry.archive is None:
+        raise Unavailable(f"{name} has no open address", f"Register at {entry.homepage}")
+
+    def finish(unpacked: Path) -> None:
+        _checked(_folder(entry, unpacked, ""))
+
+    install(entry.archive.url, entry.archive.sha256, folder, cache_dir() / "downloads", finish, progress)
+    return _folder(entry, folder, f"the public archive {entry.archive.url}")
+
+
+def cached_dir(name: str) -> Path:
+    """The folder of a set in the cache."""
+    return cache_dir() / "data" / name
+
+
+def _folder(entry: DatasetEntry, folder: Path, source: str) -> DatasetFolder:
+    labels = tuple(folder / file for file in entry.label_files)
+    return DatasetFolder(entry.name, folder, labels, folder / entry.images, entry.format, source, entry.licence)
+
+
+def _checked(data: DatasetFolder) -> DatasetFolder:
+    for path in data.label_files:
+        if not path.is_file():
+            example = EXAMPLES[data.format]
+            raise InputError(f"{path} is missing; expected a file with lines like {example}")
+    return data
+
+
+EXAMPLES: dict[LabelFormat, str] = {
+    "det_label": 'images/1.jpg<TAB>[{"transcription": "text", "points": [[0, 0], [9, 0], [9, 5], [0, 5]]}]',
+    "rec_label": "images/1.jpg<TAB>text",
+}
+"""One line of a label file, for messages."""
+
+
+def generated_dataset(
+    kind: Literal["text_lines", "text_pages"], samples: int, seed: int, progress: Progress | None = None
+) -> DatasetFolder:
+    """The built-in set, from the cache or made now; the same for the same arguments, fonts and generator.
+
+    Raises:
+        Unavailable: the cache cannot be written.
+    """
+    from calib_data import generator
+
+    fonts = generator.fonts_fingerprint(generator.find_fonts())
+    facts = [kind, samples, seed, generator.GENERATOR_VERSION, fonts]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    folder = cached_dir(f"generated-{kind}-{digest}")
+    if not folder.is_dir():
+        write = generator.write_text_lines if kind == "text_lines" else generator.write_text_pages
+        what = f"generating {kind.replace('_', ' ')}"
+
+        def step(done: int) -> None:
+            if progress:
+                progress(what, done, samples)
+
+        try:
+            with staged(folder) as temporary:
+                temporary.mkdir()
+                write(temporary, samples, seed, step)
+        except OSError as error:
+            reason = f"the generated data cannot be written to {folder}: {error.strerror or error}"
+            raise Unavailable(reason, "Free some space, or set QUANT_CACHE to a folder that can be written") from error
+    label_format: LabelFormat = "rec_label" if kind == "text_lines" else "det_label"
+    source = f"the built-in generator (seed {seed})"
+    labels = (folder / "label.txt",)
+    return DatasetFolder(f"generated-{kind}", folder, labels, folder, label_format, source, "generated, no terms")

@@ -1,0 +1,252 @@
+"""Labelled pictures: read from a folder, told apart by their content, split without overlap."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from calib_data.registry import EXAMPLES, DatasetFolder, LabelFormat
+from quant.errors import InputError
+from quant.recipe import Splits
+
+if TYPE_CHECKING:
+    import numpy as np
+
+IGNORE = "###"
+"""The text of a box that does not count: a detection there is neither right nor wrong."""
+
+Split = Literal["calibration", "search", "report"]
+SPLITS: tuple[Split, ...] = ("calibration", "search", "report")
+
+
+class BrokenPicture(InputError):
+    """A picture that cannot be read: callers leave it out and count it."""
+
+
+class _BrokenLine(Exception):
+    """Why a line of a label file is left out."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A text region: its corners, and its text or `IGNORE`."""
+
+    points: tuple[tuple[float, float], ...]
+    text: str
+
+
+Label = str | tuple[Box, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A labelled picture.
+
+    Attributes:
+        id: first 16 hex digits of the sha256 of the picture file.
+        dataset: name of the set it is from.
+        image: the picture file.
+        label: text of a line, or boxes of a page.
+    """
+
+    id: str
+    dataset: str
+    image: Path
+    label: Label
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The samples of a set, and what had to be left out.
+
+    Attributes:
+        folder: where it was read from.
+        samples: in the order of the label files; of equal pictures only the first.
+        broken: one sentence for each label line that was left out.
+        duplicates: how many equal pictures were left out.
+    """
+
+    folder: DatasetFolder
+    samples: tuple[Sample, ...]
+    broken: tuple[str, ...]
+    duplicates: int
+
+
+def read_dataset(folder: DatasetFolder) -> Dataset:
+    """Read the label files of a set and look at the head of every picture.
+
+    Raises:
+        InputError: a label file is missing, empty or not text, or more than half of its lines are broken.
+    """
+    samples: dict[str, Sample] = {}
+    broken: list[str] = []
+    lines = [line for path in folder.label_files for line in _lines(path, folder.format)]
+    duplicates = 0
+    for path, number, text in lines:
+        try:
+            sample = _sample(folder, text)
+        except _BrokenLine as error:
+            broken.append(f"{path} line {number}: {error}")
+            continue
+        duplicates += sample.id in samples
+        samples.setdefault(sample.id, sample)
+    if len(broken) * 2 > len(lines):
+        count = f"{len(broken)} of {len(lines)} lines are broken"
+        raise InputError(f"{count} in the data set {folder.name}, first {broken[0]}. {_expectation(folder.format)}")
+    return Dataset(folder, tuple(samples.values()), tuple(broken), duplicates)
+
+
+def _lines(path: Path, label_format: LabelFormat) -> list[tuple[Path, int, str]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        why = error.strerror or error
+        raise InputError(f"{path} cannot be read: {why}. {_expectation(label_format)}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text (byte {error.start}). {_expectation(label_format)}") from error
+    # Not splitlines(): a text may hold characters that it splits at.
+    lines = [(path, number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise InputError(f"{path} is empty. {_expectation(label_format)}")
+    return lines
+
+
+def _expectation(label_format: LabelFormat) -> str:
+    return f"Expected lines like {EXAMPLES[label_format]}"
+
+
+def _sample(folder: DatasetFolder, line: str) -> Sample:
+    name, tab, text = line.partition("\t")
+    if not tab:
+        raise _BrokenLine("no tab between picture and label")
+    label: Label = _boxes(text) if folder.format == "det_label" else _text(text)
+    image = folder.images / _relative(name)
+    return Sample(_content_id(image, name), folder.name, image, label)
+
+
+def _relative(name: str) -> Path:
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise _BrokenLine(f"'{name}' is not a path inside the folder")
+    return Path(path)
+
+
+def _content_id(image: Path, name: str) -> str:
+    try:
+        data = image.read_bytes()
+    except OSError as error:
+        raise _BrokenLine(f"picture {name}: {error.strerror or error}") from error
+    if not _has_picture_head(data):
+        raise _BrokenLine(f"picture {name} is no picture, or damaged")
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _has_picture_head(data: bytes) -> bool:
+    """Cheap: finds foreign and empty files; what breaks later is found by `read_image`."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return min(picture.size) > 0
+    except Exception:  # Pillow's readers raise whatever their parsing trips over.
+        return False
+
+
+def _text(text: str) -> str:
+    stripped = text.rstrip("\r")
+    if not stripped.strip():
+        raise _BrokenLine("the text is empty")
+    return stripped
+
+
+def _boxes(text: str) -> tuple[Box, ...]:
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _BrokenLine("the label is no JSON") from error
+    if not isinstance(entries, list):
+        raise _BrokenLine("the label is no JSON list")
+    return tuple(_box(entry) for entry in entries)
+
+
+def _box(entry: Any) -> Box:
+    try:
+        text = entry["transcription"]
+        points = tuple((float(x), float(y)) for x, y in entry["points"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _BrokenLine("a box lacks 'transcription' or 'points' as [[x, y], ...]") from error
+    if not isinstance(text, str) or len(points) < 3 or not all(math.isfinite(n) for point in points for n in point):
+        raise _BrokenLine("a box needs a text and at least three points")
+    return Box(points, text)
+
+
+def read_image(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A picture as uint8 BGR, height x width x 3, turned as its EXIF data say, as PaddleX reads it.
+
+    Raises:
+        BrokenPicture: missing, unreadable, or not decodable.
+    """
+    import cv2
+    import numpy as np
+
+    try:
+        image = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+    except OSError as error:
+        raise BrokenPicture(f"the picture {path} cannot be read: {error.strerror or error}") from error
+    except cv2.error as error:
+        raise BrokenPicture(f"the picture {path} cannot be decoded: {' '.join(str(error).split())}") from error
+    if image is None:
+        raise BrokenPicture(f"the picture {path} cannot be decoded; replace it, or take it out of the label file")
+    return image.astype(np.uint8, copy=False)
+
+
+def split_of(sample_id: str, splits: Splits) -> Split:
+    """The split of a sample: it follows from the content, so that lists need not be shipped."""
+    place = _uniform(f"split:{sample_id}")
+    if place < splits.calibration:
+        return "calibration"
+    return "search" if place < splits.calibration + splits.search else "report"
+
+
+def split(samples: Iterable[Sample], splits: Splits) -> dict[Split, list[Sample]]:
+    """All samples by split, in their order."""
+    parts: dict[Split, list[Sample]] = {name: [] for name in SPLITS}
+    for sample in samples:
+        parts[split_of(sample.id, splits)].append(sample)
+    return parts
+
+
+def check_disjoint(calibration: Iterable[Sample], search: Iterable[Sample], report: Iterable[Sample]) -> None:
+    """Make sure that no picture serves two purposes.
+
+    Raises:
+        InputError: one does; names it.
+    """
+    seen: dict[str, tuple[Split, Sample]] = {}
+    for name, samples in zip(SPLITS, (calibration, search, report), strict=True):
+        for sample in samples:
+            other, first = seen.setdefault(sample.id, (name, sample))
+            if other != name:
+                same = f"{sample.image} ({sample.dataset}) is in the {name} split and, as {first.image}, in {other}"
+                raise InputError(f"the splits overlap: {same}; take it out of one of them")
+
+
+def pick(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+    """A fixed choice, spread evenly over the data sets, that does not depend on the order given."""
+    by_set: dict[str, list[Sample]] = {}
+    for sample in sorted(samples, key=lambda sample: _uniform(f"pick:{seed}:{sample.id}")):
+        by_set.setdefault(sample.dataset, []).append(sample)
+    rounds = zip_longest(*(by_set[name] for name in sorted(by_set)))
+    return [sample for turn in rounds for sample in turn if sample is not None][:count]
+
+
+def _uniform(text: str) -> float:
+    """A number in [0, 1) that a text always gives."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:13], 16) / 16**13

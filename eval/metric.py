@@ -1,0 +1,209 @@
+"""Metrics: what one sample contributes, and how contributions add up to a number.
+
+A metric turns every sample into a short vector of additive *counts*; the metric of a set is a function
+of the sum of its samples' counts. So statistics can work on a matrix [samples, counts] for any metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+from rapidfuzz.distance import Levenshtein
+
+from quant.errors import InputError
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+IGNORED = "###"
+MIN_IOU = 0.5
+MAX_IGNORED_SHARE = 0.5
+
+
+class Metric(Protocol):
+    """A metric whose aggregate does not change when all counts are multiplied by the same number."""
+
+    name: str
+
+    def score(self, prediction: Any, label: Any) -> FloatArray:
+        """Counts of one sample, 1-D."""
+        ...
+
+    def aggregate(self, total: FloatArray) -> float:
+        """The metric in percent from summed counts [counts]."""
+        ...
+
+    def aggregates(self, totals: FloatArray) -> FloatArray:
+        """The same for many sums at once: [resamples, counts] -> [resamples]."""
+        ...
+
+    def details(self, total: FloatArray) -> dict[str, float]:
+        """This and related metrics, all in percent, from summed counts [counts]."""
+        ...
+
+    def outcome_differs(self, first: FloatArray, second: FloatArray) -> BoolArray:
+        """Which samples came out differently: two arrays [..., counts] -> [...]."""
+        ...
+
+    def lost_sample(self, fp32: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Counts of FP32 and of INT8 on an imagined sample with the least damage that can be told apart.
+
+        Args:
+            fp32: counts of the real samples, [samples, counts].
+        """
+        ...
+
+
+class HasText(Protocol):
+    @property
+    def text(self) -> str: ...
+
+
+class HasPolygons(Protocol):
+    @property
+    def polygons(self) -> Sequence[npt.NDArray[Any]]: ...
+
+
+class Region(Protocol):
+    """A labelled region: corners [corners, 2], x and y in pixels; the text `###` means: do not judge."""
+
+    @property
+    def points(self) -> npt.ArrayLike: ...
+
+    @property
+    def text(self) -> str: ...
+
+
+class LineAccuracy:
+    """Share of lines read exactly right, spaces removed first (PaddleOCR's RecMetric with ignore_space).
+
+    Counts: right (0 or 1), normalized edit similarity (0..1), 1.
+    Similarity: 1 - Levenshtein distance / length of the longer text; two empty texts are equal.
+    """
+
+    name = "line_accuracy"
+
+    def score(self, prediction: HasText, label: str) -> FloatArray:
+        read, true = prediction.text.replace(" ", ""), label.replace(" ", "")
+        return np.array([read == true, Levenshtein.normalized_similarity(read, true), 1.0])
+
+    def aggregate(self, total: FloatArray) -> float:
+        return float(self.aggregates(total[None])[0])
+
+    def aggregates(self, totals: FloatArray) -> FloatArray:
+        return _percent(totals[:, 0], totals[:, 2])
+
+    def details(self, total: FloatArray) -> dict[str, float]:
+        similarity = float(_percent(total[1:2], total[2:3])[0])
+        return {"line_accuracy": self.aggregate(total), "normalized_edit_similarity": similarity}
+
+    def outcome_differs(self, first: FloatArray, second: FloatArray) -> BoolArray:
+        return np.asarray(first[..., 0] != second[..., 0])
+
+    def lost_sample(self, fp32: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """One line that only FP32 reads: the worst that can happen to a line."""
+        return np.array([1.0, 1.0, 1.0]), np.array([0.0, 0.0, 1.0])
+
+
+class Hmean:
+    """Harmonic mean of precision and recall of text regions, by the ICDAR 2015 rules as PaddleOCR applies them.
+
+    Counts: matched, detected, labelled. A pair matches when IoU > 0.5; labels and, within a label,
+    detections are taken in their given order, the first free detection that matches wins. Labels `###` are
+    not judged, nor are detections of which more than half lies in one such label. Polygons that are no
+    valid polygon (crossing sides, fewer than three corners, no area) are left out on both sides.
+    """
+
+    name = "hmean"
+
+    def score(self, prediction: HasPolygons, label: Sequence[Region]) -> FloatArray:
+        ignored = _valid_polygons(region.points for region in label if region.text == IGNORED)
+        labelled = _valid_polygons(region.points for region in label if region.text != IGNORED)
+        detected = _judged(_valid_polygons(prediction.polygons), ignored)
+        return np.array([_matches(labelled, detected), len(detected), len(labelled)], dtype=np.float64)
+
+    def aggregate(self, total: FloatArray) -> float:
+        return float(self.aggregates(total[None])[0])
+
+    def aggregates(self, totals: FloatArray) -> FloatArray:
+        # 2 p r / (p + r) with p = matched / detected and r = matched / labelled
+        return _percent(2 * totals[:, 0], totals[:, 1] + totals[:, 2])
+
+    def details(self, total: FloatArray) -> dict[str, float]:
+        precision, recall = _percent(np.repeat(total[:1], 2), total[1:3])
+        return {"precision": float(precision), "recall": float(recall), "hmean": self.aggregate(total)}
+
+    def outcome_differs(self, first: FloatArray, second: FloatArray) -> BoolArray:
+        return np.asarray((first != second).any(axis=-1))
+
+    def lost_sample(self, fp32: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """A page of average counts on which one matched region no longer matches."""
+        before: FloatArray = fp32.mean(axis=0)
+        after = before.copy()
+        after[0] = max(0.0, before[0] - 1)
+        return before, after
+
+
+_METRICS: dict[str, type[LineAccuracy | Hmean]] = {metric.name: metric for metric in (LineAccuracy, Hmean)}
+
+
+def make_metric(name: str) -> Metric:
+    """The metric of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in _METRICS:
+        raise InputError(f"unknown metric '{name}'; known metrics: {', '.join(_METRICS)}")
+    return _METRICS[name]()
+
+
+def polygon_iou(first: shapely.Polygon, second: shapely.Polygon) -> float:
+    """Area of the intersection over area of the union of two valid polygons, 0..1."""
+    shared = first.intersection(second).area
+    union = first.area + second.area - shared
+    return float(shared / union) if union > 0 else 0.0
+
+
+def _percent(part: FloatArray, whole: FloatArray) -> FloatArray:
+    """100 * part / whole, and 0 where there is nothing."""
+    return np.divide(100.0 * part, whole, out=np.zeros_like(part, dtype=np.float64), where=whole > 0)
+
+
+def _valid_polygons(outlines: Iterable[npt.ArrayLike]) -> list[shapely.Polygon]:
+    corners = [np.asarray(points, dtype=np.float64) for points in outlines]
+    polygons = [shapely.Polygon(points) for points in corners if len(points) >= 3]
+    return [polygon for polygon in polygons if polygon.is_valid and polygon.area > 0]
+
+
+def _judged(detected: list[shapely.Polygon], ignored: list[shapely.Polygon]) -> list[shapely.Polygon]:
+    """Detections that do not lie mostly in one ignored region."""
+    covered = {
+        int(inner)
+        for inner, outer in _touching(detected, ignored)
+        if detected[inner].intersection(ignored[outer]).area / detected[inner].area > MAX_IGNORED_SHARE
+    }
+    return [polygon for index, polygon in enumerate(detected) if index not in covered]
+
+
+def _matches(labelled: list[shapely.Polygon], detected: list[shapely.Polygon]) -> int:
+    taken: set[int] = set()
+    served: set[int] = set()
+    for label, detection in sorted(_touching(labelled, detected)):
+        free = label not in served and detection not in taken
+        if free and polygon_iou(labelled[label], detected[detection]) > MIN_IOU:
+            served.add(label)
+            taken.add(detection)
+    return len(taken)
+
+
+def _touching(first: list[shapely.Polygon], second: list[shapely.Polygon]) -> list[tuple[int, int]]:
+    """Index pairs of polygons that share a point: all others have no common area."""
+    if not first or not second:
+        return []
+    pairs = shapely.STRtree(second).query(first, predicate="intersects")
+    return [(int(left), int(right)) for left, right in pairs.T]

@@ -1,0 +1,143 @@
+"""Paired statistics: how large is the drop, and how large may it be for all we know.
+
+**The bound.** FP32 and INT8 judge the same samples, so whole samples are resampled and the drop is computed
+anew each time (paired bootstrap). Instead of drawing samples with replacement every sample gets a random
+exponential weight (Rubin 1981, "The Bayesian bootstrap"; normalised they are Dirichlet(1, .., 1)), which
+gives the same spread but never loses a rare sample altogether. The bound is the 95 % percentile of the drops.
+
+A percentile of the observed samples alone is too small when differences are rare, and zero when there are
+none: what was not seen cannot be drawn. So one imagined sample is added to the resampling (not to the
+estimate): `Metric.lost_sample`, a sample that INT8 loses. For line accuracy that is the bound of Gaffke (2005,
+"Three test statistics for a nonparametric one-sided hypothesis on the mean of a nonnegative variable"), which
+for k lost and no won lines is exactly the Clopper-Pearson bound, and for none the rule of three:
+1 - 0.05^(1/n), about 3/n. For detection the imagined sample is a page of average counts that loses one
+region; with no difference in n pages the bound says that up to about 3/n of the pages may lose one.
+
+**Why percentile** and not BCa or a studentized bootstrap: with the imagined sample it is exact in the case
+that matters most here (few discordant lines), where the studentized one divides by zero and BCa's acceleration
+rests on a handful of samples. (Gaffke's bound is conjectured, not proven, to hold for every bounded variable;
+for lost lines alone it is proven.) In simulations with 80 to 124 pages it covers the true drop in 95 to 99 % of
+the sets when regions are lost one by one. It is too small (80 to 86 %) where a tenth of the pages lose a
+fifth of their regions at a time, and no method sees a catastrophe on one page in a hundred from 80 pages.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from eval.metric import Metric
+from quant.errors import InputError, Unavailable
+
+FloatArray = npt.NDArray[np.float64]
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+Z_95 = 1.6448536269514722  # one-sided 95 % quantile of the normal distribution
+_WEIGHTS_AT_ONCE = 4_000_000  # float64 each: 32 MB
+
+
+@dataclass(frozen=True)
+class DropEstimate:
+    """FP32 against INT8 on the same samples.
+
+    Args:
+        samples: number of samples.
+        fp32, int8: metric in percent.
+        drop: fp32 - int8, in points.
+        relative_drop: 100 * drop / fp32, in percent.
+        drop_upper95, relative_drop_upper95: one-sided 95 % upper bounds.
+        drop_error, relative_drop_error: standard errors (standard deviation of the resamples).
+        discordance: share of samples whose outcome differs, in percent.
+    """
+
+    samples: int
+    fp32: float
+    int8: float
+    drop: float
+    relative_drop: float
+    drop_upper95: float
+    relative_drop_upper95: float
+    drop_error: float
+    relative_drop_error: float
+    discordance: float
+
+
+def estimate_drop(
+    metric: Metric, fp32: FloatArray, int8: FloatArray, *, seed: int = 0, resamples: int = RESAMPLES
+) -> DropEstimate:
+    """Compare FP32 and INT8 sample by sample. Same arguments, same result.
+
+    Args:
+        metric: what the counts mean.
+        fp32, int8: counts [samples, counts]; row i of both is the same sample.
+
+    Raises:
+        Unavailable: no samples, or FP32 gets nothing right, so that there is nothing to lose.
+    """
+    if fp32.shape != int8.shape or fp32.ndim != 2:
+        raise InputError(f"counts must be two equal matrices, not {fp32.shape} and {int8.shape}")
+    if not len(fp32):
+        raise Unavailable("there are no samples to compare FP32 and INT8 on", "Give a data set with more samples")
+    before, after = metric.aggregate(fp32.sum(axis=0)), metric.aggregate(int8.sum(axis=0))
+    if before <= 0:
+        raise Unavailable(
+            f"FP32 has a {metric.name} of 0 on {len(fp32)} samples, so that nothing can be lost",
+            "Check that the labels belong to the pictures",
+        )
+    drops, relative = _resampled_drops(metric, fp32, int8, seed, resamples)
+    return DropEstimate(
+        samples=len(fp32),
+        fp32=before,
+        int8=after,
+        drop=before - after,
+        relative_drop=100 * (before - after) / before,
+        drop_upper95=float(np.quantile(drops, CONFIDENCE)),
+        relative_drop_upper95=float(np.quantile(relative, CONFIDENCE)),
+        drop_error=float(drops.std(ddof=1)),
+        relative_drop_error=float(relative.std(ddof=1)),
+        discordance=100 * float(metric.outcome_differs(fp32, int8).mean()),
+    )
+
+
+def samples_needed(estimate: DropEstimate, max_drop: float, max_relative_drop: float) -> int | None:
+    """How many samples would certify the gate if drop and discordance stayed as they are.
+
+    Normal approximation: the bound is drop + z * error(n), and error(n) = error * sqrt(samples / n). So
+    n = samples * (z * error / (limit - drop))^2, for both limits, and the larger of the two. For line accuracy
+    error^2 is (discordance - drop^2) / samples (as fractions), which shows how the discordance decides.
+    At least one sample more than there are where the bound itself does not certify yet.
+
+    Returns:
+        None when no number would do: a drop is at its limit or above.
+    """
+    room, relative_room = max_drop - estimate.drop, max_relative_drop - estimate.relative_drop
+    if room <= 0 or relative_room <= 0:
+        return None
+    ratio = Z_95 * max(estimate.drop_error / room, estimate.relative_drop_error / relative_room)
+    needed = math.ceil(estimate.samples * ratio**2)
+    certified = estimate.drop_upper95 <= max_drop and estimate.relative_drop_upper95 <= max_relative_drop
+    return max(1, needed) if certified else max(needed, estimate.samples + 1)
+
+
+def _resampled_drops(
+    metric: Metric, fp32: FloatArray, int8: FloatArray, seed: int, resamples: int
+) -> tuple[FloatArray, FloatArray]:
+    """Drops in points and relative drops in percent, each [resamples]."""
+    lost_fp32, lost_int8 = metric.lost_sample(fp32)
+    columns = fp32.shape[1]
+    pairs = np.hstack([np.vstack([fp32, lost_fp32]), np.vstack([int8, lost_int8])])
+    random = np.random.default_rng(seed)
+    chunk = max(1, _WEIGHTS_AT_ONCE // len(pairs))
+    totals = np.vstack(
+        [
+            random.standard_exponential((min(chunk, resamples - start), len(pairs))) @ pairs
+            for start in range(0, resamples, chunk)
+        ]
+    )
+    before, after = metric.aggregates(totals[:, :columns]), metric.aggregates(totals[:, columns:])
+    drops = before - after
+    return drops, 100 * drops / before

@@ -1,0 +1,150 @@
+"""Import of a Paddle inference model to ONNX, in a process of its own.
+
+Paddle's flags, prints and crashes stay in the child: `python -m quant.conversion JOB.json`.
+The child also runs the original model, so that the import can be proven equal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quant.errors import InputError
+from quant.runtime import Feed
+from quant.source import ModelFiles
+
+OPSET = 17
+# Operators that the import carries over one to one, in order: anchors to find where two graphs part.
+ANCHORS = {
+    "conv2d": "Conv", "depthwise_conv2d": "Conv", "conv2d_transpose": "ConvTranspose", "matmul_v2": "MatMul",
+    "hard_swish": "HardSwish", "softmax": "Softmax", "hard_sigmoid": "HardSigmoid", "relu": "Relu",
+}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An imported model: the ONNX file, the names and the outputs of the original."""
+
+    onnx: Path
+    inputs: list[str]
+    outputs: list[str]
+    reference: list[list[np.ndarray]]
+
+
+def import_model(files: ModelFiles, feeds: list[Feed], folder: Path) -> Imported:
+    """Convert a model to ONNX (opset 17) and run the original on feeds.
+
+    Args:
+        folder: receives `imported.onnx`, the exchange files and `conversion.log`.
+
+    Raises:
+        InputError: Paddle cannot load or convert the model.
+    """
+    _save_feeds(folder, feeds)
+    _run_child(files, folder, {"kind": "import", "feeds": len(feeds)})
+    names = json.loads((folder / "names.json").read_text(encoding="utf-8"))
+    reference = [_load_arrays(folder / f"output{i}.npz") for i in range(len(feeds))]
+    return Imported(folder / "imported.onnx", names["inputs"], names["outputs"], reference)
+
+
+def trace_anchors(files: ModelFiles, feed: Feed, folder: Path) -> list[tuple[str, str, np.ndarray]]:
+    """(operator type, tensor name, value) of the anchor operators of an old-IR program, in order."""
+    _save_feeds(folder, [feed])
+    _run_child(files, folder, {"kind": "trace", "feeds": 1})
+    listed = json.loads((folder / "trace.json").read_text(encoding="utf-8"))
+    arrays = _load_arrays(folder / "trace.npz")
+    return [(kind, name, value) for (kind, name), value in zip(listed, arrays, strict=True)]
+
+
+def _run_child(files: ModelFiles, folder: Path, job: dict[str, Any]) -> None:
+    job |= {"model": str(files.model), "params": str(files.params), "folder": str(folder)}
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    log = folder / "conversion.log"
+    environment = os.environ | {"FLAGS_enable_pir_api": "0", "GLOG_minloglevel": "2", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "quant.conversion", str(folder / "job.json")]
+    with log.open("wb") as stream:
+        try:
+            child = subprocess.run(command, stdout=stream, stderr=stream, env=environment, timeout=900, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise InputError(f"{files.model}: Paddle did not finish loading the model in 15 minutes") from error
+    if child.returncode:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        cause = lines[-1].strip()[:200] if lines else f"the process ended with {child.returncode}"
+        raise InputError(
+            f"{files.model}: Paddle cannot load or convert this model ({cause}). "
+            "The file is damaged or no inference model; fetch it again with `quant models fetch`"
+        )
+
+
+def _save_feeds(folder: Path, feeds: list[Feed]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, feed in enumerate(feeds):
+        np.savez(folder / f"feed{index}.npz", **feed)
+
+
+def _load_arrays(file: Path) -> list[np.ndarray]:
+    with np.load(file, allow_pickle=False) as stored:
+        return [stored[name] for name in stored.files]
+
+
+def _child(job: dict[str, Any]) -> None:
+    folder = Path(job["folder"])
+    feeds = []
+    for index in range(job["feeds"]):
+        with np.load(folder / f"feed{index}.npz", allow_pickle=False) as stored:
+            feeds.append({name: stored[name] for name in stored.files})
+    if job["kind"] == "trace":
+        _trace(job["model"], job["params"], feeds[0], folder)
+        return
+    _run_original(job["model"], job["params"], feeds, folder)
+    import paddle2onnx
+
+    # optimize_tool="None": its default would install packages at run time.
+    paddle2onnx.export(
+        job["model"], job["params"], str(folder / "imported.onnx"), opset_version=OPSET, optimize_tool="None"
+    )
+
+
+def _run_original(model: str, params: str, feeds: list[Feed], folder: Path) -> None:
+    from paddle import inference
+
+    config = inference.Config(model, params)
+    config.disable_gpu()
+    config.disable_glog_info()
+    predictor = inference.create_predictor(config)
+    inputs, outputs = predictor.get_input_names(), predictor.get_output_names()
+    (folder / "names.json").write_text(json.dumps({"inputs": inputs, "outputs": outputs}), encoding="utf-8")
+    for index, feed in enumerate(feeds):
+        for name, values in feed.items():
+            predictor.get_input_handle(name).copy_from_cpu(values)
+        predictor.run()
+        arrays = [predictor.get_output_handle(name).copy_to_cpu() for name in outputs]
+        np.savez(folder / f"output{index}.npz", *arrays)
+
+
+def _trace(model: str, params: str, feed: Feed, folder: Path) -> None:
+    import paddle
+
+    paddle.enable_static()
+    executor = paddle.static.Executor(paddle.CPUPlace())
+    program, _, _ = paddle.static.load_inference_model(
+        str(Path(model).parent), executor, model_filename=Path(model).name, params_filename=Path(params).name
+    )
+    anchors = [
+        (op.type, op.output(op.output_names[0] if op.type != "conv2d" else "Output")[0])
+        for op in program.global_block().ops if op.type in ANCHORS
+    ]
+    arrays = executor.run(program, feed=feed, fetch_list=[name for _, name in anchors])
+    (folder / "trace.json").write_text(json.dumps(anchors), encoding="utf-8")
+    np.savez(folder / "trace.npz", *arrays)
+
+
+if __name__ == "__main__":
+    _child(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

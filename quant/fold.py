@@ -1,0 +1,307 @@
+"""Exact graph simplifications: batch norm and affine operators go into the weights beside them.
+
+PP-LCNetV3 carries a learnable `s*x + b` after each convolution and each activation. Left in the
+graph they cost time and spoil activation ranges. Every pass keeps the outputs equal up to
+float rounding; `quant.prepare` proves it on real inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import NodeProto, helper
+
+from quant.graph import Graph, attribute
+
+_LINEAR = ("Conv", "ConvTranspose", "MatMul")
+
+
+@dataclass(frozen=True)
+class Affine:
+    """`y = scale * x + shift`, both of shape [1] or [C] along the channel axis of y."""
+
+    scale: np.ndarray
+    shift: np.ndarray
+
+
+def fold(graph: Graph) -> dict[str, int]:
+    """Apply all passes until none finds work.
+
+    Returns:
+        Number of changes by pass name.
+    """
+    passes = {
+        "identity": remove_identities,
+        "batch_norm": split_batch_norms,
+        "affine_chain": merge_affine_chains,
+        "affine_into_producer": fold_into_producers,
+        "scale_into_consumer": fold_into_consumers,
+    }
+    changes = dict.fromkeys(passes, 0)
+    while True:
+        found = {name: apply(graph) for name, apply in passes.items()}
+        for name, count in found.items():
+            changes[name] += count
+        if not any(found.values()):
+            graph.prune()
+            return changes
+
+
+def remove_identities(graph: Graph) -> int:
+    """Remove Identity and inference-time Dropout nodes."""
+    count = 0
+    for node in list(graph.nodes):
+        if node.op_type not in ("Identity", "Dropout") or node.output[0] in graph.outputs:
+            continue
+        if graph.is_constant(node.input[0]):
+            graph.constants[node.output[0]] = graph.constants[node.input[0]]
+        else:
+            graph.replace_uses(node.output[0], node.input[0])
+        graph.remove(node)
+        count += 1
+    return count
+
+
+def split_batch_norms(graph: Graph) -> int:
+    """Write every BatchNormalization of rank-4 input as Mul and Add per channel.
+
+    y = g * (x - mean) / sqrt(var + eps) + b (Ioffe and Szegedy, 2015).
+    """
+    count = 0
+    for node in list(graph.nodes):
+        if node.op_type != "BatchNormalization" or not all(map(graph.is_constant, node.input[1:])):
+            continue
+        gamma, beta, mean, var = (graph.constants[n].astype(np.float64) for n in node.input[1:5])
+        scale = gamma / np.sqrt(var + attribute(node, "epsilon", 1e-5))
+        _replace_by_affine(graph, node, Affine(scale, beta - scale * mean), per_channel=True)
+        count += 1
+    return count
+
+
+def merge_affine_chains(graph: Graph) -> int:
+    """Merge an affine operator into the affine operator that alone feeds it."""
+    count = 0
+    for node in list(graph.nodes):
+        affine = read_affine(graph, node)
+        data = _data_input(graph, node) if affine else None
+        before = graph.producers().get(data) if data else None
+        first = read_affine(graph, before) if before is not None else None
+        if before is None or affine is None or first is None or not _only_use(graph, before.output[0]):
+            continue
+        if (node.op_type, before.op_type) == ("Add", "Mul"):
+            continue  # already in the normal form: Mul, then Add
+        merged = Affine(first.scale * affine.scale, first.shift * affine.scale + affine.shift)
+        data_before = _data_input(graph, before)
+        assert data_before is not None
+        node_input = list(node.input)
+        node_input[node_input.index(data)] = data_before
+        node.input[:] = node_input
+        graph.remove(before)
+        _replace_by_affine(graph, node, merged, per_channel=merged.scale.size > 1 or merged.shift.size > 1)
+        count += 1
+    return count
+
+
+def fold_into_producers(graph: Graph) -> int:
+    """Fold `s*x + b` after Conv, ConvTranspose or MatMul into its weights and bias."""
+    count = 0
+    for node in list(graph.nodes):
+        affine = read_affine(graph, node)
+        data = _data_input(graph, node) if affine else None
+        producer = graph.producers().get(data) if data else None
+        if producer is None or affine is None or not _foldable_producer(graph, producer):
+            continue
+        if not _only_use(graph, producer.output[0]):
+            continue
+        if producer.op_type == "MatMul" and np.any(affine.shift):
+            continue  # a MatMul has no bias of its own; the Add after it stays
+        _scale_outputs(graph, producer, affine)
+        producer.output[0] = node.output[0]
+        graph.remove(node)
+        count += 1
+    return count
+
+
+def fold_into_consumers(graph: Graph) -> int:
+    """Move a scalar factor, and where borders allow a shift, into the convolutions behind it.
+
+    `conv(s*x + b) = conv'(x + b/s)` with weights scaled by s, exact with zero padding only for
+    the factor: a padded border would see 0 instead of b. The rest of the shift stays as Add.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        affine = read_affine(graph, node)
+        data = _data_input(graph, node) if affine else None
+        if affine is None or data is None or node.output[0] in graph.outputs:
+            continue
+        readers = graph.consumers()[node.output[0]]
+        if not readers or not all(_foldable_consumer(graph, r, node.output[0]) for r in readers):
+            continue
+        if node.op_type == "Add":
+            count += _fold_shift(graph, node, data, affine, readers)
+        elif node.op_type == "Mul" and affine.scale.size == 1:
+            count += _fold_factor(graph, node, data, float(affine.scale[0]), readers)
+    for node in list(graph.nodes):
+        count += _fold_factor_under_shift(graph, node)
+    return count
+
+
+def read_affine(graph: Graph, node: NodeProto | None) -> Affine | None:
+    """The affine map of a Mul, Add, Sub or Div by a constant scalar or per-channel vector, else None."""
+    if node is None or node.op_type not in ("Mul", "Add", "Sub", "Div"):
+        return None
+    data = _data_input(graph, node)
+    if data is None or (node.op_type in ("Sub", "Div") and node.input[0] != data):
+        return None
+    other = node.input[1] if node.input[0] == data else node.input[0]
+    value = _channel_vector(graph, node, graph.constants[other])
+    if value is None or value.dtype.kind != "f":
+        return None
+    value = value.astype(np.float64)
+    one, zero = np.ones(1), np.zeros(1)
+    if node.op_type == "Mul":
+        return Affine(value, zero)
+    if node.op_type == "Div":
+        return Affine(1.0 / value, zero)
+    return Affine(one, value if node.op_type == "Add" else -value)
+
+
+def _channel_vector(graph: Graph, node: NodeProto, value: np.ndarray) -> np.ndarray | None:
+    """A scalar or [1,C,1,1]-like constant as [1] or [C]; None for other broadcasts."""
+    if value.size == 1:
+        return value.reshape(1)
+    if value.ndim >= 3 and value.shape[-1] == value.shape[-2] == 1 and value.size == value.shape[-3]:
+        return value.reshape(-1)
+    return None
+
+
+def _data_input(graph: Graph, node: NodeProto) -> str | None:
+    """The one input that is no constant, or None."""
+    data = [name for name in node.input if not graph.is_constant(name)]
+    return data[0] if len(data) == 1 and len(node.input) == 2 else None
+
+
+def _only_use(graph: Graph, tensor: str) -> bool:
+    return tensor not in graph.outputs and len(graph.consumers()[tensor]) == 1
+
+
+def _replace_by_affine(graph: Graph, node: NodeProto, affine: Affine, *, per_channel: bool) -> None:
+    """Replace a node by Mul and Add (each only where it does something); the output name stays."""
+    data = next(name for name in node.input if not graph.is_constant(name))
+    output = node.output[0]
+    steps = []
+    if np.any(affine.scale != 1) or not np.any(affine.shift):
+        steps.append(("Mul", affine.scale))
+    if np.any(affine.shift):
+        steps.append(("Add", affine.shift))
+    for index, (kind, value) in enumerate(steps):
+        shape = (1, -1, 1, 1) if per_channel and value.size > 1 else (1,)
+        constant = graph.add_constant(f"{output}_{kind.lower()}", value.astype(np.float32).reshape(shape))
+        last = index == len(steps) - 1
+        result = output if last else graph.fresh_name(f"{output}_scaled")
+        new = helper.make_node(kind, [data, constant], [result], name=result)
+        graph.insert_before(node, new)
+        data = result
+    graph.remove(node)
+
+
+def _foldable_producer(graph: Graph, node: NodeProto) -> bool:
+    return (
+        node.op_type in _LINEAR
+        and graph.is_constant(node.input[1])
+        and (len(node.input) < 3 or graph.is_constant(node.input[2]))
+        and (node.op_type != "MatMul" or graph.constants[node.input[1]].ndim == 2)
+        and not (node.op_type == "ConvTranspose" and attribute(node, "group", 1) != 1)
+    )
+
+
+def _foldable_consumer(graph: Graph, node: NodeProto, tensor: str) -> bool:
+    first = node.op_type in _LINEAR and node.input[0] == tensor and node.input[1] != tensor
+    return first and _foldable_producer(graph, node)
+
+
+def _output_axis(node: NodeProto) -> int:
+    """Axis of the weight that runs over output channels."""
+    return {"Conv": 0, "ConvTranspose": 1, "MatMul": 1}[node.op_type]
+
+
+def _scale_outputs(graph: Graph, node: NodeProto, affine: Affine) -> None:
+    weight = graph.constants[node.input[1]].astype(np.float64)
+    axis = _output_axis(node)
+    channels = weight.shape[axis]
+    scale = np.broadcast_to(affine.scale, channels)
+    shape = [1] * weight.ndim
+    shape[axis] = channels
+    _set_weight(graph, node, weight * scale.reshape(shape))
+    if node.op_type == "MatMul":
+        return
+    bias = graph.constants[node.input[2]].astype(np.float64) if len(node.input) > 2 else np.zeros(channels)
+    _set_bias(graph, node, bias * scale + np.broadcast_to(affine.shift, channels))
+
+
+def _set_weight(graph: Graph, node: NodeProto, weight: np.ndarray) -> None:
+    node.input[1] = graph.add_constant(_stem(node.input[1]), weight.astype(np.float32))
+
+
+def _set_bias(graph: Graph, node: NodeProto, bias: np.ndarray) -> None:
+    name = graph.add_constant(_stem(node.input[1]) + "_bias", bias.astype(np.float32))
+    node.input[:] = [node.input[0], node.input[1], name]
+
+
+def _stem(name: str) -> str:
+    return name.split("_folded")[0] + "_folded"
+
+
+def _padded(node: NodeProto) -> bool:
+    auto = attribute(node, "auto_pad", "NOTSET")
+    return auto not in ("NOTSET", "VALID") or any(attribute(node, "pads", []))
+
+
+def _fold_factor(graph: Graph, node: NodeProto, data: str, factor: float, readers: list[NodeProto]) -> int:
+    for reader in readers:
+        _set_weight(graph, reader, graph.constants[reader.input[1]].astype(np.float64) * factor)
+        reader.input[0] = data
+    graph.remove(node)
+    return 1
+
+
+def _fold_shift(graph: Graph, node: NodeProto, data: str, affine: Affine, readers: list[NodeProto]) -> int:
+    if not all(reader.op_type == "Conv" and not _padded(reader) for reader in readers):
+        return 0
+    for reader in readers:
+        weight = graph.constants[reader.input[1]].astype(np.float64)
+        group = attribute(reader, "group", 1)
+        shift = np.broadcast_to(affine.shift, weight.shape[1] * group).reshape(group, -1)
+        per_input = weight.sum(axis=(2, 3)).reshape(group, -1, weight.shape[1])
+        moved = np.einsum("goi,gi->go", per_input, shift).reshape(-1)
+        bias = graph.constants[reader.input[2]].astype(np.float64) if len(reader.input) > 2 else 0.0
+        _set_bias(graph, reader, bias + moved)
+        reader.input[0] = data
+    graph.remove(node)
+    return 1
+
+
+def _fold_factor_under_shift(graph: Graph, node: NodeProto) -> int:
+    """`(x * s) + b` before convolutions becomes `x + b/s`, the factor s goes into their weights."""
+    affine = read_affine(graph, node)
+    data = _data_input(graph, node) if affine else None
+    before = graph.producers().get(data) if data else None
+    first = read_affine(graph, before)
+    if affine is None or before is None or first is None or node.output[0] in graph.outputs:
+        return 0
+    if (before.op_type, node.op_type) != ("Mul", "Add") or first.scale.size > 1 or not first.scale[0]:
+        return 0
+    readers = graph.consumers()[node.output[0]]
+    if not _only_use(graph, before.output[0]) or not readers:
+        return 0
+    if not all(_foldable_consumer(graph, reader, node.output[0]) for reader in readers):
+        return 0
+    source = _data_input(graph, before)
+    assert source is not None
+    shifted = graph.fresh_name(f"{node.output[0]}_shifted")
+    shape = (1, -1, 1, 1) if affine.shift.size > 1 else (1,)
+    shift = graph.add_constant(f"{shifted}_by", (affine.shift / first.scale).astype(np.float32).reshape(shape))
+    graph.insert_before(node, helper.make_node("Add", [source, shift], [shifted], name=shifted))
+    graph.remove(before)
+    return _fold_factor(graph, node, shifted, float(first.scale[0]), readers)

@@ -1,0 +1,153 @@
+"""An editable view of an ONNX graph: nodes in order, constants as arrays, producers and consumers.
+
+A rule every pass keeps: a tensor name stands for one value. A pass that changes what a tensor
+holds gives it a new name, so that equal names in two versions of a graph can be compared.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+
+
+class Graph:
+    """Mutable copy of a model's main graph.
+
+    Attributes:
+        nodes: operators in topological order.
+        constants: initializers and Constant nodes by tensor name.
+        inputs, outputs: names of the graph's inputs (without initializers) and outputs.
+    """
+
+    def __init__(self, model: ModelProto) -> None:
+        self._model = model
+        self.nodes: list[NodeProto] = []
+        self.constants: dict[str, np.ndarray] = {}
+        for tensor in model.graph.initializer:
+            self.constants[tensor.name] = numpy_helper.to_array(tensor)
+        for node in model.graph.node:
+            if node.op_type == "Constant":
+                self.constants[node.output[0]] = _constant_value(node)
+            else:
+                self.nodes.append(_copy(node))
+        self.inputs = [i.name for i in model.graph.input if i.name not in self.constants]
+        self.outputs = [o.name for o in model.graph.output]
+        self._fresh = 0
+
+    def producers(self) -> dict[str, NodeProto]:
+        """Map of tensor name to the node that writes it."""
+        return {name: node for node in self.nodes for name in node.output}
+
+    def consumers(self) -> dict[str, list[NodeProto]]:
+        """Map of tensor name to the nodes that read it."""
+        readers: dict[str, list[NodeProto]] = defaultdict(list)
+        for node in self.nodes:
+            for name in dict.fromkeys(node.input):
+                readers[name].append(node)
+        return readers
+
+    def is_constant(self, name: str) -> bool:
+        return name in self.constants
+
+    def fresh_name(self, stem: str) -> str:
+        """A tensor name that is not in use, derived from `stem`."""
+        used = {name for node in self.nodes for name in node.output} | set(self.constants)
+        while True:
+            self._fresh += 1
+            name = f"{stem}_{self._fresh}"
+            if name not in used:
+                return name
+
+    def add_constant(self, stem: str, value: np.ndarray) -> str:
+        """Store a constant under a fresh name and return the name."""
+        name = self.fresh_name(stem)
+        self.constants[name] = value
+        return name
+
+    def replace_uses(self, old: str, new: str) -> None:
+        """Let every node that reads `old` read `new`."""
+        for node in self.nodes:
+            for index, name in enumerate(node.input):
+                if name == old:
+                    node.input[index] = new
+
+    def insert_before(self, anchor: NodeProto, node: NodeProto) -> None:
+        self.nodes.insert(self._position(anchor), node)
+
+    def remove(self, node: NodeProto) -> None:
+        del self.nodes[self._position(node)]
+
+    def _position(self, node: NodeProto) -> int:
+        return next(index for index, other in enumerate(self.nodes) if other is node)
+
+    def prune(self) -> None:
+        """Drop nodes and constants that no output depends on."""
+        needed = set(self.outputs)
+        kept = []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                kept.append(node)
+                needed.update(node.input)
+        self.nodes = kept[::-1]
+        self.constants = {name: value for name, value in self.constants.items() if name in needed}
+
+    def to_model(self, extra_outputs: Iterable[str] = ()) -> ModelProto:
+        """Write the graph back as a model of the same opset, optionally with more outputs."""
+        inputs = [i for i in self._model.graph.input if i.name in self.inputs]
+        outputs = list(self._model.graph.output)
+        outputs += [onnx.ValueInfoProto(name=n) for n in extra_outputs if n not in self.outputs]
+        initializers = [
+            numpy_helper.from_array(np.ascontiguousarray(v), n) for n, v in self.constants.items()
+        ]
+        graph = helper.make_graph(self.nodes, self._model.graph.name, inputs, outputs, initializers)
+        model = helper.make_model(graph, opset_imports=self._model.opset_import)
+        model.ir_version = self._model.ir_version
+        model.producer_name = "paddle-quant"
+        return model
+
+    def rename_output(self, old: str, new: str) -> None:
+        """Rename a graph output (and its uses)."""
+        for node in self.nodes:
+            for index, name in enumerate(node.output):
+                if name == old:
+                    node.output[index] = new
+        self.replace_uses(old, new)
+        for info in self._model.graph.output:
+            if info.name == old:
+                info.name = new
+        self.outputs = [new if name == old else name for name in self.outputs]
+
+    def copy(self) -> Graph:
+        return Graph(self.to_model())
+
+
+def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
+    """Value of a node attribute, or `default` where it is not set."""
+    for attr in node.attribute:
+        if attr.name == name:
+            value = helper.get_attribute_value(attr)
+            return value.decode() if isinstance(value, bytes) else value
+    return default
+
+
+def _constant_value(node: NodeProto) -> np.ndarray:
+    for attr in node.attribute:
+        value = helper.get_attribute_value(attr)
+        if attr.name == "value":
+            return numpy_helper.to_array(value)
+        if attr.name in ("value_float", "value_floats"):
+            return np.asarray(value, dtype=np.float32)
+        if attr.name in ("value_int", "value_ints"):
+            return np.asarray(value, dtype=np.int64)
+    raise ValueError(f"Constant node {node.name} holds no numeric value")
+
+
+def _copy(node: NodeProto) -> NodeProto:
+    clone = NodeProto()
+    clone.CopyFrom(node)
+    return clone

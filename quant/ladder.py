@@ -1,0 +1,91 @@
+"""The ladder: everything in INT8 first, then the operators that hurt most go back to FP32.
+
+It decides on the search split. Operators go back in the order of damage per multiply-accumulate:
+most of the damage sits in cheap early convolutions, so much accuracy costs little INT8 work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from quant.plan import QuantPlan
+from quant.recipe import Gate, Ladder
+
+_FREE_SHARE = 1e-4  # of all work; keeps the ratio finite for operators that cost nothing
+
+
+@dataclass(frozen=True)
+class SearchScore:
+    """Result of a plan on the search split: drop in points, relative drop and discordance in percent."""
+
+    drop: float
+    relative_drop: float
+    discordance: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the ladder and what it gave."""
+
+    name: str
+    coverage: float
+    reverted: int
+    score: SearchScore
+    passed: bool
+
+    def document(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def climb(
+    plan: QuantPlan, ladder: Ladder, gate: Gate, min_coverage: float, evaluate: Callable[[QuantPlan], SearchScore]
+) -> tuple[QuantPlan, list[Rung]]:
+    """The first plan that passes on the search split, or the best one.
+
+    Args:
+        plan: with the damage of each quantized operator noted.
+        evaluate: runs a plan's simulation on the search split.
+
+    Returns:
+        The chosen plan and all rungs tried, in order.
+    """
+    tried: list[tuple[QuantPlan, Rung]] = []
+    for limit in (1.0, *(step for step in ladder.coverage_steps if step > min_coverage), min_coverage):
+        candidate = revert_to(plan, limit)
+        if tried and candidate.quantized().keys() == tried[-1][0].quantized().keys():
+            continue
+        score = evaluate(candidate)
+        reverted = len(plan.quantized()) - len(candidate.quantized())
+        passed = _passes(score, ladder, gate)
+        name = "ptq" if not reverted else f"revert {reverted}"
+        tried.append((candidate, Rung(name, candidate.coverage(), reverted, score, passed)))
+        if passed:
+            break
+    chosen, rung = tried[-1] if tried[-1][1].passed else min(tried, key=lambda pair: _badness(pair[1].score))
+    chosen.method = plan.method if not rung.reverted else f"{plan.method}+revert"
+    return chosen, [rung for _, rung in tried]
+
+
+def revert_to(plan: QuantPlan, min_coverage: float) -> QuantPlan:
+    """Revert operators, most damage per work first, while coverage stays at or above `min_coverage`."""
+    total = sum(op.macs for op in plan.operators) or 1
+    ranked = sorted(plan.quantized().values(), key=lambda op: (-(op.damage or 0) / (op.macs / total + _FREE_SHARE), op.name))
+    kept = set(plan.quantized())
+    coverage = plan.coverage()
+    for op in ranked:
+        if coverage - op.macs / total >= min_coverage and min_coverage < 1:
+            kept.discard(op.name)
+            coverage -= op.macs / total
+    return plan.with_only(kept, "its damage per work was among the highest on the search split")
+
+
+def _passes(score: SearchScore, ladder: Ladder, gate: Gate) -> bool:
+    keeps = score.drop <= gate.max_drop - ladder.margin and score.relative_drop <= gate.max_relative_drop - ladder.margin
+    return keeps and score.discordance <= ladder.max_discordance
+
+
+def _badness(score: SearchScore) -> float:
+    """Lower is better: the drop, and half of the discordance, which varies less between samples."""
+    return max(score.drop, 0.0) + score.discordance / 2

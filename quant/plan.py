@@ -1,0 +1,239 @@
+"""The QuantPlan: every decision about one quantized model, as plain data.
+
+Algorithms produce or refine a plan, exporters write it down, reports read it.
+On disk: `plan.json` (schema below) and `plan.safetensors` (integer weights and their scales).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from quant.errors import InputError
+from quant.graph import Graph, attribute
+
+PLAN_VERSION = 1
+QUANTIZABLE = ("Conv", "ConvTranspose", "MatMul")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ActivationQuantizer(_Part):
+    """`q = clip(round(x / scale) + zero_point)`, per tensor."""
+
+    tensor: str
+    dtype: Literal["uint8", "int8"]
+    scale: float = Field(gt=0)
+    zero_point: int
+
+
+class WeightQuantizer(_Part):
+    """S8, symmetric, per channel along `axis`; values and scales stand in the weights file."""
+
+    tensor: str
+    axis: int
+
+
+class Operator(_Part):
+    """One Conv, ConvTranspose or MatMul, named by its output tensor."""
+
+    name: str
+    op_type: str
+    activations: list[str]
+    weight: str | None
+    macs: int = Field(ge=0, description="multiply-accumulates at the recipe's reference shape")
+    quantized: bool
+    reason: str = ""
+    damage: float | None = Field(None, description="output error when only this operator is in INT8")
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """values int8, scale float32[C]; real = values * scale along the quantizer's axis."""
+
+    values: np.ndarray
+    scale: np.ndarray
+
+
+class _PlanDocument(_Part):
+    schema_: Literal[1] = Field(1, alias="schema")
+    model: str
+    target: str
+    method: str
+    prepared_sha256: str
+    operators: list[Operator]
+    activations: list[ActivationQuantizer]
+    weights: list[WeightQuantizer]
+    bias_shifts: list[str] = Field(description="operators whose bias is corrected")
+    notes: list[str] = []
+
+
+@dataclass
+class QuantPlan:
+    """Which tensors are quantized and how, which operators stay in FP32 and why.
+
+    Attributes:
+        operators: every Conv, ConvTranspose and MatMul of the prepared graph, in its order.
+        activations, weights: quantizers by tensor name.
+        integers: integer weights by tensor name.
+        bias_shifts: float32[C] by operator name, added to the bias while the operator is quantized.
+        notes: remarks for people.
+    """
+
+    model: str
+    target: str
+    method: str
+    prepared_sha256: str
+    operators: list[Operator]
+    activations: dict[str, ActivationQuantizer]
+    weights: dict[str, WeightQuantizer]
+    integers: dict[str, IntegerWeight]
+    bias_shifts: dict[str, np.ndarray]
+    notes: list[str]
+
+    def coverage(self) -> float:
+        """Share of multiply-accumulates in INT8, 0..1."""
+        total = sum(op.macs for op in self.operators)
+        return sum(op.macs for op in self.operators if op.quantized) / total if total else 0.0
+
+    def quantized(self) -> dict[str, Operator]:
+        """Quantized operators by name."""
+        return {op.name: op for op in self.operators if op.quantized}
+
+    def used_activations(self) -> dict[str, ActivationQuantizer]:
+        """Quantizers that some quantized operator reads."""
+        names = {name for op in self.operators if op.quantized for name in op.activations}
+        return {name: q for name, q in self.activations.items() if name in names}
+
+    def used_weights(self) -> dict[str, WeightQuantizer]:
+        names = {op.weight for op in self.operators if op.quantized}
+        return {name: q for name, q in self.weights.items() if name in names}
+
+    def with_only(self, names: set[str], reason: str) -> QuantPlan:
+        """A copy in which exactly the operators of `names` are quantized; `reason` marks the others."""
+        operators = []
+        for op in self.operators:
+            keep = op.quantized and op.name in names
+            change = {} if keep or not op.quantized else {"reason": reason}
+            operators.append(op.model_copy(update={"quantized": keep, **change}))
+        return QuantPlan(self.model, self.target, self.method, self.prepared_sha256, operators,
+                         self.activations, self.weights, self.integers, self.bias_shifts, list(self.notes))
+
+    def document(self) -> dict[str, object]:
+        """The JSON form."""
+        used, used_weights = self.used_activations(), self.used_weights()
+        document = _PlanDocument(
+            schema=PLAN_VERSION, model=self.model, target=self.target, method=self.method,
+            prepared_sha256=self.prepared_sha256, operators=self.operators,
+            activations=[used[name] for name in sorted(used)],
+            weights=[used_weights[name] for name in sorted(used_weights)],
+            bias_shifts=sorted(set(self.bias_shifts) & set(self.quantized())),
+            notes=self.notes,
+        )
+        return document.model_dump(mode="json", by_alias=True)
+
+    def save(self, folder: Path) -> None:
+        """Write plan.json and plan.safetensors."""
+        from safetensors.numpy import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for name in sorted(self.used_weights()):
+            tensors[name] = np.ascontiguousarray(self.integers[name].values)
+            tensors[f"{name}:scale"] = np.ascontiguousarray(self.integers[name].scale)
+        for name in sorted(set(self.bias_shifts) & set(self.quantized())):
+            tensors[f"{name}:bias_shift"] = np.ascontiguousarray(self.bias_shifts[name])
+        save_file(tensors, folder / "plan.safetensors")
+        text = json.dumps(self.document(), indent=1, sort_keys=True)
+        (folder / "plan.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load_plan(folder: Path) -> QuantPlan:
+    """Read a saved plan; raises InputError for a missing or foreign file."""
+    from pydantic import ValidationError
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        document = _PlanDocument.model_validate_json((folder / "plan.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "plan.safetensors")
+    except (OSError, ValidationError, SafetensorError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder}: no readable plan ({error.__class__.__name__}); run `quant run` again") from error
+    integers = {w.tensor: IntegerWeight(tensors[w.tensor], tensors[f"{w.tensor}:scale"]) for w in document.weights}
+    return QuantPlan(
+        document.model, document.target, document.method, document.prepared_sha256, document.operators,
+        {q.tensor: q for q in document.activations}, {q.tensor: q for q in document.weights},
+        integers, {name: tensors[f"{name}:bias_shift"] for name in document.bias_shifts}, document.notes,
+    )
+
+
+def weight_axis(op_type: str) -> int:
+    """Axis of output channels in the weight of an ONNX operator (ConvTranspose without groups)."""
+    return {"Conv": 0, "ConvTranspose": 1, "MatMul": 1}[op_type]
+
+
+def quantizable_operators(graph: Graph, macs: dict[str, int]) -> list[Operator]:
+    """All Conv, ConvTranspose and MatMul of a prepared graph, marked as quantized.
+
+    A ConvTranspose with groups stays in FP32: its output channels have no axis of their own.
+    """
+    operators = []
+    for node in graph.nodes:
+        if node.op_type not in QUANTIZABLE:
+            continue
+        constant = graph.is_constant(node.input[1])
+        grouped = node.op_type == "ConvTranspose" and attribute(node, "group", 1) != 1
+        flat = not constant or node.op_type != "MatMul" or graph.constants[node.input[1]].ndim == 2
+        fits = flat and not grouped and not graph.is_constant(node.input[0])
+        operators.append(Operator(
+            name=node.output[0], op_type=node.op_type,
+            activations=[node.input[0]] if constant else list(dict.fromkeys(node.input[:2])),
+            weight=node.input[1] if constant else None,
+            macs=macs.get(node.output[0], 0), quantized=fits,
+            reason="" if fits else "weight layout has no per-channel axis",
+        ))
+    return operators
+
+
+def apply_bias_shifts(graph: Graph, plan: QuantPlan) -> Graph:
+    """A copy of the prepared graph with the plan's bias corrections added to Conv and ConvTranspose."""
+    shifted = graph.copy()
+    quantized = plan.quantized()
+    for node in shifted.nodes:
+        shift = plan.bias_shifts.get(node.output[0]) if node.output and node.output[0] in quantized else None
+        if shift is None:
+            continue
+        bias = shifted.constants[node.input[2]] if len(node.input) > 2 else np.zeros_like(shift)
+        name = shifted.add_constant(f"{node.output[0]}_bias", (bias + shift).astype(np.float32))
+        node.input[:] = [node.input[0], node.input[1], name]
+    shifted.prune()
+    return shifted
+
+
+def quantize_weight(weight: np.ndarray, axis: int) -> IntegerWeight:
+    """Round a float weight to S8 per channel: scale = max|w| / 127."""
+    moved = np.moveaxis(weight.astype(np.float64), axis, 0).reshape(weight.shape[axis], -1)
+    scale = np.maximum(np.abs(moved).max(axis=1), 1e-12) / 127
+    return round_weight(weight, scale.astype(np.float32), axis)
+
+
+def round_weight(weight: np.ndarray, scale: np.ndarray, axis: int) -> IntegerWeight:
+    """Round a float weight to S8 with given per-channel scales."""
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    values = np.clip(np.rint(weight / scale.reshape(shape).astype(np.float64)), -127, 127)
+    return IntegerWeight(values.astype(np.int8), scale.astype(np.float32))
+
+
+def dequantize_weight(weight: IntegerWeight, axis: int) -> np.ndarray:
+    """The float32 values that an integer weight stands for."""
+    shape = [1] * weight.values.ndim
+    shape[axis] = -1
+    return (weight.values.astype(np.float32) * weight.scale.reshape(shape)).astype(np.float32)

@@ -1,0 +1,163 @@
+"""From a Paddle inference model to the folded FP32 graph, with proof that the outputs are equal."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from quant.conversion import ANCHORS, Imported, import_model, trace_anchors
+from quant.errors import InputError
+from quant.fold import fold
+from quant.graph import Graph
+from quant.runtime import Feed, onnx_session
+from quant.source import ModelFiles
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How equal the prepared model is to the original.
+
+    Attributes:
+        max_difference: largest absolute difference of any output value on the compared pictures.
+        tolerance: the largest that was allowed.
+        pictures: number of pictures compared.
+        folds: number of simplifications by pass.
+    """
+
+    max_difference: float
+    tolerance: float
+    pictures: int
+    folds: dict[str, int]
+
+
+def prepare(files: ModelFiles, feeds: list[Feed], tolerance: float, threads: int, folder: Path) -> Proof:
+    """Write `imported.onnx` (as shipped), `prepared.onnx` (folded) and `proof.json` into a folder.
+
+    Args:
+        feeds: real pictures, already pre-processed.
+        tolerance: largest absolute difference of outputs allowed between any two stages.
+
+    Raises:
+        InputError: the model cannot be imported, has other inputs than the task's, or two stages
+            differ; then the message names the first operator at which they part.
+    """
+    work = folder / "import"
+    imported = import_model(files, feeds, work)
+    shipped = _renamed(imported, feeds[0], files)
+    difference = _compare_import(shipped, imported, files, feeds, tolerance, threads, work)
+    graph = _cleaned(shipped)
+    folds = fold(graph)
+    prepared = graph.to_model()
+    onnx.checker.check_model(prepared, full_check=True)
+    difference = max(difference, _compare_fold(shipped, graph, imported, feeds, tolerance, threads))
+    onnx.save(shipped.to_model(), folder / "imported.onnx")
+    onnx.save(prepared, folder / "prepared.onnx")
+    proof = Proof(difference, tolerance, len(feeds), folds)
+    (folder / "proof.json").write_text(json.dumps(asdict(proof), sort_keys=True), encoding="utf-8")
+    return proof
+
+
+def read_proof(folder: Path) -> Proof:
+    """The proof that `prepare` wrote."""
+    return Proof(**json.loads((folder / "proof.json").read_text(encoding="utf-8")))
+
+
+def _renamed(imported: Imported, feed: Feed, files: ModelFiles) -> Graph:
+    """The imported graph with the output names of the original."""
+    graph = Graph(onnx.load(imported.onnx))
+    if sorted(graph.inputs) != sorted(feed) or len(graph.outputs) != len(imported.outputs):
+        raise InputError(
+            f"{files.model}: the model reads {graph.inputs} and writes {len(graph.outputs)} outputs, "
+            f"the task feeds {sorted(feed)}: this is another kind of model than the recipe's"
+        )
+    for old, new in zip(list(graph.outputs), imported.outputs, strict=True):
+        graph.rename_output(old, new)
+    return graph
+
+
+def _cleaned(graph: Graph) -> Graph:
+    """Constants folded by onnxsim; its fusions stay off, they break up what `fold` and runtimes match."""
+    import onnxsim
+
+    model, _ = onnxsim.simplify(graph.to_model(), perform_optimization=False)
+    return Graph(model)
+
+
+def _compare_import(
+    graph: Graph, imported: Imported, files: ModelFiles, feeds: list[Feed], tolerance: float, threads: int, work: Path
+) -> float:
+    session = onnx_session(graph.to_model(), threads)
+    worst = 0.0
+    for feed, reference in zip(feeds, imported.reference, strict=True):
+        difference = _difference(session.run(feed), reference)
+        if not difference <= tolerance:
+            place = _first_anchor_apart(graph, files, feed, tolerance, threads, work)
+            raise InputError(
+                f"{files.model}: the ONNX import differs from Paddle by {difference:.3g} (allowed {tolerance:g}), "
+                f"first at {place}"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _first_anchor_apart(
+    graph: Graph, files: ModelFiles, feed: Feed, tolerance: float, threads: int, work: Path
+) -> str:
+    if files.format != "paddle":
+        return "an operator that cannot be named (PIR models are not traced)"
+    traced = trace_anchors(files, feed, work)
+    nodes = [node for node in graph.nodes if node.op_type in ANCHORS.values()]
+    values = onnx_session(graph.to_model([n.output[0] for n in nodes]), threads).run(
+        feed, [n.output[0] for n in nodes]
+    )
+    for (kind, name, original), node, value in zip(traced, nodes, values, strict=False):
+        if ANCHORS[kind] != node.op_type or not _difference([value], [original]) <= _scaled(tolerance, original):
+            return f"operator {kind} '{name}' (ONNX {node.op_type} '{node.name or node.output[0]}')"
+    return "the last operators"
+
+
+def _compare_fold(
+    shipped: Graph, prepared: Graph, imported: Imported, feeds: list[Feed], tolerance: float, threads: int
+) -> float:
+    session = onnx_session(prepared.to_model(), threads)
+    worst = 0.0
+    for feed, reference in zip(feeds, imported.reference, strict=True):
+        difference = _difference(session.run(feed), reference)
+        if not difference <= tolerance:
+            place = first_operator_apart(shipped, prepared, feed, tolerance, threads)
+            raise InputError(f"folding changed the outputs by {difference:.3g} (allowed {tolerance:g}), first at {place}")
+        worst = max(worst, difference)
+    return worst
+
+
+def first_operator_apart(before: Graph, after: Graph, feed: Feed, tolerance: float, threads: int) -> str:
+    """Name the first operator of `after` whose output differs from the equally named tensor of `before`."""
+    written = before.producers()
+    nodes = [node for node in after.nodes if node.output and node.output[0] in written]
+    names = [node.output[0] for node in nodes]
+    expected = onnx_session(before.to_model(names), threads).run(feed, names)
+    found = onnx_session(after.to_model(names), threads).run(feed, names)
+    for node, one, other in zip(nodes, expected, found, strict=True):
+        if not _difference([one], [other]) <= _scaled(tolerance, one):
+            return f"operator {node.op_type} '{node.output[0]}'"
+    return "an operator whose output has no counterpart"
+
+
+def _scaled(tolerance: float, values: np.ndarray) -> float:
+    """Inner tensors are larger than the outputs that `tolerance` is meant for."""
+    return tolerance * max(1.0, float(np.abs(values).max(initial=0.0)))
+
+
+def _difference(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    """Largest absolute difference; infinite where shapes differ or values are not finite."""
+    worst = 0.0
+    for one, other in zip(found, expected, strict=True):
+        if one.shape != other.shape:
+            return float("inf")
+        if one.size:
+            worst = max(worst, float(np.abs(one.astype(np.float64) - other).max()))
+    return worst if np.isfinite(worst) else float("inf")

@@ -1,0 +1,605 @@
+"""Writes a prepared graph, in FP32 or by a plan, as an old-IR Paddle inference program.
+
+Tensors keep the names that they have in the graph. Quantization is written as PaddleSlim's
+`onnx_format=True` export writes it: activations pass `quantize_linear` and `dequantize_linear`,
+weights are stored as int8 and pass `dequantize_linear`. Paddle's `Scale` is the real value that
+127 stands for, so 127 times ours. Its kernels ignore `ZeroPoint`, hence S8 symmetric only.
+
+Paddle's `shape` operator gives int32, so every integer tensor of the program is int32.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import NodeProto, TensorProto
+
+from quant.errors import InputError
+from quant.graph import Graph, attribute
+from quant.plan import Operator, QuantPlan
+
+MODEL_FILE = "inference.pdmodel"
+PARAMS_FILE = "inference.pdiparams"
+
+_INT32_MAX = 2**31 - 1
+
+Array = npt.NDArray[Any]
+
+
+def import_paddle() -> Any:
+    """Paddle in static mode with old-IR programs and without its notices.
+
+    The flag acts only before the first import of Paddle in a process.
+    """
+    os.environ.setdefault("FLAGS_enable_pir_api", "0")
+    if "paddle" not in sys.modules:
+        os.environ.setdefault("GLOG_minloglevel", "2")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="No ccache found")
+        import paddle
+
+    paddle.enable_static()
+    return paddle
+
+
+def write_program(graph: Graph, folder: Path, plan: QuantPlan | None = None) -> None:
+    """Write `inference.pdmodel` and `inference.pdiparams`.
+
+    Args:
+        graph: prepared graph; its input and output names become the feed and fetch names.
+        folder: made if it is missing.
+        plan: which operators run in INT8; without it all stay in FP32.
+
+    Raises:
+        InputError: an operator that has no counterpart here; names the operator and its tensor.
+        ValueError: the plan holds an activation that is not S8 symmetric.
+    """
+    _check_plan(plan)
+    paddle = import_paddle()
+    scope = paddle.static.Scope()
+    # Without a guard of its own, parameters of one model would meet those of another.
+    with paddle.static.scope_guard(scope), paddle.utils.unique_name.guard():
+        builder = ProgramBuilder(paddle, graph, plan)
+        for node in graph.nodes:
+            builder.write(node)
+        program, parameters = builder.serialize()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MODEL_FILE).write_bytes(program)
+    (folder / PARAMS_FILE).write_bytes(parameters)
+
+
+def _check_plan(plan: QuantPlan | None) -> None:
+    for quantizer in plan.used_activations().values() if plan else ():
+        if quantizer.dtype != "int8" or quantizer.zero_point != 0:
+            raise ValueError(
+                f"{quantizer.tensor}: {quantizer.dtype} with zero point {quantizer.zero_point}; "
+                "Paddle Inference knows only int8 with zero point 0"
+            )
+
+
+class ProgramBuilder:
+    """A Paddle program under construction, one operator of the graph after the other."""
+
+    def __init__(self, paddle: Any, graph: Graph, plan: QuantPlan | None) -> None:
+        self._paddle = paddle
+        self._graph = graph
+        self._plan = plan
+        self._quantized: dict[str, Operator] = plan.quantized() if plan else {}
+        self._program = paddle.static.Program()
+        self._block = self._program.global_block()
+        self._values: dict[str, list[Entry]] = {}
+        for info in graph.to_model().graph.input:
+            if info.name in graph.inputs:
+                self._declare_input(info.name, info.type.tensor_type)
+
+    def write(self, node: NodeProto) -> None:
+        """Append the operators that compute a node."""
+        writer = _WRITERS.get(node.op_type)
+        if writer is None:
+            raise unsupported(node, "the Paddle program has no counterpart for it")
+        writer(self, node)
+
+    def serialize(self) -> tuple[bytes, bytes]:
+        """The finished program and its parameters (in the sorted order of their names)."""
+        static = self._paddle.static
+        feeds = [self._block.var(name) for name in self._graph.inputs]
+        fetches = [self._block.var(name) for name in self._graph.outputs]
+        executor = static.Executor(self._paddle.CPUPlace())
+        program = static.normalize_program(self._program, feeds, fetches)
+        for operator in program.global_block().ops:
+            if operator.has_attr("op_callstack"):
+                operator.desc.remove_attr("op_callstack")  # holds paths of this machine
+        model = static.serialize_program(feeds, fetches, program=program)
+        return model, static.serialize_persistables(feeds, fetches, executor, program=program)
+
+    def emit(
+        self, kind: str, inputs: dict[str, str | list[str]], outputs: dict[str, str], **attributes: Any
+    ) -> None:
+        """Append one Paddle operator; its outputs are declared here, their shapes by Paddle."""
+        for name in outputs.values():
+            if not self._block.has_var(name):
+                self._block.create_var(name=name, dtype="float32", persistable=False)
+        self._block.append_op(
+            type=kind,
+            inputs={slot: names if isinstance(names, list) else [names] for slot, names in inputs.items()},
+            outputs={slot: [name] for slot, name in outputs.items()},
+            attrs=attributes,
+        )
+
+    def operand(self, node: NodeProto, index: int) -> str:
+        """The variable of a node's input, behind quantization where the plan has the operator in INT8."""
+        name = node.input[index]
+        operator = self._quantized.get(node.output[0])
+        if operator is not None and name == operator.weight:
+            return self._integer_weight(name)
+        if operator is not None and name in operator.activations:
+            return self._rounded(name)
+        return self.variable(name)
+
+    def variable(self, name: str) -> str:
+        """The variable of a tensor; a constant becomes a parameter when it is first asked for."""
+        value = self.constant(name)
+        if value is None or self._block.has_var(name):
+            return name
+        if value.dtype.kind == "f":
+            return self._parameter(name, value.astype(np.float32))
+        self.emit("assign_value", {}, {"Out": name}, shape=list(value.shape), dtype=self.element_type(integer=True),
+                  int32_values=[int(v) for v in value.ravel()])
+        return name
+
+    def constant(self, name: str) -> Array | None:
+        """The value of a constant; None for a tensor that is computed."""
+        return self._graph.constants.get(name)
+
+    def integers(self, node: NodeProto, index: int, what: str) -> list[int] | None:
+        """A list of integers given as input; None where the input is left out."""
+        if len(node.input) <= index or not node.input[index]:
+            return None
+        value = self.constant(node.input[index])
+        if value is None:
+            raise unsupported(node, f"its {what} must be constant")
+        return [int(np.clip(v, -_INT32_MAX, _INT32_MAX)) for v in value.ravel()]
+
+    def shape(self, name: str) -> list[int]:
+        """The shape as far as it is known, -1 where it is not."""
+        value = self.constant(name)
+        return list(self._block.var(name).shape) if value is None else list(value.shape)
+
+    def is_integer(self, name: str) -> bool:
+        value = self.constant(name)
+        if value is not None:
+            return value.dtype.kind in "iu"
+        return bool(self._block.var(name).dtype == self._paddle.int32)
+
+    def entries(self, name: str) -> list[Entry] | None:
+        """What is known of the elements of a small integer tensor; None where it is not one."""
+        value = self.constant(name)
+        if value is not None and value.dtype.kind in "iu" and value.ndim <= 1:
+            return [int(v) for v in value.ravel()]
+        return self._values.get(name)
+
+    def know(self, name: str, entries: list[Entry] | None) -> None:
+        """Remember the elements of a small integer tensor."""
+        if entries is not None:
+            self._values[name] = entries
+
+    def element_type(self, integer: bool) -> int:
+        """Paddle's number for int32 or float32."""
+        kinds = self._paddle.base.core.VarDesc.VarType
+        return int((kinds.INT32 if integer else kinds.FP32).value)
+
+    def _declare_input(self, name: str, kind: Any) -> None:
+        if kind.elem_type not in (TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64):
+            raise InputError(f"input {name}: element type {TensorProto.DataType.Name(kind.elem_type)} is not supported")
+        shape = [dim.dim_value or -1 for dim in kind.shape.dim]
+        variable = self._block.create_var(
+            name=name, shape=shape, dtype="float32" if kind.elem_type == TensorProto.FLOAT else "int32", is_data=True
+        )
+        variable.desc.set_need_check_feed(True)
+
+    def _parameter(self, name: str, value: Array) -> str:
+        if not self._block.has_var(name):
+            self._block.create_var(name=name, shape=value.shape, dtype=str(value.dtype), persistable=True)
+            tensor = self._paddle.static.global_scope().var(name).get_tensor()
+            tensor.set(np.ascontiguousarray(value), self._paddle.CPUPlace())
+        return name
+
+    def _rounded(self, name: str) -> str:
+        """The tensor after quantization and dequantization, once for all its readers."""
+        assert self._plan is not None
+        result = f"{name}.quantized.dequantized"
+        if not self._block.has_var(result):
+            scale = np.array([self._plan.activations[name].scale], dtype=np.float32)
+            self._linear("quantize_linear", self.variable(name), f"{name}.quantized", name, scale, axis=-1)
+            self._linear("dequantize_linear", f"{name}.quantized", result, name, scale, axis=-1)
+        return result
+
+    def _integer_weight(self, name: str) -> str:
+        assert self._plan is not None
+        result = f"{name}.quantized.dequantized"
+        if not self._block.has_var(result):
+            weight = self._plan.integers[name]
+            self._parameter(name, weight.values)
+            self._linear("dequantize_linear", name, result, name, weight.scale, axis=self._plan.weights[name].axis)
+        return result
+
+    def _linear(self, kind: str, source: str, result: str, stem: str, scale: Array, *, axis: int) -> None:
+        """`quantize_linear` (rounds half to even, clips to -128..127) or its inverse.
+
+        Args:
+            scale: float32 [1], or [channels] along `axis`: real units per integer step.
+        """
+        inputs: dict[str, str | list[str]] = {
+            "X": source,
+            "Scale": self._parameter(f"{stem}@scale", (scale * np.float32(127)).astype(np.float32)),
+            "ZeroPoint": self._parameter(f"{stem}@zero_point", np.zeros(scale.shape, dtype=np.int32)),
+        }
+        self.emit(kind, inputs, {"Y": result}, quant_axis=axis, bit_length=8, round_type=0)
+
+
+# An element of a shape: a number, or the axis of a tensor (its name and the axis).
+Entry = int | tuple[str, int] | None
+OpWriter = Callable[[ProgramBuilder, NodeProto], None]
+
+
+def unsupported(node: NodeProto, why: str) -> InputError:
+    return InputError(f"operator {node.op_type} that writes tensor '{node.output[0]}': {why}")
+
+
+def _write_conv(builder: ProgramBuilder, node: NodeProto) -> None:
+    weight = builder.shape(node.input[1])
+    channels, group = builder.shape(node.input[0])[1], attribute(node, "group", 1)
+    depthwise = group > 1 and group == channels == weight[0]
+    inputs: dict[str, str | list[str]] = {"Input": builder.operand(node, 0), "Filter": builder.operand(node, 1)}
+    result = _before_bias(node)
+    builder.emit("depthwise_conv2d" if depthwise else "conv2d", inputs, {"Output": result}, **_window(builder, node),
+                 groups=group)
+    _write_bias(builder, node, result)
+
+
+def _write_conv_transpose(builder: ProgramBuilder, node: NodeProto) -> None:
+    if attribute(node, "output_shape") is not None:
+        raise unsupported(node, "a fixed output_shape is not supported")
+    inputs: dict[str, str | list[str]] = {"Input": builder.operand(node, 0), "Filter": builder.operand(node, 1)}
+    result = _before_bias(node)
+    builder.emit("conv2d_transpose", inputs, {"Output": result}, **_window(builder, node),
+                 groups=attribute(node, "group", 1), output_size=[],
+                 output_padding=list(attribute(node, "output_padding", [])))
+    _write_bias(builder, node, result)
+
+
+def _before_bias(node: NodeProto) -> str:
+    return f"{node.output[0]}.without_bias" if len(node.input) > 2 else node.output[0]
+
+
+def _write_bias(builder: ProgramBuilder, node: NodeProto, result: str) -> None:
+    if len(node.input) > 2:
+        builder.emit("elementwise_add", {"X": result, "Y": builder.variable(node.input[2])},
+                     {"Out": node.output[0]}, axis=1)
+
+
+def _window(builder: ProgramBuilder, node: NodeProto) -> dict[str, Any]:
+    """Strides, paddings and dilations of a two-dimensional convolution."""
+    if len(builder.shape(node.input[1])) != 4:
+        raise unsupported(node, "only two-dimensional convolutions are supported")
+    return {
+        "strides": list(attribute(node, "strides", [1, 1])),
+        "dilations": list(attribute(node, "dilations", [1, 1])),
+        "paddings": _paddings(node),
+        "padding_algorithm": "EXPLICIT",
+        "data_format": "NCHW",
+    }
+
+
+def _paddings(node: NodeProto) -> list[int]:
+    """ONNX [top, left, bottom, right] as Paddle's [height, width] or [top, bottom, left, right]."""
+    auto = attribute(node, "auto_pad", "NOTSET")
+    if auto not in ("NOTSET", "VALID"):
+        raise unsupported(node, f"auto_pad {auto} is not supported")
+    top, left, bottom, right = attribute(node, "pads", [0, 0, 0, 0])
+    return [top, left] if (top, left) == (bottom, right) else [top, bottom, left, right]
+
+
+def _write_matmul(builder: ProgramBuilder, node: NodeProto) -> None:
+    builder.emit("matmul_v2", {"X": builder.operand(node, 0), "Y": builder.operand(node, 1)},
+                 {"Out": node.output[0]}, trans_x=False, trans_y=False)
+
+
+def _elementwise(kind: str) -> OpWriter:
+    def write(builder: ProgramBuilder, node: NodeProto) -> None:
+        if len(node.input) != 2:
+            raise unsupported(node, "exactly two inputs are supported")
+        first, second = node.input
+        if kind in ("elementwise_add", "elementwise_mul") and builder.constant(first) is not None:
+            first, second = second, first  # Paddle expects the larger tensor first
+        if not _write_scale(builder, node, kind, first, second):
+            builder.emit(kind, {"X": builder.variable(first), "Y": builder.variable(second)},
+                         {"Out": node.output[0]}, axis=-1)
+
+    return write
+
+
+def _write_scale(builder: ProgramBuilder, node: NodeProto, kind: str, data: str, other: str) -> bool:
+    """A float tensor times or plus a single number as the `scale` operator; False where it is not that."""
+    value = builder.constant(other)
+    if value is None or value.size != 1 or value.dtype != np.float32 or value.ndim > len(builder.shape(data)):
+        return False
+    number = float(value.ravel()[0])
+    attributes = {"elementwise_add": (1.0, number), "elementwise_sub": (1.0, -number), "elementwise_mul": (number, 0.0)}
+    if kind not in attributes or builder.constant(data) is not None:
+        return False
+    scale, bias = attributes[kind]
+    builder.emit("scale", {"X": data}, {"Out": node.output[0]}, scale=scale, bias=bias, bias_after_scale=True)
+    return True
+
+
+def _unary(kind: str, **attributes: Any) -> OpWriter:
+    def write(builder: ProgramBuilder, node: NodeProto) -> None:
+        builder.emit(kind, {"X": builder.variable(node.input[0])}, {"Out": node.output[0]}, **attributes)
+
+    return write
+
+
+def _write_hard_sigmoid(builder: ProgramBuilder, node: NodeProto) -> None:
+    _unary("hard_sigmoid", slope=attribute(node, "alpha", 0.2), offset=attribute(node, "beta", 0.5))(builder, node)
+
+
+def _write_leaky_relu(builder: ProgramBuilder, node: NodeProto) -> None:
+    _unary("leaky_relu", alpha=attribute(node, "alpha", 0.01))(builder, node)
+
+
+def _write_clip(builder: ProgramBuilder, node: NodeProto) -> None:
+    limits = []
+    for index, default in ((1, np.finfo(np.float32).min), (2, np.finfo(np.float32).max)):
+        given = len(node.input) > index and node.input[index]
+        value = builder.constant(node.input[index]) if given else np.array(default)
+        if value is None:
+            raise unsupported(node, "its limits must be constant")
+        limits.append(float(value.ravel()[0]))
+    _unary("clip", min=limits[0], max=limits[1])(builder, node)
+
+
+def _write_softmax(builder: ProgramBuilder, node: NodeProto) -> None:
+    _unary("softmax", axis=attribute(node, "axis", -1))(builder, node)
+
+
+def _write_layer_norm(builder: ProgramBuilder, node: NodeProto) -> None:
+    rank = len(builder.shape(node.input[0]))
+    inputs: dict[str, str | list[str]] = {"X": builder.variable(node.input[0])}
+    for slot, name in zip(("Scale", "Bias"), node.input[1:], strict=False):
+        inputs[slot] = _flat_parameter(builder, node, name)
+    outputs = {"Y": node.output[0], "Mean": f"{node.output[0]}.mean", "Variance": f"{node.output[0]}.variance"}
+    builder.emit("layer_norm", inputs, outputs, epsilon=attribute(node, "epsilon", 1e-5),
+                 begin_norm_axis=attribute(node, "axis", -1) % rank)
+
+
+def _flat_parameter(builder: ProgramBuilder, node: NodeProto, name: str) -> str:
+    value = builder.constant(name)
+    if value is None or value.ndim != 1:
+        raise unsupported(node, "its scale and bias must be constant vectors")
+    return builder.variable(name)
+
+
+def _write_global_pool(builder: ProgramBuilder, node: NodeProto) -> None:
+    _unary("pool2d", pooling_type="avg", ksize=[1, 1], adaptive=True, data_format="NCHW")(builder, node)
+
+
+def _pool(kind: str) -> OpWriter:
+    def write(builder: ProgramBuilder, node: NodeProto) -> None:
+        size = list(attribute(node, "kernel_shape"))
+        dilated = any(d != 1 for d in attribute(node, "dilations", [1, 1]))
+        if len(size) != 2 or dilated or len(node.output) > 1:
+            raise unsupported(node, "only plain two-dimensional pooling is supported")
+        _unary("pool2d", pooling_type=kind, ksize=size, strides=list(attribute(node, "strides", [1, 1])),
+               paddings=_paddings(node), padding_algorithm="EXPLICIT", data_format="NCHW",
+               ceil_mode=bool(attribute(node, "ceil_mode", 0)),
+               exclusive=not attribute(node, "count_include_pad", 0))(builder, node)
+
+    return write
+
+
+def _write_resize(builder: ProgramBuilder, node: NodeProto) -> None:
+    mode = attribute(node, "mode", "nearest")
+    place = attribute(node, "coordinate_transformation_mode", "half_pixel")
+    variants: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
+        ("nearest", "asymmetric"): ("nearest_interp_v2", {"align_corners": False, "align_mode": 1}),
+        ("linear", "half_pixel"): ("bilinear_interp_v2", {"align_corners": False, "align_mode": 0}),
+        ("linear", "asymmetric"): ("bilinear_interp_v2", {"align_corners": False, "align_mode": 1}),
+        ("linear", "align_corners"): ("bilinear_interp_v2", {"align_corners": True, "align_mode": 0}),
+    }
+    rounding = attribute(node, "nearest_mode", "round_prefer_floor")
+    if (mode, place) not in variants or (mode == "nearest" and rounding != "floor"):
+        raise unsupported(node, f"mode {mode}, {place}, {rounding} is not supported")
+    if len(builder.shape(node.input[0])) != 4:
+        raise unsupported(node, "only tensors of rank 4 can be resized")
+    kind, attributes = variants[mode, place]
+    interpolation = "bilinear" if mode == "linear" else mode
+    _unary(kind, **attributes, **_resize_target(builder, node), interp_method=interpolation, data_layout="NCHW",
+           out_d=-1)(builder, node)
+
+
+def _resize_target(builder: ProgramBuilder, node: NodeProto) -> dict[str, Any]:
+    """Constant scales, or constant sizes, of height and width."""
+    if len(node.input) > 3 and node.input[3]:
+        sizes = builder.integers(node, 3, "sizes") or []
+        return {"scale": [], "out_h": sizes[2], "out_w": sizes[3]}
+    scales = builder.constant(node.input[2])
+    if scales is None or scales.size != 4 or any(scales[:2] != 1):
+        raise unsupported(node, "its scales must be constant and resize height and width only")
+    return {"scale": [float(s) for s in scales[2:]], "out_h": -1, "out_w": -1}
+
+
+def _write_concat(builder: ProgramBuilder, node: NodeProto) -> None:
+    builder.emit("concat", {"X": [builder.variable(name) for name in node.input]}, {"Out": node.output[0]},
+                 axis=attribute(node, "axis"))
+    parts = [builder.entries(name) for name in node.input]
+    if all(part is not None for part in parts):
+        builder.know(node.output[0], [entry for part in parts for entry in part or []])
+
+
+def _write_transpose(builder: ProgramBuilder, node: NodeProto) -> None:
+    rank = len(builder.shape(node.input[0]))
+    builder.emit("transpose2", {"X": builder.variable(node.input[0])}, _with_shape(node),
+                 axis=list(attribute(node, "perm", list(range(rank))[::-1])))
+
+
+def _with_shape(node: NodeProto) -> dict[str, str]:
+    """Outputs of Paddle's `...2` operators, which also hand back the shape of their input."""
+    return {"Out": node.output[0], "XShape": f"{node.output[0]}.x_shape"}
+
+
+def _write_reshape(builder: ProgramBuilder, node: NodeProto) -> None:
+    if attribute(node, "allowzero", 0):
+        raise unsupported(node, "allowzero is not supported")
+    data, target = node.input[0], node.input[1]
+    entries = builder.entries(target)
+    if entries is None:
+        rank = builder.shape(target)[0]
+        entries = [None] * rank if rank > 0 else []
+    if not entries:
+        raise unsupported(node, "the length of its shape is unknown")
+    shape = [_target_size(data, axis, entry) for axis, entry in enumerate(entries)]
+    unknown = shape.count(None)
+    inputs: dict[str, str | list[str]] = {"X": builder.variable(data)}
+    if unknown > 1 or (unknown and -1 in shape):
+        # The sizes come at run time; the attribute still tells Paddle which of them are fixed.
+        inputs["Shape"] = builder.variable(target)
+    builder.emit("reshape2", inputs, _with_shape(node), shape=[-1 if size is None else size for size in shape])
+
+
+def _target_size(data: str, axis: int, entry: Entry) -> int | None:
+    """An element of a reshape's target: a number, 0 for `as it was`, None for not known."""
+    if entry == (data, axis):
+        return 0
+    return entry if isinstance(entry, int) else None
+
+
+def _write_shape(builder: ProgramBuilder, node: NodeProto) -> None:
+    data, result = node.input[0], node.output[0]
+    if attribute(node, "start", 0) or attribute(node, "end") is not None:
+        raise unsupported(node, "start and end are not supported")
+    builder.emit("shape", {"Input": builder.variable(data)}, {"Out": result})
+    builder.know(result, [(data, axis) if size < 0 else size for axis, size in enumerate(builder.shape(data))])
+
+
+def _write_slice(builder: ProgramBuilder, node: NodeProto) -> None:
+    starts = builder.integers(node, 1, "starts") or []
+    ends = builder.integers(node, 2, "ends") or []
+    axes = builder.integers(node, 3, "axes") or list(range(len(starts)))
+    steps = builder.integers(node, 4, "steps") or [1] * len(starts)
+    data, result = node.input[0], node.output[0]
+    axes = [axis % len(builder.shape(data)) for axis in axes]
+    if all(step == 1 for step in steps):
+        builder.emit("slice", {"Input": builder.variable(data)}, {"Out": result}, axes=axes, starts=starts, ends=ends,
+                     infer_flags=[1] * len(axes), decrease_axis=[])
+    elif all(step > 0 for step in steps):
+        builder.emit("strided_slice", {"Input": builder.variable(data)}, {"Out": result}, axes=axes, starts=starts,
+                     ends=ends, strides=steps, infer_flags=[1] * len(axes), decrease_axis=[])
+    else:
+        raise unsupported(node, "negative steps are not supported")
+    entries = builder.entries(data)
+    builder.know(result, entries[starts[0] : ends[0] : steps[0]] if entries is not None else None)
+
+
+def _write_gather(builder: ProgramBuilder, node: NodeProto) -> None:
+    data, result, axis = node.input[0], node.output[0], attribute(node, "axis", 0)
+    index = builder.constant(node.input[1])
+    if index is not None and index.ndim == 0:
+        axis, start = axis % len(builder.shape(data)), int(index)
+        builder.emit("slice", {"Input": builder.variable(data)}, {"Out": result}, axes=[axis], starts=[start],
+                     ends=[start + 1 if start != -1 else _INT32_MAX], infer_flags=[1], decrease_axis=[axis])
+        entries = builder.entries(data)
+        builder.know(result, [entries[start]] if entries is not None else None)
+    elif len(builder.shape(node.input[1])) == 1 and (index is None or index.min() >= 0):
+        builder.emit("gather", {"X": builder.variable(data), "Index": builder.variable(node.input[1])},
+                     {"Out": result}, axis=axis, overwrite=True)
+    else:
+        raise unsupported(node, "the indices must be one number or a list of numbers that are not negative")
+
+
+def _write_squeeze(builder: ProgramBuilder, node: NodeProto) -> None:
+    builder.emit("squeeze2", {"X": builder.variable(node.input[0])}, _with_shape(node),
+                 axes=builder.integers(node, 1, "axes") or [])
+    builder.know(node.output[0], builder.entries(node.input[0]))
+
+
+def _write_unsqueeze(builder: ProgramBuilder, node: NodeProto) -> None:
+    axes = builder.integers(node, 1, "axes") or []
+    rank = len(builder.shape(node.input[0])) + len(axes)
+    # ONNX counts axes in the result, Paddle inserts one after the other.
+    builder.emit("unsqueeze2", {"X": builder.variable(node.input[0])}, _with_shape(node),
+                 axes=sorted(axis % rank for axis in axes))
+    builder.know(node.output[0], builder.entries(node.input[0]) if rank == 1 else None)
+
+
+def _write_flatten(builder: ProgramBuilder, node: NodeProto) -> None:
+    if attribute(node, "axis", 1) != 1:
+        raise unsupported(node, "only axis 1 is supported")
+    builder.emit("reshape2", {"X": builder.variable(node.input[0])}, _with_shape(node), shape=[0, -1])
+
+
+def _write_cast(builder: ProgramBuilder, node: NodeProto) -> None:
+    data, result, kind = node.input[0], node.output[0], attribute(node, "to")
+    if kind not in (TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64):
+        raise unsupported(node, f"element type {TensorProto.DataType.Name(kind)} is not supported")
+    integer = kind != TensorProto.FLOAT
+    if integer and builder.is_integer(data):
+        _unary("assign")(builder, node)
+        builder.know(result, builder.entries(data))
+    else:
+        _unary("cast", in_dtype=builder.element_type(builder.is_integer(data)),
+               out_dtype=builder.element_type(integer))(builder, node)
+
+
+def _write_reduce_mean(builder: ProgramBuilder, node: NodeProto) -> None:
+    axes = attribute(node, "axes") or builder.integers(node, 1, "axes")
+    if not axes:
+        raise unsupported(node, "it must name its axes")
+    _unary("reduce_mean", dim=list(axes), keep_dim=bool(attribute(node, "keepdims", 1)), reduce_all=False)(builder, node)
+
+
+_WRITERS: dict[str, OpWriter] = {
+    "Abs": _unary("abs"),
+    "Add": _elementwise("elementwise_add"),
+    "AveragePool": _pool("avg"),
+    "Cast": _write_cast,
+    "Clip": _write_clip,
+    "Concat": _write_concat,
+    "Conv": _write_conv,
+    "ConvTranspose": _write_conv_transpose,
+    "Div": _elementwise("elementwise_div"),
+    "Erf": _unary("erf"),
+    "Exp": _unary("exp"),
+    "Flatten": _write_flatten,
+    "Gather": _write_gather,
+    "GlobalAveragePool": _write_global_pool,
+    "HardSigmoid": _write_hard_sigmoid,
+    "HardSwish": _unary("hard_swish", threshold=6.0, scale=6.0, offset=3.0),
+    "LayerNormalization": _write_layer_norm,
+    "LeakyRelu": _write_leaky_relu,
+    "MatMul": _write_matmul,
+    "MaxPool": _pool("max"),
+    "Mul": _elementwise("elementwise_mul"),
+    "Pow": _elementwise("elementwise_pow"),
+    "ReduceMean": _write_reduce_mean,
+    "Relu": _unary("relu"),
+    "Reshape": _write_reshape,
+    "Resize": _write_resize,
+    "Shape": _write_shape,
+    "Sigmoid": _unary("sigmoid"),
+    "Slice": _write_slice,
+    "Softmax": _write_softmax,
+    "Sqrt": _unary("sqrt"),
+    "Squeeze": _write_squeeze,
+    "Sub": _elementwise("elementwise_sub"),
+    "Tanh": _unary("tanh"),
+    "Transpose": _write_transpose,
+    "Unsqueeze": _write_unsqueeze,
+}

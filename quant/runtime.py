@@ -1,0 +1,122 @@
+"""The runtimes behind one small interface: a session takes named arrays and returns arrays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from onnx import ModelProto
+
+from quant.errors import InputError, Unavailable
+from quant.recipe import TargetName
+
+Feed = dict[str, np.ndarray]
+
+MODEL_FILES: dict[str, tuple[str, ...]] = {
+    "onnx": ("inference.onnx",),
+    "paddle": ("inference.pdmodel", "inference.pdiparams"),
+}
+
+
+class Session(Protocol):
+    """A loaded model. `run` returns the model's outputs, or the named ones, as float or integer arrays."""
+
+    def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]: ...
+
+
+def target_format(target: str) -> str:
+    """Format of a target's artifact: `onnx` or `paddle`."""
+    return "paddle" if target == "paddle" else "onnx"
+
+
+def open_session(target: TargetName, folder: Path, threads: int) -> Session:
+    """Load the artifact (or FP32 model) in `folder` on the target's own runtime.
+
+    Raises:
+        Unavailable: the runtime is not installed.
+        InputError: a model file is missing or the runtime refuses it.
+    """
+    for name in MODEL_FILES[target_format(target)]:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: {name} is missing; run `quant run` for this model again")
+    try:
+        if target == "onnxruntime":
+            return onnx_session(folder / "inference.onnx", threads)
+        if target == "openvino":
+            return _OpenVino(folder / "inference.onnx", threads)
+        return _PaddleInference(folder, threads)
+    except ImportError as error:
+        fix = "install it with `pip install 'paddle-quant[cpu]'`; `quant doctor` lists what is missing"
+        raise Unavailable(f"the runtime of target '{target}' is not installed ({error})", fix) from error
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else error.__class__.__name__
+        raise InputError(f"{folder}: {target} cannot load the model: {first}") from error
+
+
+def onnx_session(model: ModelProto | Path, threads: int) -> Session:
+    """An onnxruntime CPU session of a model file or a model in memory."""
+    return _OnnxRuntime(model, threads)
+
+
+class _OnnxRuntime:
+    def __init__(self, model: ModelProto | Path, threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        source = str(model) if isinstance(model, Path) else model.SerializeToString()
+        try:
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the exception classes of onnxruntime derive from Exception alone
+            raise RuntimeError(str(error)) from error
+
+    def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]:
+        return list(self._session.run(list(outputs) if outputs else None, feed))
+
+
+class _OpenVino:
+    def __init__(self, file: Path, threads: int) -> None:
+        import openvino
+
+        # Without the hint OpenVINO computes in bf16 where the processor can: no FP32 baseline then.
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+        }
+        core = openvino.Core()
+        self._compiled = core.compile_model(core.read_model(str(file)), "CPU", settings)
+        self._request = self._compiled.create_infer_request()
+
+    def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]:
+        self._request.infer(feed)
+        wanted = outputs if outputs else [port.any_name for port in self._compiled.outputs]
+        return [np.array(self._request.get_tensor(name).data) for name in wanted]
+
+
+class _PaddleInference:
+    def __init__(self, folder: Path, threads: int) -> None:
+        os.environ.setdefault("FLAGS_enable_pir_api", "0")
+        os.environ.setdefault("GLOG_minloglevel", "3")
+        from paddle import inference
+
+        model, params = (str(folder / name) for name in MODEL_FILES["paddle"])
+        config = inference.Config(model, params)
+        config.disable_gpu()
+        config.disable_glog_info()
+        config.set_cpu_math_library_num_threads(threads)
+        config.enable_mkldnn()
+        config.set_mkldnn_cache_capacity(10)
+        self._predictor = inference.create_predictor(config)
+
+    def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]:
+        for name, values in feed.items():
+            self._predictor.get_input_handle(name).copy_from_cpu(values)
+        self._predictor.run()
+        wanted = outputs if outputs else self._predictor.get_output_names()
+        return [self._predictor.get_output_handle(name).copy_to_cpu() for name in wanted]

