@@ -207,7 +207,7 @@ def scene(rng: Rng, height: int, width: int) -> Picture:
         stencil = np.clip(_pieces(rng, *half)[..., None] * 4, 0, 1)
         picture = picture + (patch - picture) * stencil if rng.random() < 0.4 else _plane(rng, picture, patch)
     if rng.random() < 0.05:  # at night most of the picture is black, and detectors answer to that
-        picture = picture * np.float32(rng.uniform(0.1, 0.4))
+        picture = picture * np.float32(rng.uniform(0.2, 0.45))
     if rng.random() < 0.6:
         glow = np.array(random_colour(rng, 0.4, 180, 255), np.float32)
         picture = picture + _lights(rng, *half)[..., None] * glow * rng.uniform(0.3, 1.2)

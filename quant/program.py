@@ -95,6 +95,7 @@ class ProgramBuilder:
         self._program = paddle.static.Program()
         self._block = self._program.global_block()
         self._values: dict[str, list[Entry]] = {}
+        self._origins: dict[str, str] = {}
         for info in graph.to_model().graph.input:
             if info.name in graph.inputs:
                 self._declare_input(info.name, info.type.tensor_type)
@@ -150,7 +151,7 @@ class ProgramBuilder:
             return name
         if value.dtype.kind == "f":
             return self._parameter(name, value.astype(np.float32))
-        self.emit("assign_value", {}, {"Out": name}, shape=list(value.shape), dtype=self.element_type(integer=True),
+        self.emit("assign_value", {}, {"Out": name}, shape=list(value.shape), dtype=self.element_type("INT32"),
                   int32_values=[int(v) for v in value.ravel()])
         return name
 
@@ -185,15 +186,22 @@ class ProgramBuilder:
             return [int(v) for v in value.ravel()]
         return self._values.get(name)
 
+    def origin(self, name: str) -> str:
+        """The first tensor of a chain of element-wise operators, whose shape this tensor has."""
+        return self._origins.get(name, name)
+
+    def keep_shape(self, name: str, source: str) -> None:
+        """Remember that a tensor has the shape of another one."""
+        self._origins[name] = self.origin(source)
+
     def know(self, name: str, entries: list[Entry] | None) -> None:
         """Remember the elements of a small integer tensor."""
         if entries is not None:
             self._values[name] = entries
 
-    def element_type(self, integer: bool) -> int:
-        """Paddle's number for int32 or float32."""
-        kinds = self._paddle.base.core.VarDesc.VarType
-        return int((kinds.INT32 if integer else kinds.FP32).value)
+    def element_type(self, name: str) -> int:
+        """Paddle's number for FP32, INT32 or INT8."""
+        return int(getattr(self._paddle.base.core.VarDesc.VarType, name).value)
 
     def _declare_input(self, name: str, kind: Any) -> None:
         if kind.elem_type not in (TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64):
@@ -212,36 +220,38 @@ class ProgramBuilder:
         return name
 
     def _rounded(self, name: str) -> str:
-        """The tensor after quantization and dequantization, once for all its readers."""
+        """The tensor after rounding to its integers, once for all its readers.
+
+        `quantize_linear` rounds half to even and clips to -128..127. Its `Scale` is what 127 stands for.
+        """
         assert self._plan is not None
         result = f"{name}.quantized.dequantized"
         if not self._block.has_var(result):
-            scale = np.array([self._plan.activations[name].scale], dtype=np.float32)
-            self._linear("quantize_linear", self.variable(name), f"{name}.quantized", name, scale, axis=-1)
-            self._linear("dequantize_linear", f"{name}.quantized", result, name, scale, axis=-1)
+            step = np.float32(self._plan.activations[name].scale)
+            inputs: dict[str, str | list[str]] = {
+                "X": self.variable(name),
+                "Scale": self._parameter(f"{name}@scale", np.array([step * np.float32(127)], dtype=np.float32)),
+                "ZeroPoint": self._parameter(f"{name}@zero_point", np.zeros(1, dtype=np.int32)),
+            }
+            self.emit("quantize_linear", inputs, {"Y": f"{name}.quantized"}, quant_axis=-1, bit_length=8,
+                      round_type=0, is_test=True, only_observer=False)
+            self.emit("scale", {"X": f"{name}.quantized"}, {"Out": result}, scale=float(step), bias=0.0,
+                      bias_after_scale=True)
         return result
 
     def _integer_weight(self, name: str) -> str:
+        """The float values of a weight that is stored as int8."""
         assert self._plan is not None
-        result = f"{name}.quantized.dequantized"
+        result = f"{name}.dequantized"
         if not self._block.has_var(result):
             weight = self._plan.integers[name]
-            self._parameter(name, weight.values)
-            self._linear("dequantize_linear", name, result, name, weight.scale, axis=self._plan.weights[name].axis)
+            shape = [1] * weight.values.ndim
+            shape[self._plan.weights[name].axis] = -1
+            self.emit("cast", {"X": self._parameter(name, weight.values)}, {"Out": f"{name}.cast"},
+                      in_dtype=self.element_type("INT8"), out_dtype=self.element_type("FP32"))
+            scale = self._parameter(f"{name}@scale", weight.scale.reshape(shape).astype(np.float32))
+            self.emit("elementwise_mul", {"X": f"{name}.cast", "Y": scale}, {"Out": result}, axis=-1)
         return result
-
-    def _linear(self, kind: str, source: str, result: str, stem: str, scale: Array, *, axis: int) -> None:
-        """`quantize_linear` (rounds half to even, clips to -128..127) or its inverse.
-
-        Args:
-            scale: float32 [1], or [channels] along `axis`: real units per integer step.
-        """
-        inputs: dict[str, str | list[str]] = {
-            "X": source,
-            "Scale": self._parameter(f"{stem}@scale", (scale * np.float32(127)).astype(np.float32)),
-            "ZeroPoint": self._parameter(f"{stem}@zero_point", np.zeros(scale.shape, dtype=np.int32)),
-        }
-        self.emit(kind, inputs, {"Y": result}, quant_axis=axis, bit_length=8, round_type=0)
 
 
 # An element of a shape: a number, or the axis of a tensor (its name and the axis).
@@ -337,6 +347,7 @@ def _write_scale(builder: ProgramBuilder, node: NodeProto, kind: str, data: str,
         return False
     scale, bias = attributes[kind]
     builder.emit("scale", {"X": data}, {"Out": node.output[0]}, scale=scale, bias=bias, bias_after_scale=True)
+    builder.keep_shape(node.output[0], data)
     return True
 
 
@@ -465,20 +476,13 @@ def _write_reshape(builder: ProgramBuilder, node: NodeProto) -> None:
         entries = [None] * rank if rank > 0 else []
     if not entries:
         raise unsupported(node, "the length of its shape is unknown")
-    shape = [_target_size(data, axis, entry) for axis, entry in enumerate(entries)]
-    unknown = shape.count(None)
+    origin = builder.origin(data)
+    shape = [0 if entry == (origin, axis) else entry if isinstance(entry, int) else -1
+             for axis, entry in enumerate(entries)]
     inputs: dict[str, str | list[str]] = {"X": builder.variable(data)}
-    if unknown > 1 or (unknown and -1 in shape):
-        # The sizes come at run time; the attribute still tells Paddle which of them are fixed.
-        inputs["Shape"] = builder.variable(target)
-    builder.emit("reshape2", inputs, _with_shape(node), shape=[-1 if size is None else size for size in shape])
-
-
-def _target_size(data: str, axis: int, entry: Entry) -> int | None:
-    """An element of a reshape's target: a number, 0 for `as it was`, None for not known."""
-    if entry == (data, axis):
-        return 0
-    return entry if isinstance(entry, int) else None
+    if shape.count(-1) > 1:  # sizes that are only known at run time
+        inputs["Shape"], shape = builder.variable(target), []
+    builder.emit("reshape2", inputs, _with_shape(node), shape=shape)
 
 
 def _write_shape(builder: ProgramBuilder, node: NodeProto) -> None:
@@ -486,7 +490,7 @@ def _write_shape(builder: ProgramBuilder, node: NodeProto) -> None:
     if attribute(node, "start", 0) or attribute(node, "end") is not None:
         raise unsupported(node, "start and end are not supported")
     builder.emit("shape", {"Input": builder.variable(data)}, {"Out": result})
-    builder.know(result, [(data, axis) if size < 0 else size for axis, size in enumerate(builder.shape(data))])
+    builder.know(result, [(builder.origin(data), axis) if size < 0 else size for axis, size in enumerate(builder.shape(data))])
 
 
 def _write_slice(builder: ProgramBuilder, node: NodeProto) -> None:
@@ -554,8 +558,8 @@ def _write_cast(builder: ProgramBuilder, node: NodeProto) -> None:
         _unary("assign")(builder, node)
         builder.know(result, builder.entries(data))
     else:
-        _unary("cast", in_dtype=builder.element_type(builder.is_integer(data)),
-               out_dtype=builder.element_type(integer))(builder, node)
+        before, after = ("INT32" if builder.is_integer(data) else "FP32"), ("INT32" if integer else "FP32")
+        _unary("cast", in_dtype=builder.element_type(before), out_dtype=builder.element_type(after))(builder, node)
 
 
 def _write_reduce_mean(builder: ProgramBuilder, node: NodeProto) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -199,7 +200,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
 
 
-def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read, merge, override and check the recipe of a model.
 
     Args:
@@ -218,6 +219,15 @@ def load_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     for override in overrides:
         _override(document, override)
     return _checked(path.name, document)
+
+
+def limited_to(recipe: Recipe, targets: Sequence[str]) -> Recipe:
+    """The recipe with only some of its targets, all where none is given; raises InputError for an unknown one."""
+    unknown = [name for name in targets if name not in recipe.targets]
+    if unknown:
+        raise InputError(f"{recipe.name} has no target '{unknown[0]}'; it has {', '.join(recipe.targets)}")
+    kept = {name: choice for name, choice in recipe.targets.items() if not targets or name in targets}
+    return recipe.model_copy(update={"targets": kept})
 
 
 def _merged(path: Path) -> dict[str, Any]:

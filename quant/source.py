@@ -117,6 +117,16 @@ def install_model(recipe: Recipe, progress: Progress | None = None) -> ModelFile
     raise Unavailable(reason, fix)
 
 
+def local_source(recipe: Recipe) -> str | None:
+    """Where the model lies on this machine, in words, without any download; None where it does not."""
+    for home in search_path("QUANT_MODEL_HOME"):
+        if (home / recipe.name).is_dir():
+            return str(home / recipe.name)
+    if cached_dir(recipe).is_dir():
+        return str(cached_dir(recipe))
+    return f"package {_package(recipe)}" if _shipped_dir(recipe) else None
+
+
 def cached_dir(recipe: Recipe) -> Path:
     """The folder of a model in the cache."""
     return cache_dir() / "models" / recipe.name

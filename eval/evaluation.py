@@ -1,0 +1,145 @@
+"""FP32 and INT8 side by side on the same pictures: outcomes per sample, rows per data set and pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from eval.dataset import BrokenPicture, Sample, read_image
+from eval.gate import POOLED, Evidence, JudgedRow, judge
+from eval.metric import Metric
+from eval.statistics import estimate_drop, samples_needed
+from quant.errors import InputError
+from quant.recipe import Recipe, TargetName
+from quant.runtime import Feed, Session, target_format
+
+GENERATED = "generated-"
+
+
+class Prepared(Protocol):
+    """A pre-processed picture."""
+
+    @property
+    def inputs(self) -> Feed: ...
+    @property
+    def context(self) -> Any: ...
+
+
+class Adapter(Protocol):
+    """Pre- and post-processing of a task."""
+
+    def preprocess(self, image: Any) -> Any: ...
+    def postprocess(self, outputs: list[Any], context: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Outcomes of one session pair.
+
+    Attributes:
+        ids, datasets: of each judged sample.
+        fp32, int8: counts [samples, counts] of the metric, row i of both is the same sample.
+        broken: one sentence for each picture that could not be read.
+    """
+
+    ids: list[str]
+    datasets: list[str]
+    fp32: np.ndarray
+    int8: np.ndarray
+    broken: list[str]
+
+    def save(self, file: Path) -> None:
+        texts = {"ids": self.ids, "datasets": self.datasets, "broken": self.broken}
+        arrays = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
+        np.savez(file, fp32=self.fp32, int8=self.int8, **arrays)
+
+
+def load_outcomes(file: Path) -> Outcomes:
+    """Read what `Outcomes.save` wrote."""
+    with np.load(file, allow_pickle=False) as stored:
+        texts = {name: [str(text) for text in stored[name]] for name in ("ids", "datasets", "broken")}
+        return Outcomes(texts["ids"], texts["datasets"], stored["fp32"], stored["int8"], texts["broken"])
+
+
+def readable(samples: Sequence[Sample], adapter: Adapter, broken: list[str]) -> Iterator[tuple[Sample, Prepared]]:
+    """Pre-processed pictures one at a time; those that cannot be read are named in `broken` and left out."""
+    for sample in samples:
+        try:
+            prepared: Prepared = adapter.preprocess(read_image(sample.image))
+        except BrokenPicture as error:
+            broken.append(str(error))
+            continue
+        yield sample, prepared
+
+
+def compare(
+    fp32: Session, int8: Session, samples: Sequence[Sample], adapter: Adapter, metric: Metric,
+    advance: Callable[[], None] = lambda: None,
+) -> Outcomes:
+    """Run both sessions on every sample, one picture at a time.
+
+    Raises:
+        InputError: none of the pictures can be read.
+    """
+    kept: list[Sample] = []
+    counts: tuple[list[Any], list[Any]] = ([], [])
+    broken: list[str] = []
+    for sample, prepared in readable(samples, adapter, broken):
+        for session, scores in zip((fp32, int8), counts, strict=True):
+            prediction = adapter.postprocess(session.run(prepared.inputs), prepared.context)
+            scores.append(metric.score(prediction, sample.label))
+        kept.append(sample)
+        advance()
+    if not kept:
+        raise InputError(f"none of the {len(samples)} pictures to be judged can be read; first: {broken[:1]}")
+    return Outcomes(
+        [s.id for s in kept], [s.dataset for s in kept], np.array(counts[0]), np.array(counts[1]), broken
+    )
+
+
+def judged_rows(
+    recipe: Recipe, target: TargetName, outcomes: Outcomes, metric: Metric, facts: dict[str, Any]
+) -> list[JudgedRow]:
+    """The pooled row, which gates, and a row for each data set, which informs.
+
+    Args:
+        facts: further fields of `JudgedRow`, the same for every row of the target.
+    """
+    names = sorted(set(outcomes.datasets))
+    rows = []
+    for name in [POOLED, *names]:
+        chosen = np.array([name in (POOLED, dataset) for dataset in outcomes.datasets])
+        sets = names if name == POOLED else [name]
+        rows += _row(recipe, target, name, outcomes.fp32[chosen], outcomes.int8[chosen], metric, evidence(sets), facts)
+    return rows
+
+
+def evidence(datasets: Sequence[str]) -> Evidence:
+    """Generated data alone is no evidence."""
+    return "generated" if all(name.startswith(GENERATED) for name in datasets) else "real"
+
+
+def _row(
+    recipe: Recipe, target: TargetName, dataset: str, fp32: np.ndarray, int8: np.ndarray, metric: Metric,
+    kind: Evidence, facts: dict[str, Any],
+) -> list[JudgedRow]:
+    before = metric.aggregate(fp32.sum(axis=0))
+    if before <= 0 and dataset != POOLED:
+        return []  # FP32 reads nothing of this set, so it can show no loss
+    estimate = estimate_drop(metric, fp32, int8, seed=recipe.seed)
+    gate = recipe.gate
+    return [JudgedRow(
+        model=recipe.name, task=recipe.task, target=target, format=target_format(target), dataset=dataset,
+        samples=estimate.samples, metric=metric.name, fp32=estimate.fp32, int8=estimate.int8,
+        drop=estimate.drop, relative_drop=estimate.relative_drop, drop_upper95=estimate.drop_upper95,
+        relative_drop_upper95=estimate.relative_drop_upper95, discordance=estimate.discordance,
+        gate=judge(estimate.drop, estimate.relative_drop, estimate.drop_upper95,
+                   estimate.relative_drop_upper95, gate, kind),
+        samples_needed=samples_needed(estimate, gate.max_drop, gate.max_relative_drop),
+        details={"fp32": metric.details(fp32.sum(axis=0)), "int8": metric.details(int8.sum(axis=0))},
+        **facts,
+    )]

@@ -1,0 +1,476 @@
+"""The command line: a table of plain functions. Heavy packages are imported inside the commands."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from quant import __version__
+from quant.errors import InputError, Unavailable
+
+if TYPE_CHECKING:
+    from eval.gate import JudgedRow, SkippedRow
+    from quant.archive import Progress
+    from quant.pipeline import Options
+    from quant.recipe import Recipe
+
+INPUT_ERROR, INTERNAL_ERROR, INTERRUPTED = 2, 70, 130
+# A full disk, a read-only folder and the like are the user's to mend, not ours.
+_STORAGE_ERRORS = (
+    errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.ENOENT,
+    errno.EEXIST, errno.EFBIG,
+)
+
+app = typer.Typer(
+    name="quant", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="INT8 versions of PaddleOCR / PaddleX models, with proof that at most 1 % of accuracy was lost.",
+)
+models_app = typer.Typer(no_args_is_help=True, help="FP32 models: list, fetch, verify.")
+data_app = typer.Typer(no_args_is_help=True, help="Data sets: list, fetch, verify.")
+app.add_typer(models_app, name="models")
+app.add_typer(data_app, name="data")
+
+Models = Annotated[list[str] | None, typer.Argument(help="Model names; see `quant list`.", show_default=False)]
+Everything = Annotated[bool, typer.Option("--all", help="Every model that has a recipe.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe field.")]
+DataNames = Annotated[
+    list[str] | None, typer.Option("--data", metavar="NAME|DIR", help="A registered set or a labelled folder.")
+]
+ModelDir = Annotated[Path | None, typer.Option("--model-dir", help="Folder of the FP32 inference model.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of results; `results` by default.")]
+Targets = Annotated[list[str] | None, typer.Option("--target", help="onnxruntime, openvino or paddle; repeatable.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of every runtime; all cores by default.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+
+def main() -> None:
+    """Entry point of `quant`; turns every outcome into an exit code (see DESIGN: 0, 1, 2, 70, 130)."""
+    sys.exit(_guarded(sys.argv[1:]))
+
+
+def _guarded(arguments: list[str]) -> int:
+    try:
+        result = app(args=arguments, prog_name="quant", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except InputError as error:
+        return _failed(str(error), INPUT_ERROR)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return INPUT_ERROR
+    except click.ClickException as error:
+        return _failed(error.format_message(), INPUT_ERROR)
+    except (KeyboardInterrupt, click.Abort):
+        return _failed("interrupted; the next run goes on from the last finished step", INTERRUPTED)
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            return _internal_error(error)
+        place = error.filename2 or error.filename or "the output or cache folder"
+        return _failed(f"{place}: {error.strerror}. Free space or choose a writable folder with --out and QUANT_CACHE",
+                       INPUT_ERROR)
+    except Exception as error:  # the last resort: an error of ours gets its own exit code and a log
+        return _internal_error(error)
+
+
+def _failed(message: str, code: int) -> int:
+    print(f"quant: {message}", file=sys.stderr)
+    return code
+
+
+def _internal_error(error: BaseException) -> int:
+    with tempfile.NamedTemporaryFile("w", prefix="quant-error-", suffix=".log", delete=False) as log:
+        traceback.print_exception(error, file=log)
+    return _failed(f"internal error ({error.__class__.__name__}: {error}); please report it with {log.name}", INTERNAL_ERROR)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command("list")
+def list_recipes(as_json: AsJson = False) -> None:
+    """List the recipes."""
+    from quant.recipe import load_recipe, recipe_names
+
+    recipes = [load_recipe(name) for name in recipe_names()]
+    if as_json:
+        _print_json([{"model": r.name, "task": r.task, "targets": list(r.targets), "description": r.description}
+                     for r in recipes])
+        return
+    _print_table(["Model", "Task", "Targets", "Description"],
+                 [[r.name, r.task, ", ".join(r.targets), r.description] for r in recipes])
+
+
+@app.command()
+def describe(model: str, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print a recipe as it is used: merged with its base, with --set applied.
+
+    Example: quant describe PP-OCRv4_mobile_det --set calibration.samples=64
+    """
+    import yaml
+
+    from quant.recipe import load_recipe
+
+    document = load_recipe(model, overrides or ()).model_dump(mode="json", by_alias=True)
+    if as_json:
+        _print_json(document)
+    else:
+        print(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), end="")
+
+
+@app.command()
+def validate(files: Annotated[list[str] | None, typer.Argument(help="Models or YAML files; all recipes by default.")] = None,
+             overrides: Overrides = None) -> int:
+    """Check recipes and name every problem: file, key, value, what is allowed."""
+    from quant.recipe import RecipeError, load_recipe, recipe_names
+
+    problems = 0
+    for name in files or recipe_names():
+        try:
+            load_recipe(name, overrides or ())
+            print(f"{name}: valid")
+        except RecipeError as error:
+            problems += len(error.problems)
+            print(error)
+    return INPUT_ERROR if problems else 0
+
+
+@app.command()
+def run(
+    models: Models = None, everything: Everything = False, overrides: Overrides = None, data: DataNames = None,
+    model_dir: ModelDir = None, out: Out = None, targets: Targets = None, seed: Seed = None, threads: Threads = None,
+    as_json: AsJson = False, dry_run: DryRun = False, quiet: Quiet = False,
+) -> int:
+    """Quantize, export, evaluate, gate and report.
+
+    Examples:
+
+      quant run PP-OCRv4_mobile_det
+
+      quant run PP-OCRv4_mobile_rec --target onnxruntime --data my_lines --set calibration.samples=256
+    """
+    from quant.pipeline import run_model, start
+
+    recipes = _recipes(models, everything, overrides, seed, targets)
+    with _working(out, threads, model_dir, data, quiet, as_json) as (options, stdout):
+        rows: list[JudgedRow | SkippedRow] = []
+        folders = []
+        for recipe in recipes:
+            try:
+                if dry_run:
+                    _print_dry_run(start(recipe, options), options)
+                    continue
+                finished = run_model(recipe, options)
+            except Unavailable as error:
+                if len(recipes) == 1:
+                    raise
+                rows += _skipped_rows(recipe, error)
+                continue
+            rows += finished.report.rows
+            folders.append((finished.folder, finished.reused))
+        if dry_run:
+            return 0
+        _write_results_readme(options.results)
+        return _finish(rows, as_json, stdout, folders)
+
+
+@app.command("eval")
+def evaluate(
+    models: Models = None, everything: Everything = False, overrides: Overrides = None, data: DataNames = None,
+    model_dir: ModelDir = None, out: Out = None, targets: Targets = None, seed: Seed = None, threads: Threads = None,
+    as_json: AsJson = False, dry_run: DryRun = False, quiet: Quiet = False,
+) -> int:
+    """Compare FP32 with the newest INT8 artifacts: the diff table.
+
+    Examples:
+
+      quant eval --all
+
+      quant eval PP-OCRv4_mobile_rec --data my_lines --data more_lines --json
+    """
+    from quant.pipeline import evaluate_model, start
+
+    recipes = _recipes(models, everything, overrides, seed, targets)
+    with _working(out, threads, model_dir, data, quiet, as_json) as (options, stdout):
+        rows: list[JudgedRow | SkippedRow] = []
+        for recipe in recipes:
+            if dry_run:
+                _print_dry_run(start(recipe, options), options)
+            else:
+                rows += evaluate_model(recipe, options).rows
+        return 0 if dry_run else _finish(rows, as_json, stdout, [])
+
+
+@app.command()
+def export(
+    model: str,
+    to: Annotated[Path, typer.Option("--to", help="Folder that receives one folder per target.")],
+    targets: Targets = None, out: Out = None,
+) -> None:
+    """Copy the newest artifacts to a folder, ready for PaddleX, PaddleOCR, RapidOCR and OpenVINO.
+
+    Example: quant export PP-OCRv4_mobile_det --to deploy --target onnxruntime
+    """
+    import shutil
+
+    from quant.archive import staged
+    from quant.manifest import load_manifest, newest_run
+    from quant.recipe import load_recipe
+
+    recipe = load_recipe(model)
+    results = _results_dir(out)
+    folder = newest_run(results, recipe.name)
+    if folder is None:
+        raise InputError(f"{recipe.name} is not quantized yet: no run in {results}. Run `quant run {recipe.name}` first")
+    manifest = load_manifest(folder)
+    if not manifest.intact(folder):
+        raise InputError(f"the artifacts in {folder} are damaged; run `quant run {recipe.name}` again")
+    for target in targets or list(manifest.artifacts):
+        if target not in manifest.artifacts:
+            raise InputError(f"{folder} has no artifact for target '{target}'; it has {', '.join(manifest.artifacts)}")
+        place = to / f"{recipe.name}_{target}_int8"
+        if place.exists():
+            raise InputError(f"{place} exists already; remove it or choose another folder with --to")
+        with staged(place) as temporary:
+            shutil.copytree(folder / target, temporary)
+        print(place)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> int:
+    """Versions, processor features, devices and caches; what is missing and how to get it."""
+    from quant.doctor import examine
+
+    checks = examine()
+    if as_json:
+        _print_json([vars(check) for check in checks])
+    else:
+        _print_table(["", "What", "Found", "How to mend it"],
+                     [["ok" if c.ok else "!!", c.what, c.found, c.fix] for c in checks])
+    return 0 if all(check.ok for check in checks) else INPUT_ERROR
+
+
+@models_app.command("list")
+def list_models(as_json: AsJson = False) -> None:
+    """Say where each FP32 model would come from, without downloading."""
+    from quant.recipe import load_recipe, recipe_names
+    from quant.source import local_source
+
+    rows = []
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        rows.append([name, local_source(recipe) or "not here", *[archive.url for archive in recipe.model.archives[:1]]])
+    if as_json:
+        _print_json([dict(zip(("model", "here", "archive"), row, strict=False)) for row in rows])
+    else:
+        _print_table(["Model", "Here", "Official archive"], rows)
+
+
+@models_app.command("fetch")
+def fetch_models(models: Models = None, everything: Everything = False, quiet: Quiet = False) -> None:
+    """Download official archives into the cache."""
+    from quant.source import install_model
+
+    with _progress(quiet) as progress:
+        for recipe in _recipes(models, everything, None, None, None):
+            files = install_model(recipe, progress)
+            print(f"{recipe.name}: {files.folder}")
+
+
+@models_app.command("verify")
+def verify_models(models: Models = None, everything: Everything = False, model_dir: ModelDir = None) -> None:
+    """Check that an FP32 model is complete, is what the recipe expects and that Paddle loads it."""
+    from quant.source import check_loadable, resolve_model
+
+    for recipe in _recipes(models, everything, None, None, None):
+        files = resolve_model(recipe, model_dir)
+        check_loadable(files)
+        print(f"{recipe.name}: good, from {files.source}")
+        for name, sha256 in files.sha256.items():
+            print(f"  {sha256}  {name}")
+
+
+@data_app.command("list")
+def list_data(as_json: AsJson = False) -> None:
+    """List the registered data sets with licence and address."""
+    from calib_data.registry import dataset_names, load_entry
+
+    entries = [load_entry(name) for name in dataset_names()]
+    if as_json:
+        _print_json([entry.model_dump(mode="json", by_alias=True) for entry in entries])
+    else:
+        _print_table(["Set", "Task", "Licence", "Address"],
+                     [[e.name, e.task, e.licence, e.archive.url if e.archive else e.homepage] for e in entries])
+
+
+@data_app.command("fetch")
+def fetch_data(names: Annotated[list[str], typer.Argument(help="Registered sets.")], quiet: Quiet = False) -> None:
+    """Download public sets into the cache."""
+    from calib_data.registry import install_dataset
+
+    with _progress(quiet) as progress:
+        for name in names:
+            print(f"{name}: {install_dataset(name, progress).folder}")
+
+
+@data_app.command("verify")
+def verify_data(names: Annotated[list[str], typer.Argument(help="Registered sets.")]) -> int:
+    """Read sets, decode every picture and name what is broken."""
+    from calib_data.registry import load_entry, resolve_dataset
+    from eval.dataset import BrokenPicture, read_dataset, read_image
+
+    broken = 0
+    for name in names:
+        dataset = read_dataset(resolve_dataset(name, load_entry(name).task))
+        sentences = list(dataset.broken)
+        for sample in dataset.samples:
+            try:
+                read_image(sample.image)
+            except BrokenPicture as error:
+                sentences.append(str(error))
+        print(f"{name}: {len(dataset.samples)} samples, {len(sentences)} broken, from {dataset.folder.source}")
+        for sentence in sentences:
+            print(f"  {sentence}")
+        broken += len(sentences)
+    return INPUT_ERROR if broken else 0
+
+
+def _recipes(models: list[str] | None, everything: bool, overrides: list[str] | None, seed: int | None,
+             targets: list[str] | None) -> list[Recipe]:
+    from quant.recipe import limited_to, load_recipe, recipe_names
+
+    names = recipe_names() if everything else models or []
+    if not names:
+        raise InputError("name a model (see `quant list`) or give --all")
+    extra = [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
+    return [limited_to(load_recipe(name, extra), targets or []) for name in names]
+
+
+@contextmanager
+def _working(out: Path | None, threads: int | None, model_dir: Path | None, data: list[str] | None, quiet: bool,
+             as_json: bool) -> Iterator[tuple[Options, Any]]:
+    """Options for the pipeline, and the true standard output: libraries print to stderr meanwhile."""
+    from quant.pipeline import Options
+
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("FLAGS_enable_pir_api", "0")  # before any import of paddle
+    results = _results_dir(out)
+    with _own_stdout(as_json) as stdout, _progress(quiet) as progress:
+        yield Options(results, threads or os.cpu_count() or 1, progress, model_dir, tuple(data or ())), stdout
+
+
+@contextmanager
+def _own_stdout(as_json: bool) -> Iterator[Any]:
+    """Keep descriptor 1 for JSON: native libraries that print to it are sent to stderr."""
+    if not as_json:
+        yield sys.stdout
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    with os.fdopen(kept, "w", encoding="utf-8") as stdout:
+        yield stdout
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress]:
+    from quant.archive import console_progress
+
+    if quiet:
+        yield lambda what, done, total: None
+        return
+    with console_progress() as progress:
+        yield progress
+
+
+def _results_dir(out: Path | None) -> Path:
+    """--out, else `results` of the checkout one stands in, else `results` in the working folder."""
+    if out is not None:
+        return out.absolute()
+    checkout = Path(__file__).parents[1]
+    inside = (checkout / "recipes").is_dir() and Path.cwd().is_relative_to(checkout)
+    return (checkout if inside else Path.cwd()) / "results"
+
+
+def _finish(rows: list[JudgedRow | SkippedRow], as_json: bool, stdout: Any, folders: list[tuple[Path, bool]]) -> int:
+    from eval.gate import EvalReport, exit_code
+
+    if as_json:
+        stdout.write(EvalReport(rows=rows).to_json())
+        stdout.flush()
+    else:
+        from eval.report import print_report
+
+        print_report(rows)
+        for folder, reused in folders:
+            print(f"{'unchanged, nothing to do' if reused else 'written'}: {folder}")
+    return exit_code(rows)
+
+
+def _print_dry_run(job: Any, options: Options) -> None:
+    selection = job.selection
+    folder = options.results / job.recipe.name / job.run_name
+    print(f"{job.recipe.name}: FP32 model from {job.files.source}")
+    for name, record in selection.records.items():
+        print(f"  data {name}: calibration {record.calibration}, search {record.search}, report {record.report}")
+    for name, reason in selection.unavailable.items():
+        print(f"  data {name}: not to be had, {reason}")
+    print(f"  used: calibration {len(selection.calibration)}, search {len(selection.search)}, "
+          f"report {len(selection.report)}")
+    for target, choice in job.recipe.targets.items():
+        print(f"  target {target}: {choice.method}, {choice.activations} activations")
+    print(f"  {'done already' if folder.is_dir() else 'would be written'}: {folder}")
+
+
+def _skipped_rows(recipe: Recipe, error: Unavailable) -> list[SkippedRow]:
+    from eval.gate import SkippedRow
+
+    return [SkippedRow(model=recipe.name, task=recipe.task, target=target, reason=error.reason, fix=error.fix)
+            for target in recipe.targets]
+
+
+def _write_results_readme(results: Path) -> None:
+    from eval.report import read_reports, results_readme
+    from quant.archive import staged
+
+    with staged(results / "README.md") as temporary:
+        temporary.write_text(results_readme(read_reports(results)), encoding="utf-8")
+
+
+def _print_table(headings: list[str], rows: list[list[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*headings, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    Console(highlight=False, width=console.width if console.is_terminal else 160).print(table, markup=False)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The manifest of a run: everything that made it what it is."""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from quant.errors import InputError
+from quant.stage import file_digests
+
+PACKAGES = (
+    "paddlepaddle", "paddleslim", "paddleocr", "paddlex", "paddle2onnx", "onnx", "onnxruntime", "onnxsim",
+    "openvino", "numpy", "opencv-contrib-python",
+)
+_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp")
+
+
+class DataRecord(BaseModel):
+    """Where a data set came from and how many of its samples served what."""
+
+    source: str
+    licence: str
+    calibration: int
+    search: int
+    report: int
+    broken: list[str]
+
+
+class Manifest(BaseModel):
+    """results/<model>/<run>/manifest.json."""
+
+    model_config = ConfigDict(protected_namespaces=(), populate_by_name=True)
+
+    schema_: int = Field(default=1, alias="schema")
+    model: str
+    run: str
+    created: str = Field(description="UTC, ISO 8601")
+    recipe: dict[str, Any]
+    recipe_sha256: str
+    source: str = Field(description="where the FP32 model came from")
+    model_sha256: dict[str, str]
+    data: dict[str, DataRecord]
+    unavailable: dict[str, str] = Field(description="data sets that could not be had, and why")
+    calibration_ids: list[str]
+    search_ids: list[str]
+    report_ids: list[str]
+    proof: dict[str, Any]
+    ladder: dict[str, list[dict[str, Any]]]
+    artifacts: dict[str, dict[str, str]] = Field(description="target -> file -> sha256")
+    seed: int
+    threads: int
+    code_sha256: str
+    versions: dict[str, str]
+    processor: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        text = json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, sort_keys=True, ensure_ascii=False)
+        (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+
+    def intact(self, folder: Path) -> bool:
+        """Whether every artifact in the run's folder still has the hash that was noted."""
+        for target, files in self.artifacts.items():
+            place = folder / target
+            if not place.is_dir() or file_digests(place) != files:
+                return False
+        return True
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a run.
+
+    Raises:
+        InputError: missing or not readable.
+    """
+    file = folder / "manifest.json"
+    try:
+        return Manifest.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise InputError(f"{file}: not a manifest of this program; delete the folder and run `quant run`") from error
+
+
+def newest_run(results: Path, model: str) -> Path | None:
+    """Folder of a model's newest complete run, or None."""
+    folders = [path.parent for path in (results / model).glob("*/manifest.json")]
+    return max(folders, key=lambda folder: load_manifest(folder).created, default=None)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape results."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def processor() -> dict[str, Any]:
+    """Name, cores and the vector extensions that matter for INT8."""
+    import os
+
+    import cpuinfo
+
+    info = cpuinfo.get_cpu_info()
+    flags = set(info.get("flags", []))
+    return {
+        "name": info.get("brand_raw", platform.processor()),
+        "cores": os.cpu_count(),
+        "features": [feature for feature in _FEATURES if feature in flags],
+    }
