@@ -123,7 +123,7 @@ def find_fonts() -> Fonts:
     for path in _font_files():
         files.setdefault(path.name, path)
     ordered = [files[name] for name in sorted(files)]
-    latin = [path for path in ordered if _LATIN <= glyphs(path) and _draws_letters(path)]
+    latin = [path for path in ordered if glyphs(path) >= _LATIN and _draws_letters(path)]
     wanted = frozenset("".join(CHINESE_WORDS)) | frozenset(ideographs())
     # Japanese and Korean fonts have part of the characters only; a line must not be drawn with holes.
     cjk = [path for path in latin if len(wanted & glyphs(path)) > 0.9 * len(wanted)] if ideographs() else []

@@ -164,7 +164,7 @@ def wall(rng: Rng, height: int, width: int, colour: Colour, busy: float) -> Pict
         texture = _TEXTURES[int(rng.integers(len(_TEXTURES)))](rng, height, width)
         depth = busy * rng.uniform(15, 70)
         picture += texture[..., None] * (depth + tint * rng.uniform(0, 3)).astype(np.float32)
-    return cast(Picture, np.clip(picture, 0, 255, out=picture))
+    return np.clip(picture, 0, 255, out=picture)
 
 
 def paper(rng: Rng, height: int, width: int, wear: float) -> Picture:

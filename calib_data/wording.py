@@ -257,7 +257,8 @@ def receipt_text(rng: Rng) -> str:
     if roll == 3:
         return pick(rng, RECEIPT_HEADS)
     if roll == 4:
-        return f"{_title(rng, pick(rng, SIGNS) + ' ' + pick(rng, SIGNS))} {pick(rng, ('SDN BHD', 'LTD', 'INC.', 'Trading', 'Mart'))}"
+        company = pick(rng, ("SDN BHD", "LTD", "INC.", "Trading", "Mart"))
+        return f"{_title(rng, pick(rng, SIGNS) + ' ' + pick(rng, SIGNS))} {company}"
     if roll == 5:
         return _address(rng)
     if roll == 6:
@@ -303,8 +304,8 @@ def chinese_street(rng: Rng) -> str:
 def chinese_receipt(rng: Rng) -> str:
     """One line, or one cell, of a Chinese receipt."""
     label = pick(rng, CHINESE_FIELDS)
-    return pick(rng, (f"{label}：{price(rng)}", f"{label}:{_code(rng)}", f"{label}:{_date(rng)}", pick(rng, CHINESE_GOODS),
-                      f"{pick(rng, CHINESE_GOODS)} {int(rng.integers(1, 9))} {price(rng)}", label))  # fmt: skip
+    fields = (f"{label}：{price(rng)}", f"{label}:{_code(rng)}", f"{label}:{_date(rng)}", pick(rng, CHINESE_GOODS))
+    return pick(rng, (*fields, f"{pick(rng, CHINESE_GOODS)} {int(rng.integers(1, 9))} {price(rng)}", label))
 
 
 def chinese_document(rng: Rng, width: int = 0) -> str:

@@ -77,7 +77,11 @@ def readable(samples: Sequence[Sample], adapter: Adapter, broken: list[str]) -> 
 
 
 def compare(
-    fp32: Session, int8: Session, samples: Sequence[Sample], adapter: Adapter, metric: Metric,
+    fp32: Session,
+    int8: Session,
+    samples: Sequence[Sample],
+    adapter: Adapter,
+    metric: Metric,
     advance: Callable[[], None] = lambda: None,
 ) -> Outcomes:
     """Run both sessions on every sample, one picture at a time.
@@ -96,9 +100,7 @@ def compare(
         advance()
     if not kept:
         raise InputError(f"none of the {len(samples)} pictures to be judged can be read; first: {broken[:1]}")
-    return Outcomes(
-        [s.id for s in kept], [s.dataset for s in kept], np.array(counts[0]), np.array(counts[1]), broken
-    )
+    return Outcomes([s.id for s in kept], [s.dataset for s in kept], np.array(counts[0]), np.array(counts[1]), broken)
 
 
 def judged_rows(
@@ -124,22 +126,41 @@ def evidence(datasets: Sequence[str]) -> Evidence:
 
 
 def _row(
-    recipe: Recipe, target: TargetName, dataset: str, fp32: np.ndarray, int8: np.ndarray, metric: Metric,
-    kind: Evidence, facts: dict[str, Any],
+    recipe: Recipe,
+    target: TargetName,
+    dataset: str,
+    fp32: np.ndarray,
+    int8: np.ndarray,
+    metric: Metric,
+    kind: Evidence,
+    facts: dict[str, Any],
 ) -> list[JudgedRow]:
     before = metric.aggregate(fp32.sum(axis=0))
     if before <= 0 and dataset != POOLED:
         return []  # FP32 reads nothing of this set, so it can show no loss
     estimate = estimate_drop(metric, fp32, int8, seed=recipe.seed)
     gate = recipe.gate
-    return [JudgedRow(
-        model=recipe.name, task=recipe.task, target=target, format=target_format(target), dataset=dataset,
-        samples=estimate.samples, metric=metric.name, fp32=estimate.fp32, int8=estimate.int8,
-        drop=estimate.drop, relative_drop=estimate.relative_drop, drop_upper95=estimate.drop_upper95,
-        relative_drop_upper95=estimate.relative_drop_upper95, discordance=estimate.discordance,
-        gate=judge(estimate.drop, estimate.relative_drop, estimate.drop_upper95,
-                   estimate.relative_drop_upper95, gate, kind),
-        samples_needed=samples_needed(estimate, gate.max_drop, gate.max_relative_drop),
-        details={"fp32": metric.details(fp32.sum(axis=0)), "int8": metric.details(int8.sum(axis=0))},
-        **facts,
-    )]
+    return [
+        JudgedRow(
+            model=recipe.name,
+            task=recipe.task,
+            target=target,
+            format=target_format(target),
+            dataset=dataset,
+            samples=estimate.samples,
+            metric=metric.name,
+            fp32=estimate.fp32,
+            int8=estimate.int8,
+            drop=estimate.drop,
+            relative_drop=estimate.relative_drop,
+            drop_upper95=estimate.drop_upper95,
+            relative_drop_upper95=estimate.relative_drop_upper95,
+            discordance=estimate.discordance,
+            gate=judge(
+                estimate.drop, estimate.relative_drop, estimate.drop_upper95, estimate.relative_drop_upper95, gate, kind
+            ),
+            samples_needed=samples_needed(estimate, gate.max_drop, gate.max_relative_drop),
+            details={"fp32": metric.details(fp32.sum(axis=0)), "int8": metric.details(int8.sum(axis=0))},
+            **facts,
+        )
+    ]

@@ -409,7 +409,7 @@ def _inside(archive: Path, entry: str, name: str) -> Path:
     """A name of an archive as a path below the folder it is unpacked to."""
     parts = PurePosixPath(name).parts
     if not parts and entry == name:
-        return Path(".")
+        return Path()
     if not parts or parts[0] == "/" or "\\" in name or "\0" in name or ":" in parts[0]:
         raise _refusal(archive, entry, f"'{name}' is not a relative path")
     if ".." in parts:

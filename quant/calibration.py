@@ -39,7 +39,8 @@ def collect_statistics(graph: Graph, tensors: Sequence[str], feeds: Iterable[Fee
             try:
                 statistics[name].update(values)
             except ValueError as error:
-                raise InputError(f"calibration picture {count}: tensor '{name}': {error}; the model is damaged") from error
+                place = f"calibration picture {count}, tensor '{name}'"
+                raise InputError(f"{place}: {error}; the model is damaged") from error
     if not count:
         raise InputError("calibration: no readable picture; give another set with --data")
     return statistics

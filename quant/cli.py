@@ -29,12 +29,23 @@ if TYPE_CHECKING:
 INPUT_ERROR, INTERNAL_ERROR, INTERRUPTED = 2, 70, 130
 # A full disk, a read-only folder and the like are the user's to mend, not ours.
 _STORAGE_ERRORS = (
-    errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.ENOENT,
-    errno.EEXIST, errno.EFBIG,
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.EFBIG,
 )
 
 app = typer.Typer(
-    name="quant", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="quant",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="INT8 versions of PaddleOCR / PaddleX models, with proof that at most 1 % of accuracy was lost.",
 )
 models_app = typer.Typer(no_args_is_help=True, help="FP32 models: list, fetch, verify.")
@@ -52,7 +63,7 @@ ModelDir = Annotated[Path | None, typer.Option("--model-dir", help="Folder of th
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of results; `results` by default.")]
 Targets = Annotated[list[str] | None, typer.Option("--target", help="onnxruntime, openvino or paddle; repeatable.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of every runtime; all cores by default.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of a runtime; all cores by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
@@ -80,8 +91,9 @@ def _guarded(arguments: list[str]) -> int:
         if error.errno not in _STORAGE_ERRORS:
             return _internal_error(error)
         place = error.filename2 or error.filename or "the output or cache folder"
-        return _failed(f"{place}: {error.strerror}. Free space or choose a writable folder with --out and QUANT_CACHE",
-                       INPUT_ERROR)
+        return _failed(
+            f"{place}: {error.strerror}. Free space or choose a writable folder with --out and QUANT_CACHE", INPUT_ERROR
+        )
     except Exception as error:  # the last resort: an error of ours gets its own exit code and a log
         return _internal_error(error)
 
@@ -94,7 +106,8 @@ def _failed(message: str, code: int) -> int:
 def _internal_error(error: BaseException) -> int:
     with tempfile.NamedTemporaryFile("w", prefix="quant-error-", suffix=".log", delete=False) as log:
         traceback.print_exception(error, file=log)
-    return _failed(f"internal error ({error.__class__.__name__}: {error}); please report it with {log.name}", INTERNAL_ERROR)
+    message = f"internal error ({error.__class__.__name__}: {error}); please report it with {log.name}"
+    return _failed(message, INTERNAL_ERROR)
 
 
 @app.callback(invoke_without_command=True)
@@ -113,11 +126,17 @@ def list_recipes(as_json: AsJson = False) -> None:
 
     recipes = [load_recipe(name) for name in recipe_names()]
     if as_json:
-        _print_json([{"model": r.name, "task": r.task, "targets": list(r.targets), "description": r.description}
-                     for r in recipes])
+        _print_json(
+            [
+                {"model": r.name, "task": r.task, "targets": list(r.targets), "description": r.description}
+                for r in recipes
+            ]
+        )
         return
-    _print_table(["Model", "Task", "Targets", "Description"],
-                 [[r.name, r.task, ", ".join(r.targets), r.description] for r in recipes])
+    _print_table(
+        ["Model", "Task", "Targets", "Description"],
+        [[r.name, r.task, ", ".join(r.targets), r.description] for r in recipes],
+    )
 
 
 @app.command()
@@ -138,8 +157,10 @@ def describe(model: str, overrides: Overrides = None, as_json: AsJson = False) -
 
 
 @app.command()
-def validate(files: Annotated[list[str] | None, typer.Argument(help="Models or YAML files; all recipes by default.")] = None,
-             overrides: Overrides = None) -> int:
+def validate(
+    files: Annotated[list[str] | None, typer.Argument(help="Models or YAML files; all recipes by default.")] = None,
+    overrides: Overrides = None,
+) -> int:
     """Check recipes and name every problem: file, key, value, what is allowed."""
     from quant.recipe import RecipeError, load_recipe, recipe_names
 
@@ -156,9 +177,18 @@ def validate(files: Annotated[list[str] | None, typer.Argument(help="Models or Y
 
 @app.command()
 def run(
-    models: Models = None, everything: Everything = False, overrides: Overrides = None, data: DataNames = None,
-    model_dir: ModelDir = None, out: Out = None, targets: Targets = None, seed: Seed = None, threads: Threads = None,
-    as_json: AsJson = False, dry_run: DryRun = False, quiet: Quiet = False,
+    models: Models = None,
+    everything: Everything = False,
+    overrides: Overrides = None,
+    data: DataNames = None,
+    model_dir: ModelDir = None,
+    out: Out = None,
+    targets: Targets = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
 ) -> int:
     """Quantize, export, evaluate, gate and report.
 
@@ -195,9 +225,18 @@ def run(
 
 @app.command("eval")
 def evaluate(
-    models: Models = None, everything: Everything = False, overrides: Overrides = None, data: DataNames = None,
-    model_dir: ModelDir = None, out: Out = None, targets: Targets = None, seed: Seed = None, threads: Threads = None,
-    as_json: AsJson = False, dry_run: DryRun = False, quiet: Quiet = False,
+    models: Models = None,
+    everything: Everything = False,
+    overrides: Overrides = None,
+    data: DataNames = None,
+    model_dir: ModelDir = None,
+    out: Out = None,
+    targets: Targets = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
 ) -> int:
     """Compare FP32 with the newest INT8 artifacts: the diff table.
 
@@ -224,7 +263,8 @@ def evaluate(
 def export(
     model: str,
     to: Annotated[Path, typer.Option("--to", help="Folder that receives one folder per target.")],
-    targets: Targets = None, out: Out = None,
+    targets: Targets = None,
+    out: Out = None,
 ) -> None:
     """Copy the newest artifacts to a folder, ready for PaddleX, PaddleOCR, RapidOCR and OpenVINO.
 
@@ -240,7 +280,7 @@ def export(
     results = _results_dir(out)
     folder = newest_run(results, recipe.name)
     if folder is None:
-        raise InputError(f"{recipe.name} is not quantized yet: no run in {results}. Run `quant run {recipe.name}` first")
+        raise InputError(f"{recipe.name} is not quantized yet: no run in {results}. Run `quant run {recipe.name}`")
     manifest = load_manifest(folder)
     if not manifest.intact(folder):
         raise InputError(f"the artifacts in {folder} are damaged; run `quant run {recipe.name}` again")
@@ -264,8 +304,9 @@ def doctor(as_json: AsJson = False) -> int:
     if as_json:
         _print_json([vars(check) for check in checks])
     else:
-        _print_table(["", "What", "Found", "How to mend it"],
-                     [["ok" if c.ok else "!!", c.what, c.found, c.fix] for c in checks])
+        _print_table(
+            ["", "What", "Found", "How to mend it"], [["ok" if c.ok else "!!", c.what, c.found, c.fix] for c in checks]
+        )
     return 0 if all(check.ok for check in checks) else INPUT_ERROR
 
 
@@ -318,8 +359,10 @@ def list_data(as_json: AsJson = False) -> None:
     if as_json:
         _print_json([entry.model_dump(mode="json", by_alias=True) for entry in entries])
     else:
-        _print_table(["Set", "Task", "Licence", "Address"],
-                     [[e.name, e.task, e.licence, e.archive.url if e.archive else e.homepage] for e in entries])
+        _print_table(
+            ["Set", "Task", "Licence", "Address"],
+            [[e.name, e.task, e.licence, e.archive.url if e.archive else e.homepage] for e in entries],
+        )
 
 
 @data_app.command("fetch")
@@ -354,8 +397,9 @@ def verify_data(names: Annotated[list[str], typer.Argument(help="Registered sets
     return INPUT_ERROR if broken else 0
 
 
-def _recipes(models: list[str] | None, everything: bool, overrides: list[str] | None, seed: int | None,
-             targets: list[str] | None) -> list[Recipe]:
+def _recipes(
+    models: list[str] | None, everything: bool, overrides: list[str] | None, seed: int | None, targets: list[str] | None
+) -> list[Recipe]:
     from quant.recipe import limited_to, load_recipe, recipe_names
 
     names = recipe_names() if everything else models or []
@@ -366,8 +410,9 @@ def _recipes(models: list[str] | None, everything: bool, overrides: list[str] | 
 
 
 @contextmanager
-def _working(out: Path | None, threads: int | None, model_dir: Path | None, data: list[str] | None, quiet: bool,
-             as_json: bool) -> Iterator[tuple[Options, Any]]:
+def _working(
+    out: Path | None, threads: int | None, model_dir: Path | None, data: list[str] | None, quiet: bool, as_json: bool
+) -> Iterator[tuple[Options, Any]]:
     """Options for the pipeline, and the true standard output: libraries print to stderr meanwhile."""
     from quant.pipeline import Options
 
@@ -434,8 +479,10 @@ def _print_dry_run(job: Any, options: Options) -> None:
         print(f"  data {name}: calibration {record.calibration}, search {record.search}, report {record.report}")
     for name, reason in selection.unavailable.items():
         print(f"  data {name}: not to be had, {reason}")
-    print(f"  used: calibration {len(selection.calibration)}, search {len(selection.search)}, "
-          f"report {len(selection.report)}")
+    print(
+        f"  used: calibration {len(selection.calibration)}, search {len(selection.search)}, "
+        f"report {len(selection.report)}"
+    )
     for target, choice in job.recipe.targets.items():
         print(f"  target {target}: {choice.method}, {choice.activations} activations")
     print(f"  {'done already' if folder.is_dir() else 'would be written'}: {folder}")
@@ -444,8 +491,10 @@ def _print_dry_run(job: Any, options: Options) -> None:
 def _skipped_rows(recipe: Recipe, error: Unavailable) -> list[SkippedRow]:
     from eval.gate import SkippedRow
 
-    return [SkippedRow(model=recipe.name, task=recipe.task, target=target, reason=error.reason, fix=error.fix)
-            for target in recipe.targets]
+    return [
+        SkippedRow(model=recipe.name, task=recipe.task, target=target, reason=error.reason, fix=error.fix)
+        for target in recipe.targets
+    ]
 
 
 def _write_results_readme(results: Path) -> None:

@@ -23,8 +23,14 @@ from quant.source import ModelFiles
 OPSET = 17
 # Operators that the import carries over one to one, in order: anchors to find where two graphs part.
 ANCHORS = {
-    "conv2d": "Conv", "depthwise_conv2d": "Conv", "conv2d_transpose": "ConvTranspose", "matmul_v2": "MatMul",
-    "hard_swish": "HardSwish", "softmax": "Softmax", "hard_sigmoid": "HardSigmoid", "relu": "Relu",
+    "conv2d": "Conv",
+    "depthwise_conv2d": "Conv",
+    "conv2d_transpose": "ConvTranspose",
+    "matmul_v2": "MatMul",
+    "hard_swish": "HardSwish",
+    "softmax": "Softmax",
+    "hard_sigmoid": "HardSigmoid",
+    "relu": "Relu",
 }
 
 
@@ -139,7 +145,8 @@ def _trace(model: str, params: str, feed: Feed, folder: Path) -> None:
     )
     anchors = [
         (op.type, op.output(op.output_names[0] if op.type != "conv2d" else "Output")[0])
-        for op in program.global_block().ops if op.type in ANCHORS
+        for op in program.global_block().ops
+        if op.type in ANCHORS
     ]
     arrays = executor.run(program, feed=feed, fetch_list=[name for _, name in anchors])
     (folder / "trace.json").write_text(json.dumps(anchors), encoding="utf-8")

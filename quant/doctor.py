@@ -33,8 +33,13 @@ def examine() -> list[Check]:
         _either("paddlepaddle", "paddlepaddle-gpu", "pip install 'paddle-quant[cpu]'"),
         _package("paddleslim", _NO_DEPS.format("paddleslim")),
         _package("rapidocr-paddle", _NO_DEPS.format("rapidocr-paddle")),
-        _one_opencv(), _one_onnxruntime(), _processor(), _devices(), _fonts(),
-        _folder("cache", cache_dir()), _space(cache_dir()),
+        _one_opencv(),
+        _one_onnxruntime(),
+        _processor(),
+        _devices(),
+        _fonts(),
+        _folder("cache", cache_dir()),
+        _space(cache_dir()),
     ]
     return checks + [_search_path(name) for name in ("QUANT_MODEL_HOME", "QUANT_DATA_HOME")]
 

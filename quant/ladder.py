@@ -1,7 +1,7 @@
 """The ladder: everything in INT8 first, then the operators that hurt most go back to FP32.
 
-It decides on the search split. Operators go back in the order of damage per multiply-accumulate:
-most of the damage sits in cheap early convolutions, so much accuracy costs little INT8 work.
+It decides on the search split. Operators go back in the order of damage per cost (work and
+weights): most of the damage sits in cheap early convolutions, so much accuracy costs little INT8.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from quant.plan import QuantPlan
+from quant.plan import Operator, QuantPlan
 from quant.recipe import Gate, Ladder
 
-_FREE_SHARE = 1e-4  # of all work; keeps the ratio finite for operators that cost nothing
+_FREE_SHARE = 1e-4  # keeps the ratio finite for operators that cost nothing
 
 
 @dataclass(frozen=True)
@@ -69,21 +69,30 @@ def climb(
 
 
 def revert_to(plan: QuantPlan, min_coverage: float) -> QuantPlan:
-    """Revert operators, most damage per work first, while coverage stays at or above `min_coverage`."""
+    """Revert operators, most damage per cost first, while coverage stays at or above `min_coverage`.
+
+    The cost is what INT8 saves on the operator: its shares of all multiply-accumulates and of all weights.
+    """
     total = sum(op.macs for op in plan.operators) or 1
-    ranked = sorted(plan.quantized().values(), key=lambda op: (-(op.damage or 0) / (op.macs / total + _FREE_SHARE), op.name))
+    weights = sum(op.parameters for op in plan.operators) or 1
+
+    def rank(op: Operator) -> tuple[float, str]:
+        cost = op.macs / total + op.parameters / weights + _FREE_SHARE
+        return -(op.damage or 0) / cost, op.name
+
+    ranked = sorted(plan.quantized().values(), key=rank)
     kept = set(plan.quantized())
     coverage = plan.coverage()
     for op in ranked:
         if coverage - op.macs / total >= min_coverage and min_coverage < 1:
             kept.discard(op.name)
             coverage -= op.macs / total
-    return plan.with_only(kept, "its damage per work was among the highest on the search split")
+    return plan.with_only(kept, "its damage per cost was among the highest on the search split")
 
 
 def _passes(score: SearchScore, ladder: Ladder, gate: Gate) -> bool:
-    keeps = score.drop <= gate.max_drop - ladder.margin and score.relative_drop <= gate.max_relative_drop - ladder.margin
-    return keeps and score.discordance <= ladder.max_discordance
+    absolute, relative = gate.max_drop - ladder.margin, gate.max_relative_drop - ladder.margin
+    return score.drop <= absolute and score.relative_drop <= relative and score.discordance <= ladder.max_discordance
 
 
 def _badness(score: SearchScore) -> float:

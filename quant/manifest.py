@@ -15,8 +15,17 @@ from quant.errors import InputError
 from quant.stage import file_digests
 
 PACKAGES = (
-    "paddlepaddle", "paddleslim", "paddleocr", "paddlex", "paddle2onnx", "onnx", "onnxruntime", "onnxsim",
-    "openvino", "numpy", "opencv-contrib-python",
+    "paddlepaddle",
+    "paddleslim",
+    "paddleocr",
+    "paddlex",
+    "paddle2onnx",
+    "onnx",
+    "onnxruntime",
+    "onnxsim",
+    "openvino",
+    "numpy",
+    "opencv-contrib-python",
 )
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp")
 

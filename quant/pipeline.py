@@ -81,8 +81,11 @@ class Job:
     def key(self) -> dict[str, Any]:
         """What every stage of the model depends on."""
         return {
-            "model": self.files.sha256, "inference": digest(self.files.inference_yml),
-            "threads": self.options.threads, "versions": versions(), "task": self.recipe.task,
+            "model": self.files.sha256,
+            "inference": digest(self.files.inference_yml),
+            "threads": self.options.threads,
+            "versions": versions(),
+            "task": self.recipe.task,
         }
 
     @property
@@ -92,10 +95,14 @@ class Job:
     @property
     def run_name(self) -> str:
         selection = self.selection
-        return digest({
-            **self.key, "code": code_digest(), "recipe": self.recipe.content_hash(),
-            "samples": [_ids(selection.calibration), _ids(selection.search), _ids(selection.report)],
-        })[:12]
+        return digest(
+            {
+                **self.key,
+                "code": code_digest(),
+                "recipe": self.recipe.content_hash(),
+                "samples": [_ids(selection.calibration), _ids(selection.search), _ids(selection.report)],
+            }
+        )[:12]
 
 
 @dataclass(frozen=True)
@@ -216,9 +223,15 @@ def evaluate_target(
     shipped = _prepared(job) / "shipped"
     metric = make_metric(recipe.metric)
     key = {
-        "artifact": file_digests(quantized.artifact), "fp32": job.files.sha256, "target": target,
-        "samples": _ids(samples), "labels": digest([str(s.label) for s in samples]), "metric": recipe.metric,
-        "datasets": [s.dataset for s in samples], "threads": threads, "versions": versions(),
+        "artifact": file_digests(quantized.artifact),
+        "fp32": job.files.sha256,
+        "target": target,
+        "samples": _ids(samples),
+        "labels": digest([str(s.label) for s in samples]),
+        "metric": recipe.metric,
+        "datasets": [s.dataset for s in samples],
+        "threads": threads,
+        "versions": versions(),
     }
 
     def build(folder: Path) -> None:
@@ -251,17 +264,24 @@ def _planned(job: Job, choice: TargetChoice) -> Path:
     """Stage: the plan that the ladder chose, with `ladder.json`."""
     recipe = job.recipe
     key = {
-        **job.key, "choice": choice.model_dump(), "calibration": recipe.calibration.model_dump(),
-        "ladder": recipe.ladder.model_dump(), "slim": recipe.paddleslim.model_dump(), "gate": recipe.gate.model_dump(),
+        **job.key,
+        "choice": choice.model_dump(),
+        "calibration": recipe.calibration.model_dump(),
+        "ladder": recipe.ladder.model_dump(),
+        "slim": recipe.paddleslim.model_dump(),
+        "gate": recipe.gate.model_dump(),
         "samples": [_ids(job.selection.calibration), _ids(job.selection.search)],
-        "latency": recipe.latency.model_dump(), "metric": recipe.metric, "seed": recipe.seed,
+        "latency": recipe.latency.model_dump(),
+        "metric": recipe.metric,
+        "seed": recipe.seed,
     }
 
     def build(folder: Path) -> None:
         graph = _prepared_graph(job)
         plan = _base_plan(job, graph, choice)
         if recipe.calibration.bias_correction:
-            plan.bias_shifts = correct_biases(graph, plan, _calibration_feeds(job, "correcting biases"), job.options.threads)
+            feeds = _calibration_feeds(job, "correcting biases")
+            plan.bias_shifts = correct_biases(graph, plan, feeds, job.options.threads)
         plan.operators = with_damages(plan.operators, _damages(job, graph, plan))
         chosen, rungs = _climb(job, graph, plan, choice)
         chosen.save(folder)
@@ -291,13 +311,23 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
 
         scales = load_scales(job.store.result("slim", key, build))
         return slim_plan(
-            graph, operators, scales, model=recipe.name, target="", dtype=choice.activations,
+            graph,
+            operators,
+            scales,
+            model=recipe.name,
+            target="",
+            dtype=choice.activations,
             prepared_sha256=prepared_sha256,
         )
     statistics = load_statistics(_calibrated(job, graph, operators) / "statistics.npz")
     method = make_range_method(recipe.calibration.range, recipe.calibration.percentile)
     return make_plan(
-        graph, operators, statistics, method, model=recipe.name, dtype=choice.activations,
+        graph,
+        operators,
+        statistics,
+        method,
+        model=recipe.name,
+        dtype=choice.activations,
         prepared_sha256=prepared_sha256,
     )
 
@@ -328,9 +358,12 @@ def _climb(job: Job, graph: Graph, plan: QuantPlan, choice: TargetChoice) -> tup
     def scores(model: onnx.ModelProto, what: str) -> np.ndarray:
         session = onnx_session(model, threads)
         pictures = _tracked(readable(search, adapter, []), job.options.progress, what, len(search))
-        return np.array([
-            metric.score(adapter.postprocess(session.run(p.inputs), p.context), sample.label) for sample, p in pictures
-        ])
+        return np.array(
+            [
+                metric.score(adapter.postprocess(session.run(p.inputs), p.context), sample.label)
+                for sample, p in pictures
+            ]
+        )
 
     exact = scores(graph.to_model(), f"{recipe.name}: FP32 on the search split")
 
@@ -375,7 +408,8 @@ def _prepared_graph(job: Job) -> Graph:
 def _latency(job: Job, target: TargetName, artifact: Path) -> dict[str, float]:
     """Median milliseconds of FP32 as shipped, FP32 prepared (ONNX targets) and INT8."""
     prepared, threads = _prepared(job), job.options.threads
-    sessions = {"fp32": open_session(target, prepared / "shipped", threads), "int8": open_session(target, artifact, threads)}
+    folders = {"fp32": prepared / "shipped", "int8": artifact}
+    sessions = {name: open_session(target, folder, threads) for name, folder in folders.items()}
     feed = {name: _noise(job.recipe) for name in _prepared_graph(job).inputs}
     if target == "onnxruntime":
         sessions["fp32_prepared"] = onnx_session(prepared / "prepared.onnx", threads)
@@ -395,9 +429,14 @@ def _facts(
         for place, folder in (("fp32", _prepared(job) / "shipped"), ("int8", quantized.artifact))
     }
     return {
-        "coverage": quantized.plan.coverage(), "method": quantized.plan.method,
-        "fp32_bytes": sizes["fp32"], "int8_bytes": sizes["int8"], "latency_shape": job.recipe.latency.shape,
-        "fp32_ms": latency["fp32"], "fp32_prepared_ms": latency.get("fp32_prepared"), "int8_ms": latency["int8"],
+        "coverage": quantized.plan.coverage(),
+        "method": quantized.plan.method,
+        "fp32_bytes": sizes["fp32"],
+        "int8_bytes": sizes["int8"],
+        "latency_shape": job.recipe.latency.shape,
+        "fp32_ms": latency["fp32"],
+        "fp32_prepared_ms": latency.get("fp32_prepared"),
+        "int8_ms": latency["int8"],
         "speedup": latency["fp32"] / latency["int8"],
     }
 
@@ -415,14 +454,26 @@ def _write_run(job: Job, quantized: dict[TargetName, Quantized], report: EvalRep
     (folder / "metrics.json").write_text(report.to_json(), encoding="utf-8")
     recipe, selection = job.recipe, job.selection
     Manifest(
-        model=recipe.name, run=job.run_name, created=now(), recipe=recipe.model_dump(mode="json", by_alias=True),
-        recipe_sha256=recipe.content_hash(), source=job.files.source, model_sha256=job.files.sha256,
-        data=selection.records, unavailable=selection.unavailable, calibration_ids=_ids(selection.calibration),
-        search_ids=_ids(selection.search), report_ids=_ids(selection.report),
+        model=recipe.name,
+        run=job.run_name,
+        created=now(),
+        recipe=recipe.model_dump(mode="json", by_alias=True),
+        recipe_sha256=recipe.content_hash(),
+        source=job.files.source,
+        model_sha256=job.files.sha256,
+        data=selection.records,
+        unavailable=selection.unavailable,
+        calibration_ids=_ids(selection.calibration),
+        search_ids=_ids(selection.search),
+        report_ids=_ids(selection.report),
         proof=vars(read_proof(_prepared(job))),
         ladder={str(t): [rung.document() for rung in q.rungs] for t, q in quantized.items()},
-        artifacts=artifacts, seed=recipe.seed, threads=job.options.threads, code_sha256=code_digest(),
-        versions=versions(), processor=processor(),
+        artifacts=artifacts,
+        seed=recipe.seed,
+        threads=job.options.threads,
+        code_sha256=code_digest(),
+        versions=versions(),
+        processor=processor(),
     ).save(folder)
 
 
@@ -466,4 +517,3 @@ def _ids(samples: Sequence[Sample]) -> list[str]:
 
 def _read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
-

@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from quant.errors import InputError
 from quant.graph import Graph, attribute
 
-PLAN_VERSION = 1
 QUANTIZABLE = ("Conv", "ConvTranspose", "MatMul")
 
 
@@ -49,9 +48,10 @@ class Operator(_Part):
     activations: list[str]
     weight: str | None
     macs: int = Field(ge=0, description="multiply-accumulates at the recipe's reference shape")
+    parameters: int = Field(ge=0, description="number of constant weights")
     quantized: bool
     reason: str = ""
-    damage: float | None = Field(None, description="output error when only this operator is in INT8")
+    damage: float | None = Field(default=None, description="output error when only this operator is in INT8")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class IntegerWeight:
 
 
 class _PlanDocument(_Part):
-    schema_: Literal[1] = Field(1, alias="schema")
+    schema_: Literal[1] = Field(default=1, alias="schema")
     model: str
     target: str
     method: str
@@ -123,15 +123,29 @@ class QuantPlan:
             keep = op.quantized and op.name in names
             change = {} if keep or not op.quantized else {"reason": reason}
             operators.append(op.model_copy(update={"quantized": keep, **change}))
-        return QuantPlan(self.model, self.target, self.method, self.prepared_sha256, operators,
-                         self.activations, self.weights, self.integers, self.bias_shifts, list(self.notes))
+        return QuantPlan(
+            self.model,
+            self.target,
+            self.method,
+            self.prepared_sha256,
+            operators,
+            self.activations,
+            self.weights,
+            self.integers,
+            self.bias_shifts,
+            list(self.notes),
+        )
 
     def document(self) -> dict[str, object]:
         """The JSON form."""
         used, used_weights = self.used_activations(), self.used_weights()
         document = _PlanDocument(
-            schema=PLAN_VERSION, model=self.model, target=self.target, method=self.method,
-            prepared_sha256=self.prepared_sha256, operators=self.operators,
+            schema=1,
+            model=self.model,
+            target=self.target,
+            method=self.method,
+            prepared_sha256=self.prepared_sha256,
+            operators=self.operators,
             activations=[used[name] for name in sorted(used)],
             weights=[used_weights[name] for name in sorted(used_weights)],
             bias_shifts=sorted(set(self.bias_shifts) & set(self.quantized())),
@@ -168,9 +182,16 @@ def load_plan(folder: Path) -> QuantPlan:
         raise InputError(f"{folder}: no readable plan ({error.__class__.__name__}); run `quant run` again") from error
     integers = {w.tensor: IntegerWeight(tensors[w.tensor], tensors[f"{w.tensor}:scale"]) for w in document.weights}
     return QuantPlan(
-        document.model, document.target, document.method, document.prepared_sha256, document.operators,
-        {q.tensor: q for q in document.activations}, {q.tensor: q for q in document.weights},
-        integers, {name: tensors[f"{name}:bias_shift"] for name in document.bias_shifts}, document.notes,
+        document.model,
+        document.target,
+        document.method,
+        document.prepared_sha256,
+        document.operators,
+        {q.tensor: q for q in document.activations},
+        {q.tensor: q for q in document.weights},
+        integers,
+        {name: tensors[f"{name}:bias_shift"] for name in document.bias_shifts},
+        document.notes,
     )
 
 
@@ -192,13 +213,18 @@ def quantizable_operators(graph: Graph, macs: dict[str, int]) -> list[Operator]:
         grouped = node.op_type == "ConvTranspose" and attribute(node, "group", 1) != 1
         flat = not constant or node.op_type != "MatMul" or graph.constants[node.input[1]].ndim == 2
         fits = flat and not grouped and not graph.is_constant(node.input[0])
-        operators.append(Operator(
-            name=node.output[0], op_type=node.op_type,
-            activations=[node.input[0]] if constant else list(dict.fromkeys(node.input[:2])),
-            weight=node.input[1] if constant else None,
-            macs=macs.get(node.output[0], 0), quantized=fits,
-            reason="" if fits else "weight layout has no per-channel axis",
-        ))
+        operators.append(
+            Operator(
+                name=node.output[0],
+                op_type=node.op_type,
+                activations=[node.input[0]] if constant else list(dict.fromkeys(node.input[:2])),
+                weight=node.input[1] if constant else None,
+                macs=macs.get(node.output[0], 0),
+                parameters=int(graph.constants[node.input[1]].size) if constant else 0,
+                quantized=fits,
+                reason="" if fits else "weight layout has no per-channel axis",
+            )
+        )
     return operators
 
 

@@ -104,16 +104,12 @@ def _compare_import(
     return worst
 
 
-def _first_anchor_apart(
-    graph: Graph, files: ModelFiles, feed: Feed, tolerance: float, threads: int, work: Path
-) -> str:
+def _first_anchor_apart(graph: Graph, files: ModelFiles, feed: Feed, tolerance: float, threads: int, work: Path) -> str:
     if files.format != "paddle":
         return "an operator that cannot be named (PIR models are not traced)"
     traced = trace_anchors(files, feed, work)
     nodes = [node for node in graph.nodes if node.op_type in ANCHORS.values()]
-    values = onnx_session(graph.to_model([n.output[0] for n in nodes]), threads).run(
-        feed, [n.output[0] for n in nodes]
-    )
+    values = onnx_session(graph.to_model([n.output[0] for n in nodes]), threads).run(feed, [n.output[0] for n in nodes])
     for (kind, name, original), node, value in zip(traced, nodes, values, strict=False):
         if ANCHORS[kind] != node.op_type or not _difference([value], [original]) <= _scaled(tolerance, original):
             return f"operator {kind} '{name}' (ONNX {node.op_type} '{node.name or node.output[0]}')"
@@ -129,7 +125,8 @@ def _compare_fold(
         difference = _difference(session.run(feed), reference)
         if not difference <= tolerance:
             place = first_operator_apart(shipped, prepared, feed, tolerance, threads)
-            raise InputError(f"folding changed the outputs by {difference:.3g} (allowed {tolerance:g}), first at {place}")
+            apart = f"{difference:.3g} (allowed {tolerance:g})"
+            raise InputError(f"folding changed the outputs by {apart}, first at {place}")
         worst = max(worst, difference)
     return worst
 

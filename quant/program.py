@@ -1,11 +1,13 @@
 """Writes a prepared graph, in FP32 or by a plan, as an old-IR Paddle inference program.
 
-Tensors keep the names that they have in the graph. Quantization is written as PaddleSlim's
-`onnx_format=True` export writes it: activations pass `quantize_linear` and `dequantize_linear`,
-weights are stored as int8 and pass `dequantize_linear`. Paddle's `Scale` is the real value that
-127 stands for, so 127 times ours. Its kernels ignore `ZeroPoint`, hence S8 symmetric only.
+Tensors keep the names that they have in the graph. Paddle's `shape` operator gives int32, so every
+integer tensor of the program is int32.
 
-Paddle's `shape` operator gives int32, so every integer tensor of the program is int32.
+Quantization is written with operators that mean the same in all ways in which Paddle Inference 3.2.2
+runs a program. PaddleSlim's own form does not: under the new IR, PaddleX's default, its
+`dequantize_linear` fails on int8 weights and silently acts as `quantize_linear` on activations.
+* an activation passes `quantize_linear`, which ignores its zero point (hence S8 symmetric), and `scale`;
+* a weight is stored as int8 and passes `cast` and `elementwise_mul`, which the new IR folds when it loads.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 

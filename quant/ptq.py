@@ -28,8 +28,14 @@ def activation_tensors(operators: Iterable[Operator]) -> list[str]:
 
 
 def make_plan(
-    graph: Graph, operators: list[Operator], statistics: Statistics, method: RangeMethod, *, model: str,
-    dtype: str, prepared_sha256: str,
+    graph: Graph,
+    operators: list[Operator],
+    statistics: Statistics,
+    method: RangeMethod,
+    *,
+    model: str,
+    dtype: str,
+    prepared_sha256: str,
 ) -> QuantPlan:
     """A plan in which every quantizable operator is in INT8.
 
@@ -67,7 +73,8 @@ def correct_biases(graph: Graph, plan: QuantPlan, feeds: Iterable[Feed], threads
     session = onnx_session(paired.to_model(tensors), threads)
     sums = {exact: np.zeros(1) for exact, _ in twins}
     count = 0
-    for count, feed in enumerate(feeds, start=1):
+    for feed in feeds:
+        count += 1
         arrays = dict(zip(tensors, session.run(feed, tensors), strict=True))
         for exact, rounded in twins:
             sums[exact] = sums[exact] + (arrays[exact] - arrays[rounded]).mean(axis=(0, 2, 3), dtype=np.float64)

@@ -212,7 +212,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the file or an override is wrong; lists every problem.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else recipes_dir() / f"{name}.yaml"
-    if not path.is_file() or Path(name).name != name and not name.endswith((".yaml", ".yml")):
+    if not path.is_file() or (Path(name).name != name and not name.endswith((".yaml", ".yml"))):
         known = ", ".join(recipe_names())
         raise InputError(f"no recipe for model '{name}'. Known models: {known} (see `quant list`)")
     document = _merged(path)
@@ -290,7 +290,8 @@ def _problem(file: str, detail: Any) -> RecipeProblem:
     key = ".".join(str(part) for part in detail["loc"]) or "(file)"
     message = str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
-        return RecipeProblem(file, key, _short(detail["input"]), f"unknown key; allowed here: {_siblings(detail['loc'])}")
+        allowed = f"unknown key; allowed here: {_siblings(detail['loc'])}"
+        return RecipeProblem(file, key, _short(detail["input"]), allowed)
     if detail["type"] == "missing":
         return RecipeProblem(file, key, "(missing)", "is required")
     return RecipeProblem(file, key, _short(detail["input"]), message)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from calib_data.registry import DatasetFolder, generated_dataset, resolve_dataset
-from eval.dataset import Dataset, Sample, check_disjoint, pick, read_dataset, split
+from eval.dataset import SPLITS, Dataset, Sample, Split, check_disjoint, pick, read_dataset, split
 from quant.archive import Progress
 from quant.errors import InputError, Unavailable
 from quant.manifest import DataRecord
@@ -34,25 +34,31 @@ def select(recipe: Recipe, data: Sequence[str], progress: Progress | None) -> Se
         Unavailable: a set that was asked for by name cannot be had.
     """
     datasets, unavailable = find_datasets(recipe, data, progress)
-    parts: dict[str, list[Sample]] = {"calibration": [], "search": [], "report": []}
+    parts: dict[Split, list[Sample]] = {name: [] for name in SPLITS}
     records = {}
     for dataset in datasets:
         chosen = split(dataset.samples, recipe.data.splits)
-        for name, samples in chosen.items():
-            parts[name] += samples
+        for purpose in SPLITS:
+            parts[purpose] += chosen[purpose]
         records[dataset.folder.name] = DataRecord(
-            source=dataset.folder.source, licence=dataset.folder.licence, broken=list(dataset.broken),
-            **{name: len(samples) for name, samples in chosen.items()},
+            source=dataset.folder.source,
+            licence=dataset.folder.licence,
+            broken=list(dataset.broken),
+            calibration=len(chosen["calibration"]),
+            search=len(chosen["search"]),
+            report=len(chosen["report"]),
         )
-    for name, samples in parts.items():
+    for purpose, samples in parts.items():
         if not samples:
             sets = ", ".join(records)
-            raise InputError(f"the {name} split of {sets} is empty: too few pictures. Give a larger set with --data")
+            raise InputError(f"the {purpose} split of {sets} is empty: too few pictures. Give a larger set with --data")
     check_disjoint(parts["calibration"], parts["search"], parts["report"])
     return Selection(
         pick(parts["calibration"], recipe.calibration.samples, recipe.seed),
         pick(parts["search"], recipe.ladder.search_samples, recipe.seed),
-        parts["report"], records, unavailable,
+        parts["report"],
+        records,
+        unavailable,
     )
 
 
@@ -83,5 +89,3 @@ def unused(datasets: Sequence[Dataset], used: Collection[str]) -> tuple[list[Sam
     samples = list({sample.id: sample for dataset in datasets for sample in dataset.samples}.values())
     kept = [sample for sample in samples if sample.id not in used]
     return kept, len(samples) - len(kept)
-
-

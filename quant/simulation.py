@@ -36,9 +36,9 @@ def simulated_model(prepared: Graph, plan: QuantPlan) -> ModelProto:
 def insert_rounding(graph: Graph, before: NodeProto, quantizer: ActivationQuantizer) -> str:
     """Insert nodes that round and clip a tensor as its quantizer does; returns the rounded tensor."""
     smallest, largest = integer_limits(quantizer)
-    scale = graph.add_constant(f"{quantizer.tensor}_scale", np.float32(quantizer.scale))
-    low = graph.add_constant(f"{quantizer.tensor}_low", np.float32(smallest - quantizer.zero_point))
-    high = graph.add_constant(f"{quantizer.tensor}_high", np.float32(largest - quantizer.zero_point))
+    scale = graph.add_constant(f"{quantizer.tensor}_scale", np.asarray(quantizer.scale, dtype=np.float32))
+    low = graph.add_constant(f"{quantizer.tensor}_low", np.asarray(smallest - quantizer.zero_point, dtype=np.float32))
+    high = graph.add_constant(f"{quantizer.tensor}_high", np.asarray(largest - quantizer.zero_point, dtype=np.float32))
     names = [graph.fresh_name(f"{quantizer.tensor}_sim") for _ in range(4)]
     steps = [
         helper.make_node("Div", [quantizer.tensor, scale], [names[0]]),

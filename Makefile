@@ -1,0 +1,56 @@
+# Each target sets up .venv by itself when it is missing or older than what it is made from.
+# Folders named quant, eval and results exist: every target has to be phony.
+.PHONY: quant eval test slow lint types format clean help
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+EXTRAS ?= cpu,dev
+# These two pin or pull a second OpenCV build; what they really need is in pyproject.toml.
+NO_DEPS := paddleslim rapidocr-paddle rapidocr
+
+help:
+	@echo "make quant MODEL=PP-OCRv4_mobile_det   quantize, export, evaluate, gate"
+	@echo "make eval [MODEL=...]                  FP32 against INT8, the diff table"
+	@echo "make test | slow | lint | clean"
+
+quant: $(READY)
+	@test -n "$(MODEL)" || { echo "usage: make quant MODEL=PP-OCRv4_mobile_det (see: $(BIN)/quant list)"; exit 2; }
+	$(BIN)/quant run $(MODEL) $(ARGS)
+
+eval: $(READY)
+	$(BIN)/quant eval $(or $(MODEL),--all) $(ARGS)
+
+test: $(READY)
+	$(BIN)/pytest -q -m "not slow"
+
+slow: $(READY)
+	$(BIN)/pytest -q -m slow --durations=10
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find quant eval calib_data tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# uv where it is installed, plain venv and pip where not; both end with the same versions.
+$(READY): pyproject.toml constraints.txt Makefile
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv venv -q --clear $(VENV) && \
+	  uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[$(EXTRAS)]' && \
+	  uv pip install -q --python $(BIN)/python -c constraints.txt --no-deps $(NO_DEPS); \
+	else \
+	  python3 -m venv --clear $(VENV) && \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]' && \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps $(NO_DEPS); \
+	fi
+	@touch $(READY)

@@ -1,0 +1,59 @@
+"""Time and peak memory of the whole main job, and how fast the command line answers.
+
+    .venv/bin/python benchmarks/main_job.py [MODEL ...]
+
+Every run starts from an empty cache of stages, so that nothing is reused; downloaded or generated
+data is made beforehand and does not count. Limits: see LIMITS below (minutes, GB, seconds).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+QUANT = Path(sys.executable).parent / "quant"
+LIMITS = {"PP-OCRv4_mobile_rec": 5.0, "PP-OCRv4_mobile_det": 10.0}
+MEMORY_GB = 3.0
+ANSWER_SECONDS = 0.4
+REPEATS = 15
+
+
+def main(models: list[str]) -> None:
+    for arguments in (["--help"], ["list"]):
+        print(f"quant {' '.join(arguments)}: {answer_seconds(arguments):.2f} s (limit {ANSWER_SECONDS})")
+    for model in models:
+        minutes, gigabytes, code = main_job(model)
+        limit = LIMITS.get(model)
+        print(f"quant run {model}: {minutes:.1f} min (limit {limit}), {gigabytes:.2f} GB (limit {MEMORY_GB}), exit {code}")
+
+
+def answer_seconds(arguments: list[str]) -> float:
+    """Median wall time of a short command, in seconds."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        subprocess.run([QUANT, *arguments], stdout=subprocess.DEVNULL, check=True)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main_job(model: str) -> tuple[float, float, int]:
+    """Minutes, peak resident GB of the largest process, and exit code of a run without reused stages."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"QUANT_CACHE": str(Path(folder) / "cache")}
+        subprocess.run([QUANT, "run", model, "--dry-run", "--out", folder], env=environment, check=True)
+        start = time.perf_counter()
+        done = subprocess.run([QUANT, "run", model, "--quiet", "--out", folder], env=environment, check=False)
+        minutes = (time.perf_counter() - start) / 60
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        return minutes, peak, done.returncode
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(LIMITS))

@@ -1,0 +1,304 @@
+"""PaddleSlim's post-training quantization as a method: its scales, read into a plan.
+
+`quant_post_static` runs in a process of its own (`python -m quant.slim FOLDER`): Paddle's flags,
+static mode, prints and memory stay there. The two processes exchange npz and json files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from quant.errors import InputError
+from quant.graph import Graph
+from quant.plan import (
+    ActivationQuantizer,
+    IntegerWeight,
+    Operator,
+    QuantPlan,
+    WeightQuantizer,
+    quantizable_operators,
+    round_weight,
+    weight_axis,
+)
+from quant.program import MODEL_FILE, PARAMS_FILE, import_paddle, write_program
+from quant.recipe import PaddleSlim
+
+LOG_FILE = "paddleslim.log"
+SCALES_FILE = "scales.json"
+WEIGHTS_FILE = "scales.npz"
+
+_OPERATORS = ["conv2d", "depthwise_conv2d", "conv2d_transpose", "matmul_v2"]
+
+Array = npt.NDArray[Any]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class SlimScales:
+    """What PaddleSlim chose, by tensor name of the graph.
+
+    Args:
+        activations: real units per integer step, S8 symmetric.
+        weights: float32 [channels], real units per integer step.
+        integers: int8 weights as PaddleSlim rounded them.
+        skipped: inputs and weights of Conv, ConvTranspose and MatMul that it did not quantize.
+    """
+
+    activations: dict[str, float]
+    weights: dict[str, Array]
+    integers: dict[str, Array]
+    skipped: tuple[str, ...]
+
+    def save(self, folder: Path) -> None:
+        """Write scales.json and scales.npz, the same bytes for the same scales."""
+        document = {"activations": self.activations, "skipped": self.skipped}
+        (folder / SCALES_FILE).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        arrays = {f"scale:{name}": self.weights[name] for name in sorted(self.weights)}
+        arrays |= {f"values:{name}": self.integers[name] for name in sorted(self.integers)}
+        with (folder / WEIGHTS_FILE).open("wb") as file:
+            np.savez(file, **arrays)
+
+
+def load_scales(folder: Path) -> SlimScales:
+    """Read what `SlimScales.save` wrote."""
+    document = json.loads((folder / SCALES_FILE).read_text(encoding="utf-8"))
+    with np.load(folder / WEIGHTS_FILE) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    weights = {name.removeprefix("scale:"): value for name, value in arrays.items() if name.startswith("scale:")}
+    integers = {name.removeprefix("values:"): value for name, value in arrays.items() if name.startswith("values:")}
+    return SlimScales(document["activations"], weights, integers, tuple(document["skipped"]))
+
+
+def slim_scales(
+    graph: Graph,
+    feeds: Iterable[dict[str, Array]],
+    settings: PaddleSlim,
+    folder: Path,
+    progress: Progress | None = None,
+) -> SlimScales:
+    """Run PaddleSlim on the FP32 program of a prepared graph.
+
+    Args:
+        graph: prepared graph.
+        feeds: input name -> array with batch size 1; at most `settings.samples` are taken.
+        settings: algorithm and its arguments.
+        folder: working folder. Nothing is left in it but, after a failure, the log `paddleslim.log`.
+        progress: called with samples done and samples in all (`hist` and `KL` read each twice).
+
+    Raises:
+        InputError: no samples, or an operator that a Paddle program cannot hold.
+        RuntimeError: PaddleSlim failed; names the log and its last line.
+    """
+    if settings.algo == "min_max":
+        raise InputError("paddleslim.algo = min_max: PaddleSlim writes no scales for it; use hist, avg, abs_max or mse")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="paddleslim-", dir=folder) as name:
+        work = Path(name)
+        count = _save_feeds(islice(feeds, settings.samples), work / "feeds")
+        write_program(graph, work / "fp32")
+        job = {"algo": settings.algo, "hist_percent": settings.hist_percent, "samples": count}
+        (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        _run_child(work, folder / LOG_FILE, progress)
+        found = load_scales(work)
+    return replace(found, skipped=_left_out(graph, found))
+
+
+def slim_plan(
+    graph: Graph,
+    operators: list[Operator],
+    scales: SlimScales,
+    *,
+    model: str,
+    target: str,
+    dtype: Literal["int8", "uint8"],
+    prepared_sha256: str = "",
+) -> QuantPlan:
+    """A plan with PaddleSlim's grid.
+
+    Args:
+        operators: from `quantizable_operators`; those that PaddleSlim left out go back to FP32.
+        dtype: of activations; uint8 writes the same grid with zero point 128.
+    """
+    chosen = [_judged(operator, scales) for operator in operators]
+    zero_point = 128 if dtype == "uint8" else 0
+    activations = {
+        name: ActivationQuantizer(tensor=name, dtype=dtype, scale=scale, zero_point=zero_point)
+        for name, scale in sorted(scales.activations.items())
+    }
+    weights, integers = {}, {}
+    for operator in chosen:
+        if operator.quantized and operator.weight is not None:
+            axis = weight_axis(operator.op_type)
+            weights[operator.weight] = WeightQuantizer(tensor=operator.weight, axis=axis)
+            integers[operator.weight] = _integer_weight(graph, scales, operator.weight, axis)
+    return QuantPlan(
+        model=model,
+        target=target,
+        method="paddleslim",
+        prepared_sha256=prepared_sha256,
+        operators=chosen,
+        activations=activations,
+        weights=weights,
+        integers=integers,
+        bias_shifts={},
+        notes=[f"PaddleSlim left {name} in FP32" for name in scales.skipped],
+    )
+
+
+def _judged(operator: Operator, scales: SlimScales) -> Operator:
+    missing = [name for name in operator.activations if name not in scales.activations]
+    if operator.weight is not None and operator.weight not in scales.weights:
+        missing.append(operator.weight)
+    if not operator.quantized or not missing:
+        return operator
+    return operator.model_copy(update={"quantized": False, "reason": f"PaddleSlim left {missing[0]} in FP32"})
+
+
+def _integer_weight(graph: Graph, scales: SlimScales, name: str, axis: int) -> IntegerWeight:
+    if name in scales.integers:
+        return IntegerWeight(scales.integers[name], scales.weights[name])
+    return round_weight(graph.constants[name], scales.weights[name], axis)
+
+
+def _save_feeds(feeds: Iterable[dict[str, Array]], folder: Path) -> int:
+    """One file a sample, so that neither process holds them all."""
+    folder.mkdir()
+    count = 0
+    for count, feed in enumerate(feeds, start=1):
+        np.savez(folder / f"{count:06d}.npz", **feed)
+    if not count:
+        raise InputError("PaddleSlim needs calibration samples, but there are none")
+    return count
+
+
+def _run_child(work: Path, log: Path, progress: Progress | None) -> None:
+    package = str(Path(__file__).parents[1])
+    path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH")) if part)
+    # One thread: sums, and with them the scales, do not depend on the number of cores.
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "quant.slim", str(work)]
+    with (
+        log.open("wb") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True) as child,
+    ):
+        try:
+            for line in child.stdout or ():
+                if progress is not None:
+                    done, total = line.split()
+                    progress(int(done), int(total))
+        except BaseException:
+            child.kill()
+            raise
+    if child.returncode:
+        raise RuntimeError(f"PaddleSlim failed with code {child.returncode}, see {log}: {_last_line(log)}")
+    log.unlink()
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "(the log is empty)"
+
+
+def _left_out(graph: Graph, found: SlimScales) -> tuple[str, ...]:
+    """Tensors that the plan could quantize and PaddleSlim did not, in graph order."""
+    asked: list[str] = []
+    for operator in quantizable_operators(graph, {}):
+        if operator.quantized:
+            asked += [*operator.activations, *([operator.weight] if operator.weight else [])]
+    return tuple(name for name in dict.fromkeys(asked) if name not in found.activations and name not in found.weights)
+
+
+def _child(folder: Path) -> None:
+    """What the child process does; its stdout carries nothing but `done total` lines."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    paddle = import_paddle()
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    _quantize(paddle, job, folder, lambda done, total: print(done, total, file=channel, flush=True))
+    _read_scales(paddle, folder / "int8").save(folder)
+
+
+def _quantize(paddle: Any, job: dict[str, Any], folder: Path, progress: Progress) -> None:
+    # PaddleSlim imports its search server, which needs pyzmq; quantization never uses it.
+    sys.modules.setdefault("zmq", types.ModuleType("zmq"))
+    from paddleslim.quant import quant_post_static
+
+    total = job["samples"] * (2 if job["algo"] in ("hist", "KL") else 1)
+    done = 0
+
+    def feeds() -> Iterator[dict[str, Array]]:
+        nonlocal done
+        for path in sorted((folder / "feeds").glob("*.npz")):
+            with np.load(path) as stored:
+                yield {name: stored[name] for name in stored.files}
+            done += 1
+            progress(done, total)
+
+    quant_post_static(
+        paddle.static.Executor(paddle.CPUPlace()),
+        str(folder / "fp32"),
+        str(folder / "int8"),
+        data_loader=feeds,
+        model_filename=MODEL_FILE,
+        params_filename=PARAMS_FILE,
+        save_model_filename=MODEL_FILE,
+        save_params_filename=PARAMS_FILE,
+        batch_size=1,
+        batch_nums=job["samples"],
+        algo=job["algo"],
+        hist_percent=job["hist_percent"],
+        quantizable_op_type=_OPERATORS,
+        is_full_quantize=False,
+        weight_bits=8,
+        activation_bits=8,
+        activation_quantize_type="range_abs_max",
+        weight_quantize_type="channel_wise_abs_max",
+        onnx_format=True,
+    )
+
+
+def _read_scales(paddle: Any, folder: Path) -> SlimScales:
+    """Scales by tensor name from a program that PaddleSlim saved; its `Scale` is what 127 stands for."""
+    executor = paddle.static.Executor(paddle.CPUPlace())
+    with paddle.static.scope_guard(paddle.static.Scope()):
+        program, _, _ = paddle.static.load_inference_model(
+            str(folder), executor, model_filename=MODEL_FILE, params_filename=PARAMS_FILE
+        )
+
+        def value(name: str) -> Array:
+            return np.array(paddle.static.global_scope().find_var(name).get_tensor())
+
+        found = SlimScales({}, {}, {}, ())
+        for operator in program.global_block().ops:
+            # An observer remembers a range and lets the values through as they are.
+            if operator.type not in ("quantize_linear", "dequantize_linear") or _observes(operator):
+                continue
+            tensor = operator.input("X")[0]
+            scale = value(operator.input("Scale")[0]).ravel().astype(np.float32) / np.float32(127)
+            if operator.type == "quantize_linear":
+                found.activations[tensor] = float(scale[0])
+            elif program.global_block().var(tensor).persistable:
+                found.weights[tensor] = scale
+                found.integers[tensor] = value(tensor).astype(np.int8)
+    return found
+
+
+def _observes(operator: Any) -> bool:
+    return bool(operator.has_attr("only_observer") and operator.attr("only_observer"))
+
+
+if __name__ == "__main__":
+    _child(Path(sys.argv[1]))
