@@ -89,6 +89,6 @@ def count_work(graph: Graph, feed: Feed, threads: int) -> Work:
         if node.op_type == "ConvTranspose":
             macs[node.output[0]] = int(np.prod(shapes[node.input[0]])) * int(np.prod(weight[1:]))
         else:
-            per_output = weight[-2] if node.op_type == "MatMul" else int(np.prod(weight[1:]))
+            per_output = weight[-2:][0] if node.op_type == "MatMul" else int(np.prod(weight[1:]))
             macs[node.output[0]] = int(np.prod(shapes[node.output[0]])) * per_output
     return Work(macs)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import NodeProto, helper
 
-from quant.graph import Graph, attribute
+from quant.graph import Graph, Shape, attribute
 
 _LINEAR = ("Conv", "ConvTranspose", "MatMul")
 
@@ -54,6 +54,9 @@ def remove_identities(graph: Graph) -> int:
     for node in list(graph.nodes):
         if node.op_type not in ("Identity", "Dropout") or node.output[0] in graph.outputs:
             continue
+        readers = graph.consumers()
+        if any(mask in graph.outputs or readers[mask] for mask in node.output[1:]):
+            continue
         if graph.is_constant(node.input[0]):
             graph.constants[node.output[0]] = graph.constants[node.input[0]]
         else:
@@ -64,7 +67,7 @@ def remove_identities(graph: Graph) -> int:
 
 
 def split_batch_norms(graph: Graph) -> int:
-    """Write every BatchNormalization of rank-4 input as Mul and Add per channel.
+    """Write every BatchNormalization whose input's rank is known as Mul and Add per channel.
 
     y = g * (x - mean) / sqrt(var + eps) + b (Ioffe and Szegedy, 2015).
     """
@@ -72,9 +75,11 @@ def split_batch_norms(graph: Graph) -> int:
     for node in list(graph.nodes):
         if node.op_type != "BatchNormalization" or not all(map(graph.is_constant, node.input[1:])):
             continue
+        if len(graph.shape(node.input[0]) or ()) < 2:
+            continue
         gamma, beta, mean, var = (graph.constants[n].astype(np.float64) for n in node.input[1:5])
         scale = gamma / np.sqrt(var + attribute(node, "epsilon", 1e-5))
-        _replace_by_affine(graph, node, Affine(scale, beta - scale * mean), per_channel=True)
+        _replace_by_affine(graph, node, Affine(scale, beta - scale * mean))
         count += 1
     return count
 
@@ -98,7 +103,7 @@ def merge_affine_chains(graph: Graph) -> int:
         node_input[node_input.index(data)] = data_before
         node.input[:] = node_input
         graph.remove(before)
-        _replace_by_affine(graph, node, merged, per_channel=merged.scale.size > 1 or merged.shift.size > 1)
+        _replace_by_affine(graph, node, merged)
         count += 1
     return count
 
@@ -114,8 +119,8 @@ def fold_into_producers(graph: Graph) -> int:
             continue
         if not _only_use(graph, producer.output[0]):
             continue
-        if producer.op_type == "MatMul" and np.any(affine.shift):
-            continue  # a MatMul has no bias of its own; the Add after it stays
+        if producer.op_type == "MatMul" and (np.any(affine.shift) or affine.scale.size > 1):
+            continue  # a MatMul has no bias of its own, and its columns are not the channel axis
         _scale_outputs(graph, producer, affine)
         producer.output[0] = node.output[0]
         graph.remove(node)
@@ -155,7 +160,7 @@ def read_affine(graph: Graph, node: NodeProto | None) -> Affine | None:
     if data is None or (node.op_type in ("Sub", "Div") and node.input[0] != data):
         return None
     other = node.input[1] if node.input[0] == data else node.input[0]
-    value = _channel_vector(graph, node, graph.constants[other])
+    value = _channel_vector(graph, data, graph.constants[other])
     if value is None or value.dtype.kind != "f":
         return None
     value = value.astype(np.float64)
@@ -167,13 +172,23 @@ def read_affine(graph: Graph, node: NodeProto | None) -> Affine | None:
     return Affine(one, value if node.op_type == "Add" else -value)
 
 
-def _channel_vector(graph: Graph, node: NodeProto, value: np.ndarray) -> np.ndarray | None:
-    """A scalar or [1,C,1,1]-like constant as [1] or [C]; None for other broadcasts."""
+def _channel_vector(graph: Graph, data: str, value: np.ndarray) -> np.ndarray | None:
+    """A constant as [1] or, where it runs along axis 1 of the data alone, as [C]; None for other broadcasts.
+
+    A constant of higher rank than the data, or with more channels, would change the output's shape.
+    """
+    shape = graph.shape(data)
+    rank = 1 if shape is None else len(shape)
     if value.size == 1:
-        return value.reshape(1)
-    if value.ndim >= 3 and value.shape[-1] == value.shape[-2] == 1 and value.size == value.shape[-3]:
-        return value.reshape(-1)
-    return None
+        return value.reshape(1) if max(1, value.ndim) <= rank else None
+    if shape is None or rank < 2 or value.ndim > rank:
+        return None
+    return value.reshape(-1) if (1,) * (rank - value.ndim) + value.shape == _channel_shape(shape) else None
+
+
+def _channel_shape(shape: Shape) -> Shape:
+    """Shape of a per-channel constant beside data of a given shape."""
+    return (1, shape[1], *[1] * (len(shape) - 2))
 
 
 def _data_input(graph: Graph, node: NodeProto) -> str | None:
@@ -186,7 +201,7 @@ def _only_use(graph: Graph, tensor: str) -> bool:
     return tensor not in graph.outputs and len(graph.consumers()[tensor]) == 1
 
 
-def _replace_by_affine(graph: Graph, node: NodeProto, affine: Affine, *, per_channel: bool) -> None:
+def _replace_by_affine(graph: Graph, node: NodeProto, affine: Affine) -> None:
     """Replace a node by Mul and Add (each only where it does something); the output name stays."""
     data = next(name for name in node.input if not graph.is_constant(name))
     output = node.output[0]
@@ -196,14 +211,20 @@ def _replace_by_affine(graph: Graph, node: NodeProto, affine: Affine, *, per_cha
     if np.any(affine.shift):
         steps.append(("Add", affine.shift))
     for index, (kind, value) in enumerate(steps):
-        shape = (1, -1, 1, 1) if per_channel and value.size > 1 else (1,)
-        constant = graph.add_constant(f"{output}_{kind.lower()}", value.astype(np.float32).reshape(shape))
+        constant = graph.add_constant(f"{output}_{kind.lower()}", _beside(graph, data, value))
         last = index == len(steps) - 1
         result = output if last else graph.fresh_name(f"{output}_scaled")
         new = helper.make_node(kind, [data, constant], [result], name=result)
         graph.insert_before(node, new)
+        graph.copy_shape(data, result)
         data = result
     graph.remove(node)
+
+
+def _beside(graph: Graph, data: str, value: np.ndarray) -> np.ndarray:
+    """A scalar or per-channel vector in the shape in which it broadcasts to the data."""
+    rank = len(graph.shape(data) or ())
+    return value.astype(np.float32).reshape((1, -1, *[1] * (rank - 2)) if value.size > 1 else (1,))
 
 
 def _foldable_producer(graph: Graph, node: NodeProto) -> bool:
@@ -273,7 +294,7 @@ def _fold_shift(graph: Graph, node: NodeProto, data: str, affine: Affine, reader
         weight = graph.constants[reader.input[1]].astype(np.float64)
         group = attribute(reader, "group", 1)
         shift = np.broadcast_to(affine.shift, weight.shape[1] * group).reshape(group, -1)
-        per_input = weight.sum(axis=(2, 3)).reshape(group, -1, weight.shape[1])
+        per_input = weight.sum(axis=tuple(range(2, weight.ndim))).reshape(group, -1, weight.shape[1])
         moved = np.einsum("goi,gi->go", per_input, shift).reshape(-1)
         bias = graph.constants[reader.input[2]].astype(np.float64) if len(reader.input) > 2 else 0.0
         _set_bias(graph, reader, bias + moved)
@@ -300,8 +321,8 @@ def _fold_factor_under_shift(graph: Graph, node: NodeProto) -> int:
     source = _data_input(graph, before)
     assert source is not None
     shifted = graph.fresh_name(f"{node.output[0]}_shifted")
-    shape = (1, -1, 1, 1) if affine.shift.size > 1 else (1,)
-    shift = graph.add_constant(f"{shifted}_by", (affine.shift / first.scale).astype(np.float32).reshape(shape))
+    shift = graph.add_constant(f"{shifted}_by", _beside(graph, source, affine.shift / first.scale))
     graph.insert_before(node, helper.make_node("Add", [source, shift], [shifted], name=shifted))
+    graph.copy_shape(source, shifted)
     graph.remove(before)
     return _fold_factor(graph, node, shifted, float(first.scale[0]), readers)

@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
+
+
+Shape = tuple[int | None, ...]
 
 
 class Graph:
@@ -37,7 +40,10 @@ class Graph:
                 self.nodes.append(_copy(node))
         self.inputs = [i.name for i in model.graph.input if i.name not in self.constants]
         self.outputs = [o.name for o in model.graph.output]
+        self._output_infos = [_copy_info(info) for info in model.graph.output]
         self._fresh = 0
+        self._names = {*self.inputs, *self.outputs, *self.constants, *(n for node in self.nodes for n in node.output)}
+        self._shapes: dict[str, Shape] | None = None
 
     def producers(self) -> dict[str, NodeProto]:
         """Map of tensor name to the node that writes it."""
@@ -54,13 +60,27 @@ class Graph:
     def is_constant(self, name: str) -> bool:
         return name in self.constants
 
+    def shape(self, tensor: str) -> Shape | None:
+        """Sizes of a tensor as far as ONNX's shape inference knows them, or None."""
+        if tensor in self.constants:
+            return self.constants[tensor].shape
+        if self._shapes is None:
+            self._shapes = _inferred_shapes(self.to_model())
+        return self._shapes.get(tensor)
+
+    def copy_shape(self, source: str, tensor: str) -> None:
+        """Note that a new tensor has the shape of `source`."""
+        shape = self.shape(source)
+        if shape is not None and self._shapes is not None:
+            self._shapes[tensor] = shape
+
     def fresh_name(self, stem: str) -> str:
-        """A tensor name that is not in use, derived from `stem`."""
-        used = {name for node in self.nodes for name in node.output} | set(self.constants)
+        """A tensor name that was never in use, derived from `stem`."""
         while True:
             self._fresh += 1
             name = f"{stem}_{self._fresh}"
-            if name not in used:
+            if name not in self._names and name not in self.constants:
+                self._names.add(name)
                 return name
 
     def add_constant(self, stem: str, value: np.ndarray) -> str:
@@ -78,6 +98,7 @@ class Graph:
 
     def insert_before(self, anchor: NodeProto, node: NodeProto) -> None:
         self.nodes.insert(self._position(anchor), node)
+        self._names.update(node.output)
 
     def remove(self, node: NodeProto) -> None:
         del self.nodes[self._position(node)]
@@ -99,7 +120,7 @@ class Graph:
     def to_model(self, extra_outputs: Iterable[str] = ()) -> ModelProto:
         """Write the graph back as a model of the same opset, optionally with more outputs."""
         inputs = [i for i in self._model.graph.input if i.name in self.inputs]
-        outputs = list(self._model.graph.output)
+        outputs = list(self._output_infos)
         outputs += [onnx.ValueInfoProto(name=n) for n in extra_outputs if n not in self.outputs]
         initializers = [numpy_helper.from_array(np.ascontiguousarray(v), n) for n, v in self.constants.items()]
         graph = helper.make_graph(self.nodes, self._model.graph.name, inputs, outputs, initializers)
@@ -115,9 +136,11 @@ class Graph:
                 if name == old:
                     node.output[index] = new
         self.replace_uses(old, new)
-        for info in self._model.graph.output:
+        for info in self._output_infos:
             if info.name == old:
                 info.name = new
+        self._names.add(new)
+        self._shapes = None
         self.outputs = [new if name == old else name for name in self.outputs]
 
     def copy(self) -> Graph:
@@ -149,3 +172,19 @@ def _copy(node: NodeProto) -> NodeProto:
     clone = NodeProto()
     clone.CopyFrom(node)
     return clone
+
+
+def _copy_info(info: ValueInfoProto) -> ValueInfoProto:
+    clone = ValueInfoProto()
+    clone.CopyFrom(info)
+    return clone
+
+
+def _inferred_shapes(model: ModelProto) -> dict[str, Shape]:
+    """Sizes by tensor name; None for an open size."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    return {
+        info.name: tuple(d.dim_value if d.HasField("dim_value") else None for d in info.type.tensor_type.shape.dim)
+        for info in [*graph.input, *graph.value_info, *graph.output]
+        if info.type.tensor_type.HasField("shape")
+    }

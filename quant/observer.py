@@ -12,7 +12,7 @@ HALF_BINS = 8192
 
 @dataclass
 class Histogram:
-    """Streaming histogram of fixed size over [-limit, limit], exact in minimum and maximum.
+    """Streaming histogram of fixed size over [-limit, limit), exact in minimum and maximum.
 
     `limit` is a power of two and doubles when a larger value arrives (pairs of bins merge), so the
     result does not depend on the order of the samples and memory does not grow with their number.
@@ -29,7 +29,7 @@ class Histogram:
         if not np.isfinite(low) or not np.isfinite(high):
             raise ValueError("the tensor holds NaN or infinity")
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
-        while max(-low, high) > self.limit:
+        while high >= self.limit or -low > self.limit:  # bins are open at their upper end
             self._double()
         index = np.multiply(values, np.float32(HALF_BINS / self.limit), dtype=np.float32).ravel()
         index = np.clip(np.floor(index, out=index), -HALF_BINS, HALF_BINS - 1, out=index).astype(np.int32)

@@ -38,7 +38,7 @@ from quant.runtime import MODEL_FILES, Feed, onnx_session, open_session, target_
 from quant.selection import Selection, find_datasets, select, unused
 from quant.sensitivity import measure_damages
 from quant.simulation import simulated_model
-from quant.source import ModelFiles, cache_dir, resolve_model
+from quant.source import ModelFiles, cache_dir, resolve_model, without_places
 from quant.stage import StageStore, code_digest, digest, file_digests
 from quant.task import TaskAdapter, make_task
 
@@ -459,7 +459,7 @@ def _write_run(job: Job, quantized: dict[TargetName, Quantized], report: EvalRep
         created=now(),
         recipe=recipe.model_dump(mode="json", by_alias=True),
         recipe_sha256=recipe.content_hash(),
-        source=job.files.source,
+        source=without_places(job.files.source),
         model_sha256=job.files.sha256,
         data=selection.records,
         unavailable=selection.unavailable,

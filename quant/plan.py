@@ -178,9 +178,10 @@ def load_plan(folder: Path) -> QuantPlan:
     try:
         document = _PlanDocument.model_validate_json((folder / "plan.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "plan.safetensors")
-    except (OSError, ValidationError, SafetensorError, UnicodeDecodeError) as error:
+        integers = {w.tensor: IntegerWeight(tensors[w.tensor], tensors[f"{w.tensor}:scale"]) for w in document.weights}
+        bias_shifts = {name: tensors[f"{name}:bias_shift"] for name in document.bias_shifts}
+    except (OSError, ValidationError, SafetensorError, UnicodeDecodeError, KeyError) as error:
         raise InputError(f"{folder}: no readable plan ({error.__class__.__name__}); run `quant run` again") from error
-    integers = {w.tensor: IntegerWeight(tensors[w.tensor], tensors[f"{w.tensor}:scale"]) for w in document.weights}
     return QuantPlan(
         document.model,
         document.target,
@@ -190,7 +191,7 @@ def load_plan(folder: Path) -> QuantPlan:
         {q.tensor: q for q in document.activations},
         {q.tensor: q for q in document.weights},
         integers,
-        {name: tensors[f"{name}:bias_shift"] for name in document.bias_shifts},
+        bias_shifts,
         document.notes,
     )
 

@@ -122,9 +122,7 @@ class ProgramBuilder:
         model = static.serialize_program(feeds, fetches, program=program)
         return model, static.serialize_persistables(feeds, fetches, executor, program=program)
 
-    def emit(
-        self, kind: str, inputs: dict[str, str | list[str]], outputs: dict[str, str], **attributes: Any
-    ) -> None:
+    def emit(self, kind: str, inputs: dict[str, str | list[str]], outputs: dict[str, str], **attributes: Any) -> None:
         """Append one Paddle operator; its outputs are declared here, their shapes by Paddle."""
         for name in outputs.values():
             if not self._block.has_var(name):
@@ -153,8 +151,14 @@ class ProgramBuilder:
             return name
         if value.dtype.kind == "f":
             return self._parameter(name, value.astype(np.float32))
-        self.emit("assign_value", {}, {"Out": name}, shape=list(value.shape), dtype=self.element_type("INT32"),
-                  int32_values=[int(v) for v in value.ravel()])
+        self.emit(
+            "assign_value",
+            {},
+            {"Out": name},
+            shape=list(value.shape),
+            dtype=self.element_type("INT32"),
+            int32_values=[int(v) for v in value.ravel()],
+        )
         return name
 
     def constant(self, name: str) -> Array | None:
@@ -235,10 +239,19 @@ class ProgramBuilder:
                 "Scale": self._parameter(f"{name}@scale", np.array([step * np.float32(127)], dtype=np.float32)),
                 "ZeroPoint": self._parameter(f"{name}@zero_point", np.zeros(1, dtype=np.int32)),
             }
-            self.emit("quantize_linear", inputs, {"Y": f"{name}.quantized"}, quant_axis=-1, bit_length=8,
-                      round_type=0, is_test=True, only_observer=False)
-            self.emit("scale", {"X": f"{name}.quantized"}, {"Out": result}, scale=float(step), bias=0.0,
-                      bias_after_scale=True)
+            self.emit(
+                "quantize_linear",
+                inputs,
+                {"Y": f"{name}.quantized"},
+                quant_axis=-1,
+                bit_length=8,
+                round_type=0,
+                is_test=True,
+                only_observer=False,
+            )
+            self.emit(
+                "scale", {"X": f"{name}.quantized"}, {"Out": result}, scale=float(step), bias=0.0, bias_after_scale=True
+            )
         return result
 
     def _integer_weight(self, name: str) -> str:
@@ -249,8 +262,13 @@ class ProgramBuilder:
             weight = self._plan.integers[name]
             shape = [1] * weight.values.ndim
             shape[self._plan.weights[name].axis] = -1
-            self.emit("cast", {"X": self._parameter(name, weight.values)}, {"Out": f"{name}.cast"},
-                      in_dtype=self.element_type("INT8"), out_dtype=self.element_type("FP32"))
+            self.emit(
+                "cast",
+                {"X": self._parameter(f"{name}.int8", weight.values)},
+                {"Out": f"{name}.cast"},
+                in_dtype=self.element_type("INT8"),
+                out_dtype=self.element_type("FP32"),
+            )
             scale = self._parameter(f"{name}@scale", weight.scale.reshape(shape).astype(np.float32))
             self.emit("elementwise_mul", {"X": f"{name}.cast", "Y": scale}, {"Out": result}, axis=-1)
         return result
@@ -267,12 +285,17 @@ def unsupported(node: NodeProto, why: str) -> InputError:
 
 def _write_conv(builder: ProgramBuilder, node: NodeProto) -> None:
     weight = builder.shape(node.input[1])
-    channels, group = builder.shape(node.input[0])[1], attribute(node, "group", 1)
-    depthwise = group > 1 and group == channels == weight[0]
+    group = attribute(node, "group", 1)
+    depthwise = group > 1 and group == weight[0] and weight[1] == 1
     inputs: dict[str, str | list[str]] = {"Input": builder.operand(node, 0), "Filter": builder.operand(node, 1)}
     result = _before_bias(node)
-    builder.emit("depthwise_conv2d" if depthwise else "conv2d", inputs, {"Output": result}, **_window(builder, node),
-                 groups=group)
+    builder.emit(
+        "depthwise_conv2d" if depthwise else "conv2d",
+        inputs,
+        {"Output": result},
+        **_window(builder, node),
+        groups=group,
+    )
     _write_bias(builder, node, result)
 
 
@@ -281,9 +304,15 @@ def _write_conv_transpose(builder: ProgramBuilder, node: NodeProto) -> None:
         raise unsupported(node, "a fixed output_shape is not supported")
     inputs: dict[str, str | list[str]] = {"Input": builder.operand(node, 0), "Filter": builder.operand(node, 1)}
     result = _before_bias(node)
-    builder.emit("conv2d_transpose", inputs, {"Output": result}, **_window(builder, node),
-                 groups=attribute(node, "group", 1), output_size=[],
-                 output_padding=list(attribute(node, "output_padding", [])))
+    builder.emit(
+        "conv2d_transpose",
+        inputs,
+        {"Output": result},
+        **_window(builder, node),
+        groups=attribute(node, "group", 1),
+        output_size=[],
+        output_padding=list(attribute(node, "output_padding", [])),
+    )
     _write_bias(builder, node, result)
 
 
@@ -293,8 +322,9 @@ def _before_bias(node: NodeProto) -> str:
 
 def _write_bias(builder: ProgramBuilder, node: NodeProto, result: str) -> None:
     if len(node.input) > 2:
-        builder.emit("elementwise_add", {"X": result, "Y": builder.variable(node.input[2])},
-                     {"Out": node.output[0]}, axis=1)
+        builder.emit(
+            "elementwise_add", {"X": result, "Y": builder.variable(node.input[2])}, {"Out": node.output[0]}, axis=1
+        )
 
 
 def _window(builder: ProgramBuilder, node: NodeProto) -> dict[str, Any]:
@@ -320,8 +350,13 @@ def _paddings(node: NodeProto) -> list[int]:
 
 
 def _write_matmul(builder: ProgramBuilder, node: NodeProto) -> None:
-    builder.emit("matmul_v2", {"X": builder.operand(node, 0), "Y": builder.operand(node, 1)},
-                 {"Out": node.output[0]}, trans_x=False, trans_y=False)
+    builder.emit(
+        "matmul_v2",
+        {"X": builder.operand(node, 0), "Y": builder.operand(node, 1)},
+        {"Out": node.output[0]},
+        trans_x=False,
+        trans_y=False,
+    )
 
 
 def _elementwise(kind: str) -> OpWriter:
@@ -332,8 +367,9 @@ def _elementwise(kind: str) -> OpWriter:
         if kind in ("elementwise_add", "elementwise_mul") and builder.constant(first) is not None:
             first, second = second, first  # Paddle expects the larger tensor first
         if not _write_scale(builder, node, kind, first, second):
-            builder.emit(kind, {"X": builder.variable(first), "Y": builder.variable(second)},
-                         {"Out": node.output[0]}, axis=-1)
+            builder.emit(
+                kind, {"X": builder.variable(first), "Y": builder.variable(second)}, {"Out": node.output[0]}, axis=-1
+            )
 
     return write
 
@@ -386,11 +422,17 @@ def _write_softmax(builder: ProgramBuilder, node: NodeProto) -> None:
 def _write_layer_norm(builder: ProgramBuilder, node: NodeProto) -> None:
     rank = len(builder.shape(node.input[0]))
     inputs: dict[str, str | list[str]] = {"X": builder.variable(node.input[0])}
-    for slot, name in zip(("Scale", "Bias"), node.input[1:], strict=False):
+    given = [(slot, name) for slot, name in zip(("Scale", "Bias"), node.input[1:], strict=False) if name]
+    for slot, name in given:
         inputs[slot] = _flat_parameter(builder, node, name)
     outputs = {"Y": node.output[0], "Mean": f"{node.output[0]}.mean", "Variance": f"{node.output[0]}.variance"}
-    builder.emit("layer_norm", inputs, outputs, epsilon=attribute(node, "epsilon", 1e-5),
-                 begin_norm_axis=attribute(node, "axis", -1) % rank)
+    builder.emit(
+        "layer_norm",
+        inputs,
+        outputs,
+        epsilon=attribute(node, "epsilon", 1e-5),
+        begin_norm_axis=attribute(node, "axis", -1) % rank,
+    )
 
 
 def _flat_parameter(builder: ProgramBuilder, node: NodeProto, name: str) -> str:
@@ -410,10 +452,17 @@ def _pool(kind: str) -> OpWriter:
         dilated = any(d != 1 for d in attribute(node, "dilations", [1, 1]))
         if len(size) != 2 or dilated or len(node.output) > 1:
             raise unsupported(node, "only plain two-dimensional pooling is supported")
-        _unary("pool2d", pooling_type=kind, ksize=size, strides=list(attribute(node, "strides", [1, 1])),
-               paddings=_paddings(node), padding_algorithm="EXPLICIT", data_format="NCHW",
-               ceil_mode=bool(attribute(node, "ceil_mode", 0)),
-               exclusive=not attribute(node, "count_include_pad", 0))(builder, node)
+        _unary(
+            "pool2d",
+            pooling_type=kind,
+            ksize=size,
+            strides=list(attribute(node, "strides", [1, 1])),
+            paddings=_paddings(node),
+            padding_algorithm="EXPLICIT",
+            data_format="NCHW",
+            ceil_mode=bool(attribute(node, "ceil_mode", 0)),
+            exclusive=not attribute(node, "count_include_pad", 0),
+        )(builder, node)
 
     return write
 
@@ -434,8 +483,9 @@ def _write_resize(builder: ProgramBuilder, node: NodeProto) -> None:
         raise unsupported(node, "only tensors of rank 4 can be resized")
     kind, attributes = variants[mode, place]
     interpolation = "bilinear" if mode == "linear" else mode
-    _unary(kind, **attributes, **_resize_target(builder, node), interp_method=interpolation, data_layout="NCHW",
-           out_d=-1)(builder, node)
+    _unary(
+        kind, **attributes, **_resize_target(builder, node), interp_method=interpolation, data_layout="NCHW", out_d=-1
+    )(builder, node)
 
 
 def _resize_target(builder: ProgramBuilder, node: NodeProto) -> dict[str, Any]:
@@ -450,8 +500,12 @@ def _resize_target(builder: ProgramBuilder, node: NodeProto) -> dict[str, Any]:
 
 
 def _write_concat(builder: ProgramBuilder, node: NodeProto) -> None:
-    builder.emit("concat", {"X": [builder.variable(name) for name in node.input]}, {"Out": node.output[0]},
-                 axis=attribute(node, "axis"))
+    builder.emit(
+        "concat",
+        {"X": [builder.variable(name) for name in node.input]},
+        {"Out": node.output[0]},
+        axis=attribute(node, "axis"),
+    )
     parts = [builder.entries(name) for name in node.input]
     if all(part is not None for part in parts):
         builder.know(node.output[0], [entry for part in parts for entry in part or []])
@@ -459,8 +513,12 @@ def _write_concat(builder: ProgramBuilder, node: NodeProto) -> None:
 
 def _write_transpose(builder: ProgramBuilder, node: NodeProto) -> None:
     rank = len(builder.shape(node.input[0]))
-    builder.emit("transpose2", {"X": builder.variable(node.input[0])}, _with_shape(node),
-                 axis=list(attribute(node, "perm", list(range(rank))[::-1])))
+    builder.emit(
+        "transpose2",
+        {"X": builder.variable(node.input[0])},
+        _with_shape(node),
+        axis=list(attribute(node, "perm", list(range(rank))[::-1])),
+    )
 
 
 def _with_shape(node: NodeProto) -> dict[str, str]:
@@ -479,8 +537,9 @@ def _write_reshape(builder: ProgramBuilder, node: NodeProto) -> None:
     if not entries:
         raise unsupported(node, "the length of its shape is unknown")
     origin = builder.origin(data)
-    shape = [0 if entry == (origin, axis) else entry if isinstance(entry, int) else -1
-             for axis, entry in enumerate(entries)]
+    shape = [
+        0 if entry == (origin, axis) else entry if isinstance(entry, int) else -1 for axis, entry in enumerate(entries)
+    ]
     inputs: dict[str, str | list[str]] = {"X": builder.variable(data)}
     if shape.count(-1) > 1:  # sizes that are only known at run time
         inputs["Shape"], shape = builder.variable(target), []
@@ -492,7 +551,8 @@ def _write_shape(builder: ProgramBuilder, node: NodeProto) -> None:
     if attribute(node, "start", 0) or attribute(node, "end") is not None:
         raise unsupported(node, "start and end are not supported")
     builder.emit("shape", {"Input": builder.variable(data)}, {"Out": result})
-    builder.know(result, [(builder.origin(data), axis) if size < 0 else size for axis, size in enumerate(builder.shape(data))])
+    sizes, origin = builder.shape(data), builder.origin(data)
+    builder.know(result, [(origin, axis) if size < 0 else size for axis, size in enumerate(sizes)])
 
 
 def _write_slice(builder: ProgramBuilder, node: NodeProto) -> None:
@@ -503,11 +563,28 @@ def _write_slice(builder: ProgramBuilder, node: NodeProto) -> None:
     data, result = node.input[0], node.output[0]
     axes = [axis % len(builder.shape(data)) for axis in axes]
     if all(step == 1 for step in steps):
-        builder.emit("slice", {"Input": builder.variable(data)}, {"Out": result}, axes=axes, starts=starts, ends=ends,
-                     infer_flags=[1] * len(axes), decrease_axis=[])
+        builder.emit(
+            "slice",
+            {"Input": builder.variable(data)},
+            {"Out": result},
+            axes=axes,
+            starts=starts,
+            ends=ends,
+            infer_flags=[1] * len(axes),
+            decrease_axis=[],
+        )
     elif all(step > 0 for step in steps):
-        builder.emit("strided_slice", {"Input": builder.variable(data)}, {"Out": result}, axes=axes, starts=starts,
-                     ends=ends, strides=steps, infer_flags=[1] * len(axes), decrease_axis=[])
+        builder.emit(
+            "strided_slice",
+            {"Input": builder.variable(data)},
+            {"Out": result},
+            axes=axes,
+            starts=starts,
+            ends=ends,
+            strides=steps,
+            infer_flags=[1] * len(axes),
+            decrease_axis=[],
+        )
     else:
         raise unsupported(node, "negative steps are not supported")
     entries = builder.entries(data)
@@ -519,20 +596,37 @@ def _write_gather(builder: ProgramBuilder, node: NodeProto) -> None:
     index = builder.constant(node.input[1])
     if index is not None and index.ndim == 0:
         axis, start = axis % len(builder.shape(data)), int(index)
-        builder.emit("slice", {"Input": builder.variable(data)}, {"Out": result}, axes=[axis], starts=[start],
-                     ends=[start + 1 if start != -1 else _INT32_MAX], infer_flags=[1], decrease_axis=[axis])
+        builder.emit(
+            "slice",
+            {"Input": builder.variable(data)},
+            {"Out": result},
+            axes=[axis],
+            starts=[start],
+            ends=[start + 1 if start != -1 else _INT32_MAX],
+            infer_flags=[1],
+            decrease_axis=[axis],
+        )
         entries = builder.entries(data)
         builder.know(result, [entries[start]] if entries is not None else None)
     elif len(builder.shape(node.input[1])) == 1 and (index is None or index.min() >= 0):
-        builder.emit("gather", {"X": builder.variable(data), "Index": builder.variable(node.input[1])},
-                     {"Out": result}, axis=axis, overwrite=True)
+        builder.emit(
+            "gather",
+            {"X": builder.variable(data), "Index": builder.variable(node.input[1])},
+            {"Out": result},
+            axis=axis,
+            overwrite=True,
+        )
     else:
         raise unsupported(node, "the indices must be one number or a list of numbers that are not negative")
 
 
 def _write_squeeze(builder: ProgramBuilder, node: NodeProto) -> None:
-    builder.emit("squeeze2", {"X": builder.variable(node.input[0])}, _with_shape(node),
-                 axes=builder.integers(node, 1, "axes") or [])
+    builder.emit(
+        "squeeze2",
+        {"X": builder.variable(node.input[0])},
+        _with_shape(node),
+        axes=builder.integers(node, 1, "axes") or [],
+    )
     builder.know(node.output[0], builder.entries(node.input[0]))
 
 
@@ -540,8 +634,12 @@ def _write_unsqueeze(builder: ProgramBuilder, node: NodeProto) -> None:
     axes = builder.integers(node, 1, "axes") or []
     rank = len(builder.shape(node.input[0])) + len(axes)
     # ONNX counts axes in the result, Paddle inserts one after the other.
-    builder.emit("unsqueeze2", {"X": builder.variable(node.input[0])}, _with_shape(node),
-                 axes=sorted(axis % rank for axis in axes))
+    builder.emit(
+        "unsqueeze2",
+        {"X": builder.variable(node.input[0])},
+        _with_shape(node),
+        axes=sorted(axis % rank for axis in axes),
+    )
     builder.know(node.output[0], builder.entries(node.input[0]) if rank == 1 else None)
 
 
@@ -568,7 +666,8 @@ def _write_reduce_mean(builder: ProgramBuilder, node: NodeProto) -> None:
     axes = attribute(node, "axes") or builder.integers(node, 1, "axes")
     if not axes:
         raise unsupported(node, "it must name its axes")
-    _unary("reduce_mean", dim=list(axes), keep_dim=bool(attribute(node, "keepdims", 1)), reduce_all=False)(builder, node)
+    keep = bool(attribute(node, "keepdims", 1))
+    _unary("reduce_mean", dim=list(axes), keep_dim=keep, reduce_all=False)(builder, node)
 
 
 _WRITERS: dict[str, OpWriter] = {

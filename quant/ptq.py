@@ -77,12 +77,14 @@ def correct_biases(graph: Graph, plan: QuantPlan, feeds: Iterable[Feed], threads
         count += 1
         arrays = dict(zip(tensors, session.run(feed, tensors), strict=True))
         for exact, rounded in twins:
-            sums[exact] = sums[exact] + (arrays[exact] - arrays[rounded]).mean(axis=(0, 2, 3), dtype=np.float64)
+            error = np.moveaxis(arrays[exact] - arrays[rounded], 1, -1)
+            sums[exact] = sums[exact] + error.reshape(-1, error.shape[-1]).mean(axis=0, dtype=np.float64)
     return {name: (total / max(count, 1)).astype(np.float32) for name, total in sums.items()}
 
 
 def _correctable(node: NodeProto, plan: QuantPlan) -> bool:
-    return node.op_type in ("Conv", "ConvTranspose") and node.output[0] in plan.quantized()
+    operator = plan.quantized().get(node.output[0])
+    return operator is not None and operator.op_type != "MatMul" and operator.weight is not None
 
 
 def _add_twin(graph: Graph, node: NodeProto, plan: QuantPlan) -> tuple[str, str]:

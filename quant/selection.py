@@ -11,6 +11,7 @@ from quant.archive import Progress
 from quant.errors import InputError, Unavailable
 from quant.manifest import DataRecord
 from quant.recipe import Recipe
+from quant.source import without_places
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ def select(recipe: Recipe, data: Sequence[str], progress: Progress | None) -> Se
         for purpose in SPLITS:
             parts[purpose] += chosen[purpose]
         records[dataset.folder.name] = DataRecord(
-            source=dataset.folder.source,
+            source=without_places(dataset.folder.source),
             licence=dataset.folder.licence,
-            broken=list(dataset.broken),
+            broken=[without_places(sentence) for sentence in dataset.broken],
             calibration=len(chosen["calibration"]),
             search=len(chosen["search"]),
             report=len(chosen["report"]),
@@ -77,7 +78,7 @@ def find_datasets(
         try:
             found.append(resolve_dataset(name, recipe.task, progress))
         except Unavailable as error:
-            unavailable[name] = error.reason
+            unavailable[name] = without_places(error.reason)
     if not found:
         generated = recipe.data.generated
         found = [generated_dataset(generated.kind, generated.samples, generated.seed, progress)]

@@ -67,6 +67,14 @@ def search_path(variable: str) -> list[Path]:
     return [Path(part).expanduser().absolute() for part in parts if part]
 
 
+def without_places(text: str) -> str:
+    """A sentence without the paths of this machine: what is written down may be shared."""
+    for variable in ("QUANT_MODEL_HOME", "QUANT_DATA_HOME"):
+        for folder in search_path(variable):
+            text = text.replace(str(folder), f"${variable}")
+    return text.replace(str(cache_dir()), "$QUANT_CACHE")
+
+
 def resolve_model(recipe: Recipe, model_dir: Path | None = None, progress: Progress | None = None) -> ModelFiles:
     """Find the FP32 model of a recipe: the first source that has it wins, and a broken one is an error.
 

@@ -1,0 +1,21 @@
+"""Settings that must stand before Paddle or PaddleX is imported, and a cache of its own for every test that asks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["FLAGS_enable_pir_api"] = "0"
+os.environ["PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK"] = "True"
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and no search paths: the test sees nothing that this machine happens to have."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("QUANT_CACHE", str(folder))
+    monkeypatch.delenv("QUANT_MODEL_HOME", raising=False)
+    monkeypatch.delenv("QUANT_DATA_HOME", raising=False)
+    return folder

@@ -1,0 +1,128 @@
+"""Acceptance: the exported folders load unmodified in real clients and give what our eval path gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eval.dataset import Sample, read_image
+from quant.pipeline import Job, Options, run_model, start
+from quant.recipe import load_recipe
+from quant.runtime import open_session
+from quant.task import BoxPrediction, TextPrediction
+
+pytestmark = pytest.mark.slow
+
+DET, REC = "PP-OCRv4_mobile_det", "PP-OCRv4_mobile_rec"
+# Small and quick: these tests are about loading and agreement, not about accuracy.
+QUICK = [
+    "calibration.samples=12",
+    "ladder.search_samples=8",
+    "ladder.damage_samples=1",
+    "ladder.coverage_steps=[]",
+    "ladder.max_discordance=100",
+    "paddleslim.samples=8",
+    "paddleslim.algo=avg",
+    "latency.runs=1",
+    "gate.max_drop=100",
+    "gate.max_relative_drop=100",
+]
+GENERATED = {DET: "data.generated.samples=40", REC: "data.generated.samples=90"}
+PICTURES = 6
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished run and some pictures that it did not calibrate on."""
+
+    job: Job
+    folder: Path
+    samples: list[Sample]
+
+    def ours(self, target: str) -> list[Any]:
+        """Predictions of our eval path."""
+        session = open_session(target, self.folder / target, threads=2)  # type: ignore[arg-type]
+        adapter = self.job.adapter
+        prepared = [adapter.preprocess(read_image(sample.image)) for sample in self.samples]
+        return [adapter.postprocess(session.run(p.inputs), p.context) for p in prepared]
+
+
+@pytest.fixture(scope="module", params=[DET, REC])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    model: str = request.param
+    results = tmp_path_factory.mktemp("results")
+    recipe = load_recipe(model, [*QUICK, GENERATED[model]])
+    options = Options(results, 2, lambda what, done, total: None)
+    finished = run_model(recipe, options)
+    job = start(recipe, options)
+    return Exported(job, finished.folder, job.selection.report[:PICTURES])
+
+
+def paddlex_predictions(exported: Exported, target: str, **arguments: Any) -> list[Any]:
+    from paddlex import create_model
+
+    name = exported.job.recipe.name
+    model = create_model(name, model_dir=str(exported.folder / target), device="cpu", batch_size=1, **arguments)
+    return [next(iter(model.predict(str(sample.image)))) for sample in exported.samples]
+
+
+def assert_equal(ours: list[Any], theirs: list[Any]) -> None:
+    for mine, result in zip(ours, theirs, strict=True):
+        if isinstance(mine, TextPrediction):
+            assert result["rec_text"] == mine.text
+            assert result["rec_score"] == pytest.approx(mine.score, abs=1e-4)
+        else:
+            assert isinstance(mine, BoxPrediction)
+            assert len(result["dt_polys"]) == len(mine.polygons)
+            for one, other in zip(result["dt_polys"], mine.polygons, strict=True):
+                np.testing.assert_array_equal(np.asarray(one), other)
+
+
+@pytest.mark.parametrize(("target", "engine"), [("onnxruntime", "onnxruntime"), ("paddle", "paddle_static")])
+def test_paddlex_create_model(exported: Exported, target: str, engine: str) -> None:
+    assert_equal(exported.ours(target), paddlex_predictions(exported, target, engine=engine))
+
+
+@pytest.mark.parametrize(("target", "engine"), [("onnxruntime", "onnxruntime"), ("paddle", "paddle_static")])
+def test_paddleocr_classes(exported: Exported, target: str, engine: str) -> None:
+    from paddleocr import TextDetection, TextRecognition
+
+    name = exported.job.recipe.name
+    make = TextDetection if name == DET else TextRecognition
+    model = make(model_name=name, model_dir=str(exported.folder / target), device="cpu", engine=engine)
+    theirs = [model.predict(str(sample.image), batch_size=1)[0] for sample in exported.samples]
+    assert_equal(exported.ours(target), theirs)
+
+
+def test_rapidocr(exported: Exported) -> None:
+    from rapidocr import RapidOCR
+
+    folder = exported.folder / "onnxruntime" / "inference.onnx"
+    detects = exported.job.recipe.name == DET
+    stage = "Det" if detects else "Rec"
+    settings: dict[str, Any] = {f"{stage}.model_path": str(folder), "Global.log_level": "critical"}
+    if detects:  # RapidOCR's own thresholds and resizing set to PaddleX's
+        settings |= {"Det.thresh": 0.3, "Det.box_thresh": 0.6, "Det.unclip_ratio": 1.5, "Det.use_dilation": False}
+        settings |= {"Det.limit_side_len": 960, "Det.limit_type": "max", "Det.max_candidates": 1000}
+        settings |= {"Det.mean": [0.485, 0.456, 0.406], "Det.std": [0.229, 0.224, 0.225]}
+    engine = RapidOCR(params=settings)
+    for sample, mine in zip(exported.samples, exported.ours("onnxruntime"), strict=True):
+        image = read_image(sample.image)
+        if detects:
+            found = engine.text_det(image).boxes
+            theirs = [] if found is None else [np.asarray(box, dtype=np.float64) for box in found]
+            assert_same_boxes(mine.polygons, theirs)
+        else:
+            result = engine(image, use_det=False, use_cls=False, use_rec=True)
+            assert (result.txts or ("",))[0].strip() == mine.text.strip()
+
+
+def assert_same_boxes(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
+    """Equal up to order and one pixel: RapidOCR sorts its boxes and rounds corners its own way."""
+    assert len(ours) == len(theirs)
+    for box in theirs:
+        assert min(np.abs(box - other).max() for other in ours) <= 1.0

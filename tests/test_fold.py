@@ -1,0 +1,371 @@
+"""Folding: the outputs stay what they were, whatever the chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_models import TinyNet, kinds, run
+
+from quant.fold import fold
+from quant.graph import Graph
+from quant.runtime import Feed
+
+AFFINE = ("Mul", "Add", "Sub", "Div")
+
+
+def written(graph: Graph) -> set[str]:
+    return {name for node in graph.nodes for name in node.output if name}
+
+
+def assert_equal_values(before: Graph, after: Graph, feed: Feed) -> None:
+    """Outputs, and every tensor whose name is in both graphs, hold the same values."""
+    assert after.outputs == before.outputs
+    names = [*before.outputs, *sorted((written(before) & written(after)) - set(before.outputs))]
+    for name, one, other in zip(
+        names, run(before.to_model(names), feed, *names), run(after.to_model(names), feed, *names), strict=True
+    ):
+        assert one.shape == other.shape, name
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=3e-5 * max(1.0, float(np.abs(one).max())), err_msg=name)
+
+
+def folded(net: TinyNet, *outputs: str) -> Graph:
+    """Fold a net; check values, and that folding twice changes nothing."""
+    before = net.graph(*outputs)
+    after = before.copy()
+    fold(after)
+    assert_equal_values(before, after, net.feed())
+    again = after.copy()
+    assert not any(fold(again).values())
+    assert [n.SerializeToString() for n in again.nodes] == [n.SerializeToString() for n in after.nodes]
+    return after
+
+
+# --- what has to be folded -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pad", [0, 1])
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_batch_norm_and_affines_after_a_convolution_vanish(pad: int, group: int, bias: bool) -> None:
+    net = TinyNet((2, 4, 6, 6))
+    y = net.batch_norm(net.conv("x", 4, 8, pad=pad, group=group, bias=bias), 8)
+    y = net.op("Mul", y, net.const([1.7]))
+    y = net.op("Add", net.const(net.weights(1, 8, 1, 1)), y)
+    y = net.op("Sub", y, net.const(0.25))
+    net.op("Div", y, net.const(net.rng.uniform(0.5, 2, (8, 1, 1)).astype(np.float32)))
+    assert kinds(folded(net)) == ["Conv"]
+
+
+def test_batch_norm_after_a_transposed_convolution_vanishes() -> None:
+    net = TinyNet((1, 4, 3, 3))
+    net.op("Relu", net.batch_norm(net.conv_transpose("x", 4, 6), 6))
+    assert kinds(folded(net)) == ["ConvTranspose", "Relu"]
+
+
+def test_hard_swish_stays_whole_and_takes_the_affine_behind_it_into_the_next_convolution() -> None:
+    net = TinyNet((1, 4, 6, 6))
+    y = net.op("HardSwish", net.conv("x", 4, 4))
+    y = net.op("Add", net.op("Mul", y, net.const([0.6])), net.const([0.3]))
+    net.conv(y, 4, 5, kernel=1, pad=0)
+    assert kinds(folded(net)) == ["Conv", "HardSwish", "Conv"]
+
+
+def test_a_shift_before_padding_stays_and_only_its_factor_moves() -> None:
+    net = TinyNet((1, 4, 6, 6))
+    y = net.op("Add", net.op("Mul", "x", net.const([0.6])), net.const([0.3]))
+    net.conv(y, 4, 4, pad=1)
+    assert kinds(folded(net)) == ["Add", "Conv"]
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_a_shift_before_a_grouped_convolution_without_padding(group: int) -> None:
+    net = TinyNet((1, 4, 6, 6))
+    y = net.op("Add", "x", net.const(net.weights(1, 4, 1, 1)))
+    net.conv(y, 4, 8, pad=0, group=group)
+    assert kinds(folded(net)) == ["Conv"]
+
+
+def test_a_factor_moves_into_all_readers_or_into_none() -> None:
+    net = TinyNet((1, 4, 6, 6))
+    y = net.op("Mul", "x", net.const([3.0]))
+    net.op("Concat", net.conv(y, 4, 4), net.conv(y, 4, 2, group=2), axis=1)
+    assert kinds(folded(net)) == ["Conv", "Conv", "Concat"]
+
+    net = TinyNet((1, 4, 6, 6))
+    y = net.op("Mul", "x", net.const([3.0]))
+    net.op("Add", net.conv(y, 4, 4), net.op("Relu", y))
+    assert "Mul" in kinds(folded(net))
+
+
+def test_a_factor_after_and_before_a_matmul_moves_into_it() -> None:
+    net = TinyNet((2, 5, 4))
+    y = net.op("Mul", net.matmul("x", 4, 6), net.const([0.5]))
+    net.op("Softmax", net.matmul(net.op("Mul", net.op("Relu", y), net.const(2.0)), 6, 3), axis=-1)
+    assert kinds(folded(net)) == ["MatMul", "Relu", "MatMul", "Softmax"]
+
+
+def test_shared_weights_are_not_changed_for_the_other_reader() -> None:
+    net = TinyNet((1, 4, 6, 6))
+    weight = net.const(net.weights(4, 4, 3, 3))
+    first = net.op("Conv", "x", weight, pads=[1] * 4)
+    second = net.op("Conv", net.op("Relu", net.batch_norm(first, 4)), weight, pads=[1] * 4)
+    net.op("Relu", second)
+    assert kinds(folded(net)) == ["Conv", "Relu", "Conv", "Relu"]
+
+
+def test_identity_and_dropout_vanish_unless_they_name_an_output() -> None:
+    net = TinyNet((1, 4, 6, 6))
+    y = net.op("Dropout", net.op("Identity", net.conv("x", 4, 4)))
+    net.op("Identity", net.op("Relu", y), name="out")
+    assert kinds(folded(net)) == ["Conv", "Relu", "Identity"]
+
+
+# --- what must not be folded wrongly ---------------------------------------------------------------
+
+
+def _output_in_the_middle(net: TinyNet) -> tuple[str, ...]:
+    middle = net.conv("x", 4, 4)
+    return net.op("Mul", middle, net.const([2.0])), middle
+
+
+def _affine_is_an_output_and_read_on(net: TinyNet) -> tuple[str, ...]:
+    y = net.op("Mul", net.op("Relu", "x"), net.const([2.0]))
+    return net.conv(y, 4, 4), y
+
+
+def _square(net: TinyNet) -> tuple[str, ...]:
+    y = net.op("Mul", "x", net.const([2.0]))
+    return (net.conv(net.op("Mul", y, y), 4, 4),)
+
+
+def _two_constants(net: TinyNet) -> tuple[str, ...]:
+    factor = net.op("Mul", net.const([2.0]), net.const(net.weights(1, 4, 1, 1)))
+    return (net.conv(net.op("Mul", net.conv("x", 4, 4), factor), 4, 4),)
+
+
+def _constant_first(net: TinyNet) -> tuple[str, ...]:
+    y = net.op("Sub", net.const([1.0]), net.conv("x", 4, 4))
+    return (net.conv(net.op("Div", net.const([1.0]), net.op("Exp", y)), 4, 4),)
+
+
+def _data_as_weight(net: TinyNet) -> tuple[str, ...]:
+    y = net.op("Mul", net.op("Slice", "x", net.const(np.array([0])), net.const(np.array([4])), net.const(np.array([2]))),
+               net.const([2.0]))  # fmt: skip
+    return (net.op("Add", net.op("Conv", "x", y), net.op("Conv", y, y)),)
+
+
+def _rows_vector_after_matmul(net: TinyNet) -> tuple[str, ...]:
+    return (net.op("Mul", net.matmul("x", 4, 4), net.const(net.weights(1, 4, 1, 1))),)
+
+
+def _wrong_sized_rows_vector_after_matmul(net: TinyNet) -> tuple[str, ...]:
+    return (net.op("Mul", net.matmul("x", 4, 3), net.const(net.weights(1, 4, 1, 1))),)
+
+
+def _columns_vector_after_matmul(net: TinyNet) -> tuple[str, ...]:
+    return (net.op("Mul", net.matmul("x", 4, 4), net.const(net.weights(4))),)
+
+
+def _columns_vector_after_conv(net: TinyNet) -> tuple[str, ...]:
+    return (net.op("Mul", net.conv("x", 4, 4), net.const(net.weights(4))),)
+
+
+def _rows_vector_before_matmul(net: TinyNet) -> tuple[str, ...]:
+    return (net.matmul(net.op("Mul", "x", net.const(net.weights(1, 4, 1, 1))), 4, 5),)
+
+
+def _shift_before_matmul(net: TinyNet) -> tuple[str, ...]:
+    return (net.matmul(net.op("Add", "x", net.const([0.5])), 4, 5),)
+
+
+def _matmul_by_a_vector(net: TinyNet) -> tuple[str, ...]:
+    return (net.op("Mul", net.op("MatMul", "x", net.const(net.weights(4))), net.const([2.0])),)
+
+
+def _matmul_by_a_batch(net: TinyNet) -> tuple[str, ...]:
+    return (net.op("Mul", net.op("MatMul", "x", net.const(net.weights(4, 4, 5))), net.const(net.weights(4, 1, 1))),)
+
+
+def _constant_on_the_left_of_matmul(net: TinyNet) -> tuple[str, ...]:
+    return (net.op("Mul", net.op("MatMul", net.const(net.weights(3, 4)), "x"), net.const([2.0])),)
+
+
+def _channel_broadcast_of_one_channel(net: TinyNet) -> tuple[str, ...]:
+    return (net.op("Mul", net.conv("x", 4, 1), net.const(net.weights(1, 6, 1, 1))),)
+
+
+def _broadcast_shift_before_conv(net: TinyNet) -> tuple[str, ...]:
+    y = net.op("Relu", net.conv("x", 4, 1))
+    return (net.conv(net.op("Add", y, net.const(net.weights(1, 6, 1, 1))), 6, 4, pad=0),)
+
+
+def _grouped_transposed_convolution(net: TinyNet) -> tuple[str, ...]:
+    return (net.batch_norm(net.conv_transpose("x", 4, 6, group=2), 6),)
+
+
+def _factor_of_zero(net: TinyNet) -> tuple[str, ...]:
+    y = net.op("Add", net.op("Mul", "x", net.const([0.0])), net.const([0.5]))
+    return (net.conv(y, 4, 4),)
+
+
+def _constant_of_higher_rank(net: TinyNet) -> tuple[str, ...]:
+    y = net.op("Mul", net.conv("x", 4, 4), net.const(np.full((1, 1, 1, 1, 1), 2, np.float32)))
+    return (net.op("Relu", y),)
+
+
+def _same_padding(net: TinyNet) -> tuple[str, ...]:
+    y = net.op("Add", "x", net.const([0.5]))
+    return (net.op("Conv", y, net.const(net.weights(4, 4, 3, 3)), auto_pad="SAME_UPPER"),)
+
+
+def _dropout_with_mask(net: TinyNet) -> tuple[str, ...]:
+    y = net.op("Dropout", "x", outputs=2)
+    mask = net.op("Cast", net.nodes[-1].output[1], to=1)
+    return (net.op("Add", net.conv(y, 4, 4), mask),)
+
+
+CASES: list[Callable[[TinyNet], tuple[str, ...]]] = [
+    _output_in_the_middle,
+    _affine_is_an_output_and_read_on,
+    _square,
+    _two_constants,
+    _constant_first,
+    _data_as_weight,
+    _rows_vector_after_matmul,
+    _wrong_sized_rows_vector_after_matmul,
+    _columns_vector_after_matmul,
+    _columns_vector_after_conv,
+    _rows_vector_before_matmul,
+    _shift_before_matmul,
+    _matmul_by_a_vector,
+    _matmul_by_a_batch,
+    _constant_on_the_left_of_matmul,
+    _channel_broadcast_of_one_channel,
+    _broadcast_shift_before_conv,
+    _grouped_transposed_convolution,
+    _factor_of_zero,
+    _constant_of_higher_rank,
+    _same_padding,
+    _dropout_with_mask,
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__.strip("_"))
+def test_traps(case: Callable[[TinyNet], tuple[str, ...]]) -> None:
+    net = TinyNet((2, 4, 4, 4))
+    folded(net, *case(net))
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 4), (1, 4, 4)])
+@pytest.mark.parametrize("constant", [(4, 1, 1), (1, 4, 1, 1), (1, 1, 1, 1), (1,), ()])
+def test_affines_around_a_matmul_of_lower_rank(shape: tuple[int, ...], constant: tuple[int, ...]) -> None:
+    net = TinyNet(shape)
+    y = net.op("Mul", "x", net.const(net.weights(*constant)))
+    y = net.op("Mul", net.matmul(y, 4, 4), net.const(net.weights(*constant)))
+    net.op("Sub", net.op("Add", y, net.const(net.weights(*constant))), net.const(net.weights(*constant)))
+    folded(net)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 6, 5)])
+def test_batch_norm_of_lower_rank(shape: tuple[int, ...]) -> None:
+    net = TinyNet(shape)
+    net.op("Relu", net.batch_norm(net.op("Mul", "x", net.const([2.0])), 6))
+    folded(net)
+
+
+def test_batch_norm_after_a_convolution_over_one_axis() -> None:
+    net = TinyNet((1, 4, 7))
+    y = net.op("Conv", "x", net.const(net.weights(4, 4, 3)), pads=[1, 1])
+    y = net.op("Mul", net.batch_norm(y, 4), net.const(net.weights(4, 1, 1)))
+    net.op("Relu", net.op("Conv", net.op("Add", y, net.const([0.5])), net.const(net.weights(2, 4, 3))))
+    folded(net)
+
+
+# --- random chains ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One random decision; what it means depends on the shape at hand."""
+
+    kind: str
+    shape: str
+    number: int
+    flag: bool
+
+
+STEPS = st.builds(
+    Step,
+    st.sampled_from(
+        ["conv", "depthwise", "grouped", "transpose", "matmul", "norm", "affine", "affine", "affine", "affine", "swish",
+         "branch", "output", "square", "identity", "flatten"]
+    ),
+    st.sampled_from(["scalar", "one", "full", "channel", "channel3", "columns"]),
+    st.integers(0, 3),
+    st.booleans(),
+)  # fmt: skip
+
+
+def build(steps: list[Step], seed: int) -> tuple[TinyNet, tuple[str, ...]]:
+    """A net from random steps; steps that do not fit the shape at hand are left out."""
+    net = TinyNet((2, 4, 6, 6), seed)
+    name, shape, outputs = "x", [2, 4, 6, 6], []
+    for step in steps:
+        picture = len(shape) == 4
+        if step.kind in ("conv", "depthwise", "grouped") and picture and shape[2] > 3 and shape[3] > 3:
+            group = {"conv": 1, "depthwise": shape[1], "grouped": 2 if shape[1] % 2 == 0 else 1}[step.kind]
+            out = shape[1] if step.kind == "depthwise" else 4 + 2 * step.number
+            pad = step.number % 2
+            name = net.conv(name, shape[1], out, pad=pad, group=group, bias=step.flag)
+            shape = [shape[0], out, shape[2] - 2 + 2 * pad, shape[3] - 2 + 2 * pad]
+        elif step.kind == "transpose" and picture and shape[2] < 8:
+            name = net.conv_transpose(name, shape[1], 4, bias=step.flag)
+            shape = [shape[0], 4, 2 * shape[2], 2 * shape[3]]
+        elif step.kind == "matmul":
+            name = net.matmul(name, shape[-1], 6)
+            shape = [*shape[:-1], 6]
+        elif step.kind == "norm":
+            name = net.batch_norm(name, shape[1])
+        elif step.kind == "affine":
+            size = {"scalar": (), "one": (1,), "full": (1,) * len(shape), "channel": (1, shape[1], 1, 1),
+                    "channel3": (shape[-3], 1, 1), "columns": (shape[-1],)}[step.shape]  # fmt: skip
+            if len(size) > len(shape):
+                continue
+            value = net.rng.uniform(0.5, 2, size).astype(np.float32)
+            kind = AFFINE[step.number]
+            pair = [name, net.const(value * (-1 if step.flag else 1))]
+            name = net.op(kind, *(pair[::-1] if step.flag and kind != "Div" else pair))
+        elif step.kind == "swish":
+            name = net.op("HardSwish", name)
+        elif step.kind == "branch":
+            name = net.op("Add", name, net.op("Relu", net.op("Mul", name, net.const([0.5]))))
+        elif step.kind == "square":
+            name = net.op("Tanh", net.op("Mul", name, name))
+        elif step.kind == "identity":
+            name = net.op("Identity", name)
+        elif step.kind == "flatten" and picture:
+            name = net.op("Reshape", name, net.const(np.array([shape[0], shape[1], -1])))
+            shape = [shape[0], shape[1], shape[2] * shape[3]]
+        elif step.kind == "output" and name != "x":
+            outputs.append(name)
+    last = net.op("Relu", name)
+    return net, tuple(dict.fromkeys([last, *outputs]))
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(STEPS, min_size=1, max_size=9), st.integers(0, 1000))
+def test_random_chains_keep_their_values(steps: list[Step], seed: int) -> None:
+    net, outputs = build(steps, seed)
+    before = net.graph(*outputs)
+    after = folded(net, *outputs)
+    assert kinds(after).count("HardSwish") == kinds(before).count("HardSwish")
+    producers, readers = after.producers(), after.consumers()
+    for node in after.nodes:
+        source = producers.get(node.input[0]) if node.op_type == "BatchNormalization" else None
+        alone = source is not None and len(readers[node.input[0]]) == 1 and node.input[0] not in after.outputs
+        assert not (alone and source is not None and source.op_type in ("Conv", "ConvTranspose"))
