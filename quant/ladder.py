@@ -53,7 +53,7 @@ def climb(
     """
     tried: list[tuple[QuantPlan, Rung]] = []
     for limit in (1.0, *(step for step in ladder.coverage_steps if step > min_coverage), min_coverage):
-        candidate = revert_to(plan, limit)
+        candidate = revert_to(plan, limit, ladder.min_weights)
         if tried and candidate.quantized().keys() == tried[-1][0].quantized().keys():
             continue
         score = evaluate(candidate)
@@ -68,8 +68,8 @@ def climb(
     return chosen, [rung for _, rung in tried]
 
 
-def revert_to(plan: QuantPlan, min_coverage: float) -> QuantPlan:
-    """Revert operators, most damage per cost first, while coverage stays at or above `min_coverage`.
+def revert_to(plan: QuantPlan, min_coverage: float, min_weights: float) -> QuantPlan:
+    """Revert operators, most damage per cost first, while enough work and enough weights stay in INT8.
 
     The cost is what INT8 saves on the operator: its shares of all multiply-accumulates and of all weights.
     """
@@ -80,13 +80,13 @@ def revert_to(plan: QuantPlan, min_coverage: float) -> QuantPlan:
         cost = op.macs / total + op.parameters / weights + _FREE_SHARE
         return -(op.damage or 0) / cost, op.name
 
-    ranked = sorted(plan.quantized().values(), key=rank)
     kept = set(plan.quantized())
-    coverage = plan.coverage()
-    for op in ranked:
-        if coverage - op.macs / total >= min_coverage and min_coverage < 1:
+    work = sum(op.macs for op in plan.quantized().values())
+    size = sum(op.parameters for op in plan.quantized().values())
+    for op in sorted(plan.quantized().values(), key=rank) if min_coverage < 1 else []:
+        if work - op.macs >= min_coverage * total and size - op.parameters >= min_weights * weights:
             kept.discard(op.name)
-            coverage -= op.macs / total
+            work, size = work - op.macs, size - op.parameters
     return plan.with_only(kept, "its damage per cost was among the highest on the search split")
 
 

@@ -113,6 +113,7 @@ class Ladder(_Part):
     damage_samples: int = Field(ge=1, description="pictures of the search split that rank the operators")
     coverage_steps: list[float] = Field(description="coverages to stop at on the way down, falling")
     min_coverage: float = Field(ge=0, le=1, description="never revert below this share of INT8 work")
+    min_weights: float = Field(ge=0, le=1, description="never revert below this share of INT8 weights: it bounds size")
     max_discordance: float = Field(gt=0, le=100, description="percent of search samples whose outcome may differ")
     margin: float = Field(ge=0, description="points below the gate's limit that the search drop must keep")
 
