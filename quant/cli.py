@@ -169,8 +169,8 @@ def validate(
         try:
             load_recipe(name, overrides or ())
             print(f"{name}: valid")
-        except RecipeError as error:
-            problems += len(error.problems)
+        except InputError as error:
+            problems += len(error.problems) if isinstance(error, RecipeError) else 1
             print(error)
     return INPUT_ERROR if problems else 0
 
@@ -433,7 +433,11 @@ def _own_stdout(as_json: bool) -> Iterator[Any]:
     kept = os.dup(1)
     os.dup2(2, 1)
     with os.fdopen(kept, "w", encoding="utf-8") as stdout:
-        yield stdout
+        try:
+            yield stdout
+        finally:
+            sys.stdout.flush()
+            os.dup2(stdout.fileno(), 1)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
-
 Shape = tuple[int | None, ...]
 
 

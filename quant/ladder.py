@@ -17,11 +17,19 @@ _FREE_SHARE = 1e-4  # keeps the ratio finite for operators that cost nothing
 
 @dataclass(frozen=True)
 class SearchScore:
-    """Result of a plan on the search split: drop in points, relative drop and discordance in percent."""
+    """Result of a plan on the search split.
+
+    Attributes:
+        drop: in points of the metric.
+        relative_drop, discordance: in percent.
+        error: mean relative L1 error of the outputs, 0 = none.
+        samples: how many pictures the metric was measured on.
+    """
 
     drop: float
     relative_drop: float
     discordance: float
+    error: float
     samples: int
 
 
@@ -92,7 +100,8 @@ def revert_to(plan: QuantPlan, min_coverage: float, min_weights: float) -> Quant
 
 def _passes(score: SearchScore, ladder: Ladder, gate: Gate) -> bool:
     absolute, relative = gate.max_drop - ladder.margin, gate.max_relative_drop - ladder.margin
-    return score.drop <= absolute and score.relative_drop <= relative and score.discordance <= ladder.max_discordance
+    keeps = score.drop <= absolute and score.relative_drop <= relative
+    return keeps and score.discordance <= ladder.max_discordance and score.error <= ladder.max_error
 
 
 def _badness(score: SearchScore) -> float:

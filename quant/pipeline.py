@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,9 +35,9 @@ from quant.plan import Operator, QuantPlan, load_plan, quantizable_operators
 from quant.prepare import prepare, read_proof
 from quant.ptq import activation_tensors, correct_biases, make_plan, with_damages
 from quant.recipe import Recipe, TargetChoice, TargetName
-from quant.runtime import MODEL_FILES, Feed, onnx_session, open_session, target_format
+from quant.runtime import MODEL_FILES, Feed, Session, onnx_session, open_session, target_format
 from quant.selection import Selection, find_datasets, select, unused
-from quant.sensitivity import measure_damages
+from quant.sensitivity import measure_damages, output_error
 from quant.simulation import simulated_model
 from quant.source import ModelFiles, cache_dir, resolve_model, without_places
 from quant.stage import StageStore, code_digest, digest, file_digests
@@ -101,6 +102,7 @@ class Job:
                 "code": code_digest(),
                 "recipe": self.recipe.content_hash(),
                 "samples": [_ids(selection.calibration), _ids(selection.search), _ids(selection.report)],
+                "labels": _labels([*selection.search, *selection.report]),
             }
         )[:12]
 
@@ -178,8 +180,8 @@ def evaluate_model(recipe: Recipe, options: Options) -> EvalReport:
     if not set(files.sha256.values()) & set(manifest.model_sha256.values()):
         reason = f"the newest run is of another FP32 model than {files.source}"
         return EvalReport(rows=_skipped(recipe, targets, reason, f"Run `quant run {recipe.name}` again"))
-    empty = Selection(samples[:PROOF_PICTURES], [], [], {}, {})
-    job = Job(recipe, options, files, empty, StageStore(cache_dir() / "stages"))
+    judged = Selection([], [], samples, {}, {})
+    job = Job(recipe, options, files, judged, StageStore(cache_dir() / "stages"))
     rows: list[JudgedRow | SkippedRow] = []
     for target in targets:
         if target not in manifest.artifacts:
@@ -204,11 +206,10 @@ def quantize(job: Job, target: TargetName) -> Quantized:
     plan = load_plan(planned)
     plan.target = target
     graph = _prepared_graph(job)
-    pictures = job.selection.calibration[:CHECK_PICTURES]
 
     def build(folder: Path) -> None:
         export_artifact(target, graph, plan, job.files.inference_yml, folder)
-        feeds = [prepared.inputs for _, prepared in readable(pictures, job.adapter, [])]
+        feeds = _first_feeds(job, job.selection.calibration, CHECK_PICTURES)
         check_artifact(target, folder, graph, plan, feeds, job.options.threads)
 
     artifact = job.store.result("artifact", {**job.key, "plan": file_digests(planned), "target": target}, build)
@@ -227,7 +228,7 @@ def evaluate_target(
         "fp32": job.files.sha256,
         "target": target,
         "samples": _ids(samples),
-        "labels": digest([str(s.label) for s in samples]),
+        "labels": _labels(samples),
         "metric": recipe.metric,
         "datasets": [s.dataset for s in samples],
         "threads": threads,
@@ -271,6 +272,7 @@ def _planned(job: Job, choice: TargetChoice) -> Path:
         "slim": recipe.paddleslim.model_dump(),
         "gate": recipe.gate.model_dump(),
         "samples": [_ids(job.selection.calibration), _ids(job.selection.search)],
+        "labels": _labels(job.selection.search),
         "latency": recipe.latency.model_dump(),
         "metric": recipe.metric,
         "seed": recipe.seed,
@@ -345,8 +347,7 @@ def _calibrated(job: Job, graph: Graph, operators: list[Operator]) -> Path:
 
 def _damages(job: Job, graph: Graph, plan: QuantPlan) -> dict[str, float]:
     recipe = job.recipe
-    samples = job.selection.search[: recipe.ladder.damage_samples]
-    feeds = [prepared.inputs for _, prepared in readable(samples, job.adapter, [])]
+    feeds = _first_feeds(job, job.selection.search, recipe.ladder.damage_samples)
     advance = _advance(job.options.progress, f"{recipe.name}: damage per operator", len(plan.quantized()))
     return measure_damages(graph, plan, feeds, job.options.threads, advance)
 
@@ -355,22 +356,22 @@ def _climb(job: Job, graph: Graph, plan: QuantPlan, choice: TargetChoice) -> tup
     recipe, threads, search = job.recipe, job.options.threads, job.selection.search
     metric, adapter = make_metric(recipe.metric), job.adapter
 
-    def scores(model: onnx.ModelProto, what: str) -> np.ndarray:
-        session = onnx_session(model, threads)
+    def scores(session: Session, what: str) -> np.ndarray:
         pictures = _tracked(readable(search, adapter, []), job.options.progress, what, len(search))
-        return np.array(
-            [
-                metric.score(adapter.postprocess(session.run(p.inputs), p.context), sample.label)
-                for sample, p in pictures
-            ]
-        )
+        outputs = ((adapter.postprocess(session.run(p.inputs), p.context), sample.label) for sample, p in pictures)
+        return np.array([metric.score(prediction, label) for prediction, label in outputs])
 
-    exact = scores(graph.to_model(), f"{recipe.name}: FP32 on the search split")
+    fp32 = onnx_session(graph.to_model(), threads)
+    exact = scores(fp32, f"{recipe.name}: FP32 on the search split")
+    feeds = _first_feeds(job, search, recipe.ladder.damage_samples)
+    exact_outputs = [fp32.run(feed) for feed in feeds]
 
     def evaluate(candidate: QuantPlan) -> SearchScore:
+        session = onnx_session(simulated_model(graph, candidate), threads)
         what = f"{recipe.name}: search split, coverage {candidate.coverage():.3f}"
-        estimate = estimate_drop(metric, exact, scores(simulated_model(graph, candidate), what), seed=recipe.seed)
-        return SearchScore(estimate.drop, estimate.relative_drop, estimate.discordance, estimate.samples)
+        estimate = estimate_drop(metric, exact, scores(session, what), seed=recipe.seed)
+        error = output_error(session, feeds, exact_outputs)
+        return SearchScore(estimate.drop, estimate.relative_drop, estimate.discordance, error, estimate.samples)
 
     minimum = recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage
     return climb(plan, recipe.ladder, recipe.gate, minimum, evaluate)
@@ -385,8 +386,7 @@ def _prepared(job: Job) -> Path:
     """Stage: `prepared.onnx`, its proof, and the FP32 model as shipped in both formats."""
 
     def build(folder: Path) -> None:
-        samples = (job.selection.calibration or job.selection.report)[:PROOF_PICTURES]
-        feeds = [prepared.inputs for _, prepared in readable(samples, job.adapter, [])]
+        feeds = _first_feeds(job, job.selection.calibration or job.selection.report, PROOF_PICTURES)
         job.options.progress(f"{job.recipe.name}: importing and folding", 0, 1)
         prepare(job.files, feeds, job.recipe.tolerance, job.options.threads, folder)
         shipped = folder / "shipped"
@@ -484,6 +484,14 @@ def _calibration_feeds(job: Job, what: str) -> Iterator[Feed]:
         yield prepared.inputs
 
 
+def _first_feeds(job: Job, samples: Sequence[Sample], count: int) -> list[Feed]:
+    """The first pictures that can be read."""
+    feeds = [prepared.inputs for _, prepared in islice(readable(samples, job.adapter, []), count)]
+    if not feeds:
+        raise InputError(f"none of {len(samples)} pictures can be read, first {samples[0].image}; give another --data")
+    return feeds
+
+
 def _tracked(items: Iterable[Item], progress: Progress, what: str, total: int) -> Iterator[Item]:
     """Report every item that has been worked on."""
     progress(what, 0, total)
@@ -513,6 +521,11 @@ def _skipped(recipe: Recipe, targets: Sequence[TargetName], reason: str, fix: st
 
 def _ids(samples: Sequence[Sample]) -> list[str]:
     return [sample.id for sample in samples]
+
+
+def _labels(samples: Sequence[Sample]) -> str:
+    """Hash of sets and labels: a label that was mended is another input."""
+    return digest([(sample.dataset, str(sample.label)) for sample in samples])
 
 
 def _read_json(file: Path) -> Any:

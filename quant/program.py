@@ -65,9 +65,13 @@ def write_program(graph: Graph, folder: Path, plan: QuantPlan | None = None) -> 
     """
     _check_plan(plan)
     paddle = import_paddle()
-    scope = paddle.static.Scope()
-    # Without a guard of its own, parameters of one model would meet those of another.
-    with paddle.static.scope_guard(scope), paddle.utils.unique_name.guard():
+    # The guards keep parameters and names of different models apart, and work where somebody
+    # imported Paddle before us without the flag.
+    with (
+        paddle.pir_utils.OldIrGuard(),
+        paddle.static.scope_guard(paddle.static.Scope()),
+        paddle.utils.unique_name.guard(),
+    ):
         builder = ProgramBuilder(paddle, graph, plan)
         for node in graph.nodes:
             builder.write(node)
@@ -119,8 +123,8 @@ class ProgramBuilder:
         for operator in program.global_block().ops:
             if operator.has_attr("op_callstack"):
                 operator.desc.remove_attr("op_callstack")  # holds paths of this machine
-        model = static.serialize_program(feeds, fetches, program=program)
-        return model, static.serialize_persistables(feeds, fetches, executor, program=program)
+        # `static.serialize_program` would add feed and fetch operators anew, call stacks included.
+        return program.desc.serialize_to_string(), static.serialize_persistables(feeds, fetches, executor, program=program)
 
     def emit(self, kind: str, inputs: dict[str, str | list[str]], outputs: dict[str, str], **attributes: Any) -> None:
         """Append one Paddle operator; its outputs are declared here, their shapes by Paddle."""

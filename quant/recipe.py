@@ -115,6 +115,7 @@ class Ladder(_Part):
     min_coverage: float = Field(ge=0, le=1, description="never revert below this share of INT8 work")
     min_weights: float = Field(ge=0, le=1, description="never revert below this share of INT8 weights: it bounds size")
     max_discordance: float = Field(gt=0, le=100, description="percent of search samples whose outcome may differ")
+    max_error: float = Field(gt=0, description="mean relative L1 error of the outputs: steadier than the metric")
     margin: float = Field(ge=0, description="points below the gate's limit that the search drop must keep")
 
 

@@ -76,7 +76,9 @@ class _OnnxRuntime:
             raise RuntimeError(str(error)) from error
 
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]:
-        return list(self._session.run(list(outputs) if outputs else None, feed))
+        if outputs is None:
+            return list(self._session.run(None, feed))
+        return list(self._session.run(list(outputs), feed)) if outputs else []  # onnxruntime reads [] as "all"
 
 
 class _OpenVino:

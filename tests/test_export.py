@@ -175,8 +175,12 @@ def test_the_same_plan_gives_the_same_bytes(tmp_path: Path) -> None:
 # --- artifacts that are not what the plan says -----------------------------------------------------
 
 
-def _scale(model: onnx.ModelProto) -> None:
-    _change(model, "_scale", lambda value: value * np.float32(3))
+def _weight_scale(model: onnx.ModelProto) -> None:
+    _change(model, "c0_scale", lambda value: value * np.float32(3))
+
+
+def _activation_scale(model: onnx.ModelProto) -> None:
+    _change(model, "x_scale", lambda value: value / np.float32(10))
 
 
 def _zero_point(model: onnx.ModelProto) -> None:
@@ -201,7 +205,7 @@ def _not_a_number(model: onnx.ModelProto) -> None:
     _change(model, "_scale", lambda value: np.full_like(value, np.nan))
 
 
-@pytest.mark.parametrize("spoil", [_scale, _zero_point, _weights, _not_a_number])
+@pytest.mark.parametrize("spoil", [_weight_scale, _activation_scale, _zero_point, _weights, _not_a_number])
 def test_a_changed_artifact_is_refused(tmp_path: Path, spoil: Callable[[onnx.ModelProto], None]) -> None:
     net = small_detector()
     plan = plan_of(net)

@@ -93,7 +93,7 @@ class TinyNet:
 
 
 def run(model: ModelProto, feed: Feed, *outputs: str) -> list[Array]:
-    return onnx_session(model, 1).run(feed, outputs)
+    return onnx_session(model, 1).run(feed, outputs or None)
 
 
 def kinds(graph: Graph) -> list[str]:

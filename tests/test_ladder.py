@@ -1,0 +1,180 @@
+"""The ladder: what goes back to FP32 first, how far it goes, when it stops."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_plan import operator, plan_with
+
+from quant.ladder import SearchScore, climb, revert_to
+from quant.plan import QuantPlan
+from quant.recipe import Gate, Ladder
+
+GATE = Gate(max_drop=1.0, max_relative_drop=1.0)
+
+
+def ladder(*steps: float, margin: float = 0.0, max_discordance: float = 100.0, min_weights: float = 0.0) -> Ladder:
+    return Ladder(
+        search_samples=1,
+        damage_samples=1,
+        coverage_steps=list(steps),
+        min_coverage=0.0,
+        min_weights=min_weights,
+        max_discordance=max_discordance,
+        margin=margin,
+    )
+
+
+def score(drop: float, relative: float | None = None, discordance: float = 0.0) -> SearchScore:
+    return SearchScore(drop, drop if relative is None else relative, discordance, 100)
+
+
+def ten_operators() -> QuantPlan:
+    """Ten operators of equal work; operator 0 hurts most, operator 9 least."""
+    return plan_with(*(operator(f"op{i}", 10, damage=1.0 / (i + 1)) for i in range(10)))
+
+
+def share_of_weights(plan: QuantPlan) -> float:
+    total = sum(op.parameters for op in plan.operators)
+    return sum(op.parameters for op in plan.quantized().values()) / total if total else 0.0
+
+
+def scripted(*scores: SearchScore) -> Callable[[QuantPlan], SearchScore]:
+    """Scores in the order of the calls; a call too many is an error."""
+    left = iter(scores)
+    return lambda plan: next(left)
+
+
+# --- reverting -------------------------------------------------------------------------------------
+
+
+def test_the_most_damaging_operators_go_first() -> None:
+    plan = revert_to(ten_operators(), 0.7, 0.0)
+    assert list(plan.quantized()) == [f"op{i}" for i in range(3, 10)]
+    assert all("damage" in op.reason for op in plan.operators if not op.quantized)
+
+
+def test_damage_counts_against_work_and_weights() -> None:
+    cheap, dear = operator("cheap", 1, damage=0.1, parameters=1), operator("dear", 99, damage=0.2, parameters=1)
+    assert list(revert_to(plan_with(dear, cheap), 0.005, 0.0).quantized()) == ["dear"]
+    light, heavy = operator("light", 50, damage=0.1, parameters=1), operator("heavy", 50, damage=0.11, parameters=99)
+    assert list(revert_to(plan_with(heavy, light), 0.5, 0.0).quantized()) == ["heavy"]
+
+
+def test_one_too_large_for_the_floor_is_stepped_over() -> None:
+    plan = plan_with(operator("large", 60, damage=9), operator("middle", 30, damage=1), operator("small", 10, damage=0.1))
+    assert list(revert_to(plan, 0.65, 0.0).quantized()) == ["large", "small"]
+    assert list(revert_to(plan, 0.9, 0.0).quantized()) == ["large", "middle"]
+
+
+def test_weights_that_bound_the_file_size_stay_in_int8() -> None:
+    plan = plan_with(operator("heavy", 1, damage=9, parameters=60), operator("light", 1, damage=0.1, parameters=40))
+    assert list(revert_to(plan, 0.0, 0.5).quantized()) == ["heavy"]
+    assert list(revert_to(plan, 0.0, 0.7).quantized()) == ["heavy", "light"]
+    _, rungs = climb(plan, ladder(min_weights=0.5), GATE, 0.0, scripted(score(2.0), score(2.0)))
+    assert [rung.reverted for rung in rungs] == [0, 1]
+
+
+def test_full_coverage_reverts_nothing() -> None:
+    assert len(revert_to(ten_operators(), 1.0, 0.0).quantized()) == 10
+
+
+def test_operators_that_are_in_fp32_already_stay_there_and_count() -> None:
+    plan = plan_with(operator("a", 50, damage=1), operator("b", 20, quantized=False), operator("c", 30, damage=2))
+    less = revert_to(plan, 0.5, 0.0)
+    assert list(less.quantized()) == ["a"]
+    assert less.coverage() == 0.5
+    assert list(revert_to(plan, 0.81, 0.0).quantized()) == ["a", "c"], "below the floor already: nothing more goes"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 1000), st.floats(0, 10), st.booleans(), st.integers(0, 99)), max_size=12),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_no_floor_is_ever_crossed(
+    facts: list[tuple[int, float, bool, int]], floor: float, weights_floor: float
+) -> None:
+    plan = plan_with(*(operator(f"op{i}", m, q, d, p) for i, (m, d, q, p) in enumerate(facts)))
+    less = revert_to(plan, floor, weights_floor)
+    assert less.coverage() >= min(floor, plan.coverage()) - 1e-12
+    assert share_of_weights(less) >= min(weights_floor, share_of_weights(plan)) - 1e-12
+    assert set(less.quantized()) <= set(plan.quantized())
+
+
+# --- climbing --------------------------------------------------------------------------------------
+
+
+def test_plain_ptq_is_taken_when_it_passes() -> None:
+    plan, rungs = climb(ten_operators(), ladder(0.9, 0.8), GATE, 0.5, scripted(score(0.9)))
+    assert (plan.method, plan.coverage()) == ("ptq", 1.0)
+    assert [(r.name, r.reverted, r.passed) for r in rungs] == [("ptq", 0, True)]
+
+
+def test_it_stops_at_the_first_rung_that_passes() -> None:
+    scores = score(3.0), score(2.0), score(0.5)
+    plan, rungs = climb(ten_operators(), ladder(0.9, 0.8, 0.7), GATE, 0.5, scripted(*scores))
+    assert [(r.name, r.coverage, r.passed) for r in rungs] == [
+        ("ptq", 1.0, False),
+        ("revert 1", 0.9, False),
+        ("revert 2", 0.8, True),
+    ]
+    assert (plan.method, list(plan.quantized())) == ("ptq+revert", [f"op{i}" for i in range(2, 10)])
+    assert json.dumps([rung.document() for rung in rungs])
+
+
+def test_the_last_rung_is_the_floor_and_lower_steps_are_left_out() -> None:
+    scores = score(3.0), score(2.5), score(2.2)
+    plan, rungs = climb(ten_operators(), ladder(0.9, 0.6, 0.3), GATE, 0.7, scripted(*scores))
+    assert [rung.coverage for rung in rungs] == [1.0, 0.9, 0.7]
+    assert plan.coverage() == 0.7
+
+
+def test_the_best_is_taken_when_none_passes() -> None:
+    scores = score(3.0), score(1.5), score(2.0)
+    plan, rungs = climb(ten_operators(), ladder(0.9), GATE, 0.8, scripted(*scores))
+    assert (plan.coverage(), plan.method) == (0.9, "ptq+revert")
+    assert not any(rung.passed for rung in rungs)
+
+    plan, _ = climb(ten_operators(), ladder(0.9), GATE, 0.8, scripted(score(2.0), score(2.0), score(2.0)))
+    assert (plan.coverage(), plan.method) == (1.0, "ptq"), "of equals the one with the most in INT8"
+
+    scores = score(2.0, discordance=6.0), score(2.5, discordance=1.0), score(2.5, discordance=2.0)
+    plan, _ = climb(ten_operators(), ladder(0.9), GATE, 0.8, scripted(*scores))
+    assert plan.coverage() == 0.9, "discordance counts too"
+
+
+@pytest.mark.parametrize(
+    ("first", "limits"),
+    [
+        (score(1.01), ladder(0.9)),
+        (score(0.5, relative=1.01), ladder(0.9)),
+        (score(0.8), ladder(0.9, margin=0.3)),
+        (score(0.0, discordance=3.1), ladder(0.9, max_discordance=3.0)),
+    ],
+)
+def test_every_limit_binds(first: SearchScore, limits: Ladder) -> None:
+    _, rungs = climb(ten_operators(), limits, GATE, 0.8, scripted(first, score(0.0)))
+    assert [rung.passed for rung in rungs] == [False, True]
+
+
+def test_a_gain_passes() -> None:
+    _, rungs = climb(ten_operators(), ladder(0.9, margin=0.3), GATE, 0.8, scripted(score(-2.0)))
+    assert rungs[0].passed
+
+
+def test_a_rung_that_changes_nothing_is_not_evaluated_again() -> None:
+    plan = plan_with(operator("a", 90, damage=1), operator("b", 10, damage=1))
+    _, rungs = climb(plan, ladder(0.99, 0.95, 0.92), GATE, 0.9, scripted(score(2.0), score(2.0)))
+    assert [rung.name for rung in rungs] == ["ptq", "revert 1"]
+
+
+def test_the_given_plan_is_left_alone() -> None:
+    plan = ten_operators()
+    climb(plan, ladder(0.9), GATE, 0.8, scripted(score(2.0), score(0.0)))
+    assert (len(plan.quantized()), plan.method) == (10, "ptq")
