@@ -20,6 +20,9 @@ from quant.sensitivity import output_error
 from quant.simulation import simulated_model
 
 _ROUNDING = 2e-3  # relative; different kernels may round single values to the neighbouring step
+# Early values that round the other way move everything behind them: in a noisy plan two runtimes are two draws of
+# the same noise, sqrt(2) of its size apart. What a runtime really gets wrong is far larger.
+_NOISE_DRAWS = 2.0
 
 
 def export_artifact(
@@ -74,15 +77,15 @@ def check_artifact(
         Mean relative L1 distance from the simulation.
 
     Raises:
-        InputError: it is further from the simulation than the simulation is from FP32.
+        InputError: it is further from the simulation than rounding noise explains.
     """
-    exact_session, simulated_session = onnx_session(graph.to_model(), threads), None
+    exact_session = onnx_session(graph.to_model(), threads)
     simulated_session = onnx_session(simulated_model(graph, plan), threads)
     exact = [exact_session.run(feed) for feed in feeds]
     simulated = [simulated_session.run(feed) for feed in feeds]
     own_error = output_error(simulated_session, feeds, exact)
     difference = output_error(open_session(target, folder, threads), feeds, simulated)
-    if not difference <= own_error + _ROUNDING:
+    if not difference <= _NOISE_DRAWS * own_error + _ROUNDING:
         raise InputError(
             f"target {target}: the exported model differs from its plan by {difference:.4f} (relative), the plan from "
             f"FP32 by {own_error:.4f}: this runtime computes something else. Choose another target with --target"

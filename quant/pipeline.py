@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -298,18 +299,16 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
     operators = _operators(job, graph)
     prepared_sha256 = file_digests(_prepared(job))["prepared.onnx"]
     if choice.method == "paddleslim":
-        from quant.slim import slim_plan, slim_scales
+        from quant.slim import load_scales, slim_plan, slim_scales
 
         samples = job.selection.calibration[: recipe.paddleslim.samples]
         key = {**job.key, "slim": recipe.paddleslim.model_dump(), "samples": _ids(samples)}
 
         def build(folder: Path) -> None:
             feeds = (prepared.inputs for _, prepared in readable(samples, job.adapter, []))
-            job.options.progress(f"{recipe.name}: PaddleSlim PTQ", 0, len(samples))
-            slim_scales(graph, feeds, recipe.paddleslim, folder).save(folder)
-            job.options.progress(f"{recipe.name}: PaddleSlim PTQ", len(samples), len(samples))
-
-        from quant.slim import load_scales
+            what = f"{recipe.name}: PaddleSlim PTQ"
+            advance = partial(job.options.progress, what)
+            slim_scales(graph, feeds, recipe.paddleslim, folder, advance).save(folder)
 
         scales = load_scales(job.store.result("slim", key, build))
         return slim_plan(

@@ -123,8 +123,9 @@ class ProgramBuilder:
         for operator in program.global_block().ops:
             if operator.has_attr("op_callstack"):
                 operator.desc.remove_attr("op_callstack")  # holds paths of this machine
+        parameters = static.serialize_persistables(feeds, fetches, executor, program=program)
         # `static.serialize_program` would add feed and fetch operators anew, call stacks included.
-        return program.desc.serialize_to_string(), static.serialize_persistables(feeds, fetches, executor, program=program)
+        return program.desc.serialize_to_string(), parameters or b""
 
     def emit(self, kind: str, inputs: dict[str, str | list[str]], outputs: dict[str, str], **attributes: Any) -> None:
         """Append one Paddle operator; its outputs are declared here, their shapes by Paddle."""
@@ -154,14 +155,14 @@ class ProgramBuilder:
         if value is None or self._block.has_var(name):
             return name
         if value.dtype.kind == "f":
-            return self._parameter(name, value.astype(np.float32))
+            return self.parameter(name, value.astype(np.float32))
         self.emit(
             "assign_value",
             {},
             {"Out": name},
             shape=list(value.shape),
             dtype=self.element_type("INT32"),
-            int32_values=[int(v) for v in value.ravel()],
+            values=[int(v) for v in value.ravel()],
         )
         return name
 
@@ -222,7 +223,8 @@ class ProgramBuilder:
         )
         variable.desc.set_need_check_feed(True)
 
-    def _parameter(self, name: str, value: Array) -> str:
+    def parameter(self, name: str, value: Array) -> str:
+        """Store a tensor once under its name, and return the name."""
         if not self._block.has_var(name):
             self._block.create_var(name=name, shape=value.shape, dtype=str(value.dtype), persistable=True)
             tensor = self._paddle.static.global_scope().var(name).get_tensor()
@@ -240,8 +242,8 @@ class ProgramBuilder:
             step = np.float32(self._plan.activations[name].scale)
             inputs: dict[str, str | list[str]] = {
                 "X": self.variable(name),
-                "Scale": self._parameter(f"{name}@scale", np.array([step * np.float32(127)], dtype=np.float32)),
-                "ZeroPoint": self._parameter(f"{name}@zero_point", np.zeros(1, dtype=np.int32)),
+                "Scale": self.parameter(f"{name}@scale", np.array([step * np.float32(127)], dtype=np.float32)),
+                "ZeroPoint": self.parameter(f"{name}@zero_point", np.zeros(1, dtype=np.int32)),
             }
             self.emit(
                 "quantize_linear",
@@ -268,12 +270,12 @@ class ProgramBuilder:
             shape[self._plan.weights[name].axis] = -1
             self.emit(
                 "cast",
-                {"X": self._parameter(f"{name}.int8", weight.values)},
+                {"X": self.parameter(f"{name}.int8", weight.values)},
                 {"Out": f"{name}.cast"},
                 in_dtype=self.element_type("INT8"),
                 out_dtype=self.element_type("FP32"),
             )
-            scale = self._parameter(f"{name}@scale", weight.scale.reshape(shape).astype(np.float32))
+            scale = self.parameter(f"{name}@scale", weight.scale.reshape(shape).astype(np.float32))
             self.emit("elementwise_mul", {"X": f"{name}.cast", "Y": scale}, {"Out": result}, axis=-1)
         return result
 
@@ -378,6 +380,17 @@ def _elementwise(kind: str) -> OpWriter:
     return write
 
 
+def _write_div(builder: ProgramBuilder, node: NodeProto) -> None:
+    dividend, divisor = node.input
+    if builder.constant(divisor) is not None or builder.shape(dividend) == builder.shape(divisor):
+        _elementwise("elementwise_div")(builder, node)
+        return
+    # The oneDNN kernel divides the wrong way round where the dividend is the smaller tensor.
+    inverse = f"{node.output[0]}.inverse"
+    builder.emit("reciprocal", {"X": divisor}, {"Out": inverse})
+    builder.emit("elementwise_mul", {"X": inverse, "Y": builder.variable(dividend)}, {"Out": node.output[0]}, axis=-1)
+
+
 def _write_scale(builder: ProgramBuilder, node: NodeProto, kind: str, data: str, other: str) -> bool:
     """A float tensor times or plus a single number as the `scale` operator; False where it is not that."""
     value = builder.constant(other)
@@ -425,25 +438,20 @@ def _write_softmax(builder: ProgramBuilder, node: NodeProto) -> None:
 
 def _write_layer_norm(builder: ProgramBuilder, node: NodeProto) -> None:
     rank = len(builder.shape(node.input[0]))
-    inputs: dict[str, str | list[str]] = {"X": builder.variable(node.input[0])}
-    given = [(slot, name) for slot, name in zip(("Scale", "Bias"), node.input[1:], strict=False) if name]
-    for slot, name in given:
-        inputs[slot] = _flat_parameter(builder, node, name)
-    outputs = {"Y": node.output[0], "Mean": f"{node.output[0]}.mean", "Variance": f"{node.output[0]}.variance"}
+    scale = builder.constant(node.input[1])
+    if scale is None or scale.ndim != 1:
+        raise unsupported(node, "its scale must be a constant vector")
+    if len(node.input) > 2 and node.input[2]:
+        bias = builder.variable(node.input[2])
+    else:  # the oneDNN kernel computes nonsense without one
+        bias = builder.parameter(f"{node.output[0]}.zero_bias", np.zeros_like(scale))
     builder.emit(
         "layer_norm",
-        inputs,
-        outputs,
+        {"X": builder.variable(node.input[0]), "Scale": builder.variable(node.input[1]), "Bias": bias},
+        {"Y": node.output[0], "Mean": f"{node.output[0]}.mean", "Variance": f"{node.output[0]}.variance"},
         epsilon=attribute(node, "epsilon", 1e-5),
         begin_norm_axis=attribute(node, "axis", -1) % rank,
     )
-
-
-def _flat_parameter(builder: ProgramBuilder, node: NodeProto, name: str) -> str:
-    value = builder.constant(name)
-    if value is None or value.ndim != 1:
-        raise unsupported(node, "its scale and bias must be constant vectors")
-    return builder.variable(name)
 
 
 def _write_global_pool(builder: ProgramBuilder, node: NodeProto) -> None:
@@ -472,23 +480,28 @@ def _pool(kind: str) -> OpWriter:
 
 
 def _write_resize(builder: ProgramBuilder, node: NodeProto) -> None:
+    """Only what all kernels do alike: Paddle's oneDNN kernels ignore `align_corners` and `align_mode`.
+
+    They take pixel centers for the place of a pixel, which changes nothing where whole pixels are repeated.
+    """
     mode = attribute(node, "mode", "nearest")
     place = attribute(node, "coordinate_transformation_mode", "half_pixel")
-    variants: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
-        ("nearest", "asymmetric"): ("nearest_interp_v2", {"align_corners": False, "align_mode": 1}),
-        ("linear", "half_pixel"): ("bilinear_interp_v2", {"align_corners": False, "align_mode": 0}),
-        ("linear", "asymmetric"): ("bilinear_interp_v2", {"align_corners": False, "align_mode": 1}),
-        ("linear", "align_corners"): ("bilinear_interp_v2", {"align_corners": True, "align_mode": 0}),
-    }
     rounding = attribute(node, "nearest_mode", "round_prefer_floor")
-    if (mode, place) not in variants or (mode == "nearest" and rounding != "floor"):
-        raise unsupported(node, f"mode {mode}, {place}, {rounding} is not supported")
-    if len(builder.shape(node.input[0])) != 4:
-        raise unsupported(node, "only tensors of rank 4 can be resized")
-    kind, attributes = variants[mode, place]
-    interpolation = "bilinear" if mode == "linear" else mode
+    target = _resize_target(builder, node)
+    exact = (mode, place) == ("linear", "half_pixel")
+    whole = all(scale.is_integer() for scale in target["scale"] or [0.5])
+    repeated = (mode, place, rounding) == ("nearest", "asymmetric", "floor") and whole
+    if len(builder.shape(node.input[0])) != 4 or not (exact or repeated):
+        raise unsupported(node, f"mode {mode}, {place}, {rounding} means different things in Paddle's kernels")
+    interpolation = "bilinear" if mode == "linear" else "nearest"
     _unary(
-        kind, **attributes, **_resize_target(builder, node), interp_method=interpolation, data_layout="NCHW", out_d=-1
+        f"{interpolation}_interp_v2",
+        **target,
+        align_corners=False,
+        align_mode=0,
+        interp_method=interpolation,
+        data_layout="NCHW",
+        out_d=-1,
     )(builder, node)
 
 
@@ -683,7 +696,7 @@ _WRITERS: dict[str, OpWriter] = {
     "Concat": _write_concat,
     "Conv": _write_conv,
     "ConvTranspose": _write_conv_transpose,
-    "Div": _elementwise("elementwise_div"),
+    "Div": _write_div,
     "Erf": _unary("erf"),
     "Exp": _unary("exp"),
     "Flatten": _write_flatten,

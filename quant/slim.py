@@ -97,7 +97,7 @@ def slim_scales(
         graph: prepared graph.
         feeds: input name -> array with batch size 1; at most `settings.samples` are taken.
         settings: algorithm and its arguments.
-        folder: working folder. Nothing is left in it but, after a failure, the log `paddleslim.log`.
+        folder: working folder; nothing is left in it.
         progress: called with samples done and samples in all (`hist` and `KL` read each twice).
 
     Raises:
@@ -113,7 +113,7 @@ def slim_scales(
         write_program(graph, work / "fp32")
         job = {"algo": settings.algo, "hist_percent": settings.hist_percent, "samples": count}
         (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        _run_child(work, folder / LOG_FILE, progress)
+        _run_child(work, progress)
         found = load_scales(work)
     return replace(found, skipped=_left_out(graph, found))
 
@@ -197,11 +197,14 @@ def _save_feeds(feeds: Iterable[dict[str, Array]], folder: Path) -> int:
     return count
 
 
-def _run_child(work: Path, log: Path, progress: Progress | None) -> None:
+def _run_child(work: Path, progress: Progress | None) -> None:
+    log = work / LOG_FILE
     package = str(Path(__file__).parents[1])
     path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH")) if part)
     # One thread: sums, and with them the scales, do not depend on the number of cores.
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    # PaddleX sets the flag to 1 in the environment of the process that loads a model.
+    environment = {**os.environ, "PYTHONPATH": path, **threads, "FLAGS_enable_pir_api": "0"}
     command = [sys.executable, "-m", "quant.slim", str(work)]
     with (
         log.open("wb") as errors,
@@ -216,8 +219,9 @@ def _run_child(work: Path, log: Path, progress: Progress | None) -> None:
             child.kill()
             raise
     if child.returncode:
-        raise RuntimeError(f"PaddleSlim failed with code {child.returncode}, see {log}: {_last_line(log)}")
-    log.unlink()
+        with tempfile.NamedTemporaryFile(prefix="paddleslim-", suffix=".log", delete=False) as kept:
+            kept.write(log.read_bytes())  # the working folder vanishes
+        raise RuntimeError(f"PaddleSlim failed with code {child.returncode}, see {kept.name}: {_last_line(log)}")
 
 
 def _last_line(log: Path) -> str:

@@ -18,21 +18,24 @@ from quant.task import BoxPrediction, TextPrediction
 pytestmark = pytest.mark.slow
 
 DET, REC = "PP-OCRv4_mobile_det", "PP-OCRv4_mobile_rec"
-# Small and quick: these tests are about loading and agreement, not about accuracy.
+# Small and quick, but with a sane plan: one that is all noise gives each client another draw of the noise.
 QUICK = [
-    "calibration.samples=12",
+    "calibration.samples=24",
     "ladder.search_samples=8",
-    "ladder.damage_samples=1",
+    "ladder.damage_samples=2",
     "ladder.coverage_steps=[]",
-    "ladder.max_discordance=100",
+    "ladder.min_coverage=0.9",
+    "ladder.max_error=1e-9",  # no rung passes: the most damaging operators are reverted
     "paddleslim.samples=8",
     "paddleslim.algo=avg",
     "latency.runs=1",
     "gate.max_drop=100",
     "gate.max_relative_drop=100",
 ]
-GENERATED = {DET: "data.generated.samples=40", REC: "data.generated.samples=90"}
-PICTURES = 6
+GENERATED = {DET: "data.generated.samples=60", REC: "data.generated.samples=250"}
+PICTURES = 8
+LARGEST_UNSHRUNK = 960
+SCORE_NOISE = 0.01  # onnxruntime sums in another order with another number of threads; single values round differently
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def assert_equal(ours: list[Any], theirs: list[Any]) -> None:
     for mine, result in zip(ours, theirs, strict=True):
         if isinstance(mine, TextPrediction):
             assert result["rec_text"] == mine.text
-            assert result["rec_score"] == pytest.approx(mine.score, abs=1e-4)
+            assert result["rec_score"] == pytest.approx(mine.score, abs=SCORE_NOISE)
         else:
             assert isinstance(mine, BoxPrediction)
             assert len(result["dt_polys"]) == len(mine.polygons)
@@ -104,21 +107,27 @@ def test_rapidocr(exported: Exported) -> None:
     folder = exported.folder / "onnxruntime" / "inference.onnx"
     detects = exported.job.recipe.name == DET
     stage = "Det" if detects else "Rec"
-    settings: dict[str, Any] = {f"{stage}.model_path": str(folder), "Global.log_level": "critical"}
-    if detects:  # RapidOCR's own thresholds and resizing set to PaddleX's
+    # RapidOCR pads low and long lines and enlarges small ones; PaddleX does not.
+    as_they_are = {"Global.min_height": 1, "Global.width_height_ratio": -1, "Global.min_side_len": 1}
+    settings: dict[str, Any] = {f"{stage}.model_path": str(folder), **as_they_are}
+    if detects:  # RapidOCR's own thresholds and resizing set to PaddleX's: it then leaves small pictures as they are
         settings |= {"Det.thresh": 0.3, "Det.box_thresh": 0.6, "Det.unclip_ratio": 1.5, "Det.use_dilation": False}
-        settings |= {"Det.limit_side_len": 960, "Det.limit_type": "max", "Det.max_candidates": 1000}
+        settings |= {"Det.limit_side_len": 32, "Det.limit_type": "min"}
         settings |= {"Det.mean": [0.485, 0.456, 0.406], "Det.std": [0.229, 0.224, 0.225]}
     engine = RapidOCR(params=settings)
+    compared = 0
     for sample, mine in zip(exported.samples, exported.ours("onnxruntime"), strict=True):
         image = read_image(sample.image)
+        if detects and max(image.shape) > LARGEST_UNSHRUNK:
+            continue
+        compared += 1
         if detects:
             found = engine.text_det(image).boxes
-            theirs = [] if found is None else [np.asarray(box, dtype=np.float64) for box in found]
-            assert_same_boxes(mine.polygons, theirs)
+            assert_same_boxes(mine.polygons, [] if found is None else list(np.asarray(found, dtype=np.float64)))
         else:
             result = engine(image, use_det=False, use_cls=False, use_rec=True)
             assert (result.txts or ("",))[0].strip() == mine.text.strip()
+    assert compared
 
 
 def assert_same_boxes(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:

