@@ -30,7 +30,8 @@ def main(models: list[str]) -> None:
     for model in models:
         minutes, gigabytes, code = main_job(model)
         limit = LIMITS.get(model)
-        print(f"quant run {model}: {minutes:.1f} min (limit {limit}), {gigabytes:.2f} GB (limit {MEMORY_GB}), exit {code}")
+        used = f"{minutes:.1f} min (limit {limit}), {gigabytes:.2f} GB (limit {MEMORY_GB})"
+        print(f"quant run {model}: {used}, exit {code}")
 
 
 def answer_seconds(arguments: list[str]) -> float:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from quant import __version__
@@ -40,6 +39,9 @@ _STORAGE_ERRORS = (
     errno.EEXIST,
     errno.EFBIG,
 )
+
+# typer brings a click of its own and names only its subclasses; `BadParameter`'s parent is click's UsageError.
+_UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="quant",
@@ -80,12 +82,12 @@ def _guarded(arguments: list[str]) -> int:
         return result if isinstance(result, int) else 0
     except InputError as error:
         return _failed(str(error), INPUT_ERROR)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return INPUT_ERROR
-    except click.ClickException as error:
+    except _UsageError as error:
+        if error.__class__.__name__ == "NoArgsIsHelpError":
+            error.show()
+            return INPUT_ERROR
         return _failed(error.format_message(), INPUT_ERROR)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _failed("interrupted; the next run goes on from the last finished step", INTERRUPTED)
     except OSError as error:
         if error.errno not in _STORAGE_ERRORS:

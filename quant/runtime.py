@@ -69,6 +69,9 @@ class _OnnxRuntime:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # Pictures differ in size: an arena would keep the largest of every kind, for every session.
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
         source = str(model) if isinstance(model, Path) else model.SerializeToString()
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -113,7 +116,9 @@ class _PaddleInference:
         config.disable_glog_info()
         config.set_cpu_math_library_num_threads(threads)
         config.enable_mkldnn()
-        config.set_mkldnn_cache_capacity(10)
+        # Every new picture size would keep its own buffers: 5 GB after 90 pages without these.
+        config.set_mkldnn_cache_capacity(1)
+        config.enable_memory_optim()
         self._predictor = inference.create_predictor(config)
 
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]:
@@ -121,4 +126,7 @@ class _PaddleInference:
             self._predictor.get_input_handle(name).copy_from_cpu(values)
         self._predictor.run()
         wanted = outputs if outputs else self._predictor.get_output_names()
-        return [self._predictor.get_output_handle(name).copy_to_cpu() for name in wanted]
+        results = [self._predictor.get_output_handle(name).copy_to_cpu() for name in wanted]
+        self._predictor.clear_intermediate_tensor()
+        self._predictor.try_shrink_memory()
+        return results

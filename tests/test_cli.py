@@ -90,9 +90,7 @@ def test_lists_of_models_and_data(capfd: Text) -> None:
 
 
 @pytest.mark.parametrize(("good", "code"), [(True, 0), (False, 2)])
-def test_doctor_fails_when_a_check_fails(
-    good: bool, code: int, monkeypatch: pytest.MonkeyPatch, capfd: Text
-) -> None:
+def test_doctor_fails_when_a_check_fails(good: bool, code: int, monkeypatch: pytest.MonkeyPatch, capfd: Text) -> None:
     checks = [Check("a", True, "1.0"), Check("b", good, "not installed", "pip install b")]
     monkeypatch.setattr(doctor_module, "examine", lambda: checks)
     assert cli._guarded(["doctor"]) == code
@@ -134,7 +132,10 @@ def test_an_unknown_model(capfd: Text, command: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", REC, "--set", "calibration.colour=red"], "calibration.colour = 'red': unknown key; allowed here: samples"),
+        (
+            ["run", REC, "--set", "calibration.colour=red"],
+            "calibration.colour = 'red': unknown key; allowed here: samples",
+        ),
         (["run", REC, "--set", "calibration.samples=none"], "calibration.samples = 'none'"),
         (["run", REC, "--set", "calibration.samples"], "write it as key=value"),
         (["run", REC, "--target", "tensorrt"], "has no target 'tensorrt'; it has onnxruntime"),
@@ -197,23 +198,26 @@ def test_eval_before_any_run_is_skipped_rows_with_the_fix(tmp_path: Path, capfd:
     assert "not quantized yet" in capfd.readouterr().out
 
 
-def test_only_json_stands_on_standard_output_whatever_libraries_print(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Text
-) -> None:
-    skipped = pipeline.evaluate_model
+def in_a_process(patch: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, where descriptors are real, after some lines that patch the pipeline."""
+    code = f"import subprocess, sys\nfrom quant import cli, pipeline\n{patch}\nsys.exit(cli._guarded(sys.argv[1:]))"
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
 
-    def chatty(*arguments: Any) -> Any:
-        print("a library prints")
-        subprocess.run(["echo", "a native library prints"], check=True)
-        return skipped(*arguments)
 
-    monkeypatch.setattr(pipeline, "evaluate_model", chatty)
-    assert cli._guarded(["eval", REC, "--json", "--out", str(tmp_path)]) == 2
-    out, err = capfd.readouterr()
-    assert json.loads(out)["schema"] == 1
-    assert "a native library prints" in err
-    print("and standard output works afterwards")
-    assert capfd.readouterr().out == "and standard output works afterwards\n"
+def test_only_json_stands_on_standard_output_whatever_libraries_print(tmp_path: Path) -> None:
+    patch = """
+skipped = pipeline.evaluate_model
+def chatty(*arguments):
+    print("a library prints")
+    subprocess.run(["echo", "a native library prints"], check=True)
+    return skipped(*arguments)
+pipeline.evaluate_model = chatty
+"""
+    done = in_a_process(patch, "eval", REC, "--json", "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["schema"] == 1
+    assert "a library prints" in done.stderr
+    assert "a native library prints" in done.stderr
 
 
 def test_export_before_any_run(tmp_path: Path, capfd: Text) -> None:
@@ -245,16 +249,20 @@ def test_an_error_of_ours_has_its_own_code_and_a_log_with_the_traceback(
     assert "Traceback" in log and "nothing to divide by" in log
 
 
-def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Text) -> None:
-    monkeypatch.setattr(pipeline, "run_model", raising(KeyboardInterrupt()))
-    said = failure(capfd, "run", REC, "--quiet", "--json", "--out", str(tmp_path), code=130)
-    assert "interrupted" in said
+def test_interrupted(tmp_path: Path) -> None:
+    patch = """
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+pipeline.run_model = interrupt
+"""
+    done = in_a_process(patch, "run", REC, "--quiet", "--json", "--out", str(tmp_path))
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.startswith("quant: interrupted")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
-def test_a_full_or_read_only_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Text, number: int
-) -> None:
+def test_a_full_or_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Text, number: int) -> None:
     monkeypatch.setattr(pipeline, "run_model", raising(OSError(number, "cannot write", "/place/file")))
     said = failure(capfd, "run", REC, "--quiet", "--out", str(tmp_path))
     assert said.startswith("/place/file: cannot write")

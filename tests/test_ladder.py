@@ -17,20 +17,27 @@ from quant.recipe import Gate, Ladder
 GATE = Gate(max_drop=1.0, max_relative_drop=1.0)
 
 
-def ladder(*steps: float, margin: float = 0.0, max_discordance: float = 100.0, min_weights: float = 0.0) -> Ladder:
+def ladder(
+    *steps: float,
+    margin: float = 0.0,
+    max_discordance: float = 100.0,
+    min_weights: float = 0.0,
+    max_error: float = 1.0,
+) -> Ladder:
     return Ladder(
         search_samples=1,
         damage_samples=1,
         coverage_steps=list(steps),
         min_coverage=0.0,
         min_weights=min_weights,
+        max_error=max_error,
         max_discordance=max_discordance,
         margin=margin,
     )
 
 
-def score(drop: float, relative: float | None = None, discordance: float = 0.0) -> SearchScore:
-    return SearchScore(drop, drop if relative is None else relative, discordance, 100)
+def score(drop: float, relative: float | None = None, discordance: float = 0.0, error: float = 0.0) -> SearchScore:
+    return SearchScore(drop, drop if relative is None else relative, discordance, error, 100)
 
 
 def ten_operators() -> QuantPlan:
@@ -66,7 +73,9 @@ def test_damage_counts_against_work_and_weights() -> None:
 
 
 def test_one_too_large_for_the_floor_is_stepped_over() -> None:
-    plan = plan_with(operator("large", 60, damage=9), operator("middle", 30, damage=1), operator("small", 10, damage=0.1))
+    plan = plan_with(
+        operator("large", 60, damage=9), operator("middle", 30, damage=1), operator("small", 10, damage=0.1)
+    )
     assert list(revert_to(plan, 0.65, 0.0).quantized()) == ["large", "small"]
     assert list(revert_to(plan, 0.9, 0.0).quantized()) == ["large", "middle"]
 

@@ -73,7 +73,9 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
     assert found["colour"][1] == "'red'"
     assert "calibration" in found["colour"][2], "the keys that are allowed there"
     assert found["model.wheel.colour"][2] == "unknown key; allowed here: package, folder"
-    assert any("tensorrt" in key and "'onnxruntime', 'openvino' or 'paddle'" in text for key, (_, _, text) in found.items())
+    assert any(
+        "tensorrt" in key and "'onnxruntime', 'openvino' or 'paddle'" in text for key, (_, _, text) in found.items()
+    )
     assert any(key.startswith("targets.paddle.method") for key in found)
 
 
@@ -85,7 +87,12 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a: [1", "unreadable"), ("- 1\n", "list"), ("", "NoneType"), ("base: nothing\n", "must be one of text_detection")],
+    [
+        ("a: [1", "unreadable"),
+        ("- 1\n", "list"),
+        ("", "NoneType"),
+        ("base: nothing\n", "must be one of text_detection"),
+    ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(RecipeError, match="mine.yaml") as caught:

@@ -48,7 +48,9 @@ def test_rounding_is_quantize_then_dequantize(values: list[float], low: float, h
     data = np.array([values], dtype=np.float32)
     found = run(rounding_of(quantizer).to_model(), {"x": data})[0]
     integers = integers_of(data, quantizer)
-    np.testing.assert_array_equal(found, (integers - quantizer.zero_point).astype(np.float32) * np.float32(quantizer.scale))
+    np.testing.assert_array_equal(
+        found, (integers - quantizer.zero_point).astype(np.float32) * np.float32(quantizer.scale)
+    )
     smallest, largest = integer_limits(quantizer)
     assert smallest <= integers.min() <= integers.max() <= largest
     inside = (data >= low) & (data <= high)

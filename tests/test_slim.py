@@ -12,7 +12,7 @@ import onnx
 import pytest
 from test_program import MODES, feeds, parameters, predictor
 from test_task import DET, REC, Image, adapter, drawn_line, drawn_page, model_folder, real_pictures
-from tiny_models import TinyNet, run, small_detector, small_recognizer
+from tiny_models import Array, TinyNet, run, session_values, small_detector, small_recognizer
 
 from quant.errors import InputError
 from quant.graph import Graph
@@ -225,31 +225,38 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_real_models_compute_the_same_in_fp32(
     real: tuple[str, Graph, list[Feed]], onednn: bool, new_ir: bool, tmp_path: Path
 ) -> None:
-    _, graph, inputs = real
+    name, graph, inputs = real
     write_program(graph, tmp_path)
     compute, exact = predictor(tmp_path, onednn=onednn, new_ir=new_ir), onnx_session(graph.to_model(), 1)
     for feed in inputs:
-        np.testing.assert_allclose(compute(feed)[0], exact.run(feed)[0], atol=1e-4)
+        difference = np.abs(compute(feed)[0] - exact.run(feed)[0])
+        assert difference.max() <= load_recipe(name).tolerance
+        assert difference.mean() <= 1e-6
+
+
+def mean_difference(found: list[Array], expected: list[Array]) -> float:
+    return float(np.mean([np.abs(a - b).mean() for a, b in zip(found, expected, strict=True)]))
 
 
 @pytest.mark.slow
 def test_real_models_compute_their_plan_in_every_mode(real: tuple[str, Graph, list[Feed]], tmp_path: Path) -> None:
-    name, graph, inputs = real
+    _, graph, inputs = real
     scales = slim_scales(graph, inputs, PaddleSlim(algo="hist", samples=6), tmp_path / "slim")
     assert scales.skipped == ()
     plan = plan_from(graph, scales)
     # The first convolutions magnify every rounding; all plans that pass the gate have them in FP32.
     plan = plan.with_only({op.name for op in plan.operators[4:] if op.quantized}, "for the test")
     write_program(graph, tmp_path, plan)
-    simulated, exact = onnx_session(simulated_model(graph, plan), 1), onnx_session(graph.to_model(), 1)
-    expected = [simulated.run(feed)[0] for feed in inputs]
-    effect = float(np.mean([np.abs(a - exact.run(f)[0]).mean() for a, f in zip(expected, inputs, strict=True)]))
+    onnx.save(simulated_model(graph, plan), tmp_path / "simulated.onnx")
+    expected, again = (
+        [session_values(tmp_path / "simulated.onnx", feed, optimized=optimized)[0] for feed in inputs]
+        for optimized in (False, True)
+    )
+    # A value on the edge between two steps falls to either side, and moves others behind it: so the
+    # yardstick is onnxruntime itself, with and without its optimizations.
+    noise = mean_difference(again, expected)
     for onednn, new_ir in MODES:
         compute = predictor(tmp_path, onednn=onednn, new_ir=new_ir)
-        found = [compute(feed)[0] for feed in inputs]
-        assert np.mean([np.abs(a - b).mean() for a, b in zip(found, expected, strict=True)]) < 0.25 * effect
-        if name == REC:
-            equal = [np.array_equal(a.argmax(-1), b.argmax(-1)) for a, b in zip(found, expected, strict=True)]
-            assert np.mean(equal) >= 0.75
+        assert mean_difference([compute(feed)[0] for feed in inputs], expected) < 4 * noise
     stored = sum((tmp_path / file).stat().st_size for file in (MODEL_FILE, PARAMS_FILE))
     assert stored < 0.35 * sum(value.nbytes for value in graph.constants.values())
