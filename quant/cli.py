@@ -79,6 +79,8 @@ def main() -> None:
 def _guarded(arguments: list[str]) -> int:
     try:
         result = app(args=arguments, prog_name="quant", standalone_mode=False)
+        if result == INTERRUPTED:  # typer turns Ctrl-C into this number by itself
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except InputError as error:
         return _failed(str(error), INPUT_ERROR)
