@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,30 +79,50 @@ def readable(samples: Sequence[Sample], adapter: Adapter, broken: list[str]) -> 
 
 
 def compare(
-    fp32: Session,
-    int8: Session,
+    open_pair: Callable[[], tuple[Session, Session]],
     samples: Sequence[Sample],
     adapter: Adapter,
     metric: Metric,
+    workers: int = 1,
     advance: Callable[[], None] = lambda: None,
 ) -> Outcomes:
-    """Run both sessions on every sample, one picture at a time.
+    """Run FP32 and INT8 sessions on every sample, one picture at a time in each worker.
+
+    Args:
+        open_pair: opens an FP32 and an INT8 session; called once in each worker.
+        advance: called after each picture, in the order of the samples.
 
     Raises:
         InputError: none of the pictures can be read.
     """
+    place = threading.local()
+
+    def judge_one(sample: Sample) -> tuple[Any, Any] | BrokenPicture:
+        if not hasattr(place, "pair"):
+            place.pair = open_pair()
+        try:
+            prepared: Prepared = adapter.preprocess(read_image(sample.image))
+        except BrokenPicture as error:
+            return error
+        outputs = (session.run(prepared.inputs) for session in place.pair)
+        fp32, int8 = (metric.score(adapter.postprocess(o, prepared.context), sample.label) for o in outputs)
+        return fp32, int8
+
     kept: list[Sample] = []
-    counts: tuple[list[Any], list[Any]] = ([], [])
+    counts: list[tuple[Any, Any]] = []
     broken: list[str] = []
-    for sample, prepared in readable(samples, adapter, broken):
-        for session, scores in zip((fp32, int8), counts, strict=True):
-            prediction = adapter.postprocess(session.run(prepared.inputs), prepared.context)
-            scores.append(metric.score(prediction, sample.label))
-        kept.append(sample)
-        advance()
+    with ThreadPoolExecutor(workers) as pool:
+        for sample, result in zip(samples, pool.map(judge_one, samples), strict=True):
+            if isinstance(result, BrokenPicture):
+                broken.append(str(result))
+            else:
+                kept.append(sample)
+                counts.append(result)
+            advance()
     if not kept:
         raise InputError(f"none of the {len(samples)} pictures to be judged can be read; first: {broken[:1]}")
-    return Outcomes([s.id for s in kept], [s.dataset for s in kept], np.array(counts[0]), np.array(counts[1]), broken)
+    fp32, int8 = (np.array(column) for column in zip(*counts, strict=True))
+    return Outcomes([s.id for s in kept], [s.dataset for s in kept], fp32, int8, broken)
 
 
 def judged_rows(

@@ -6,8 +6,8 @@ weights): most of the damage sits in cheap early convolutions, so much accuracy 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 from quant.plan import Operator, QuantPlan
 from quant.recipe import Gate, Ladder
@@ -22,39 +22,56 @@ class SearchScore:
     Attributes:
         drop: in points of the metric.
         relative_drop, discordance: in percent.
-        error: mean relative L1 error of the outputs, 0 = none.
         samples: how many pictures the metric was measured on.
     """
 
     drop: float
     relative_drop: float
     discordance: float
-    error: float
     samples: int
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One step of the ladder and what it gave."""
+    """One step of the ladder and what it gave.
+
+    Attributes:
+        error: mean relative L1 error of the outputs, 0 = none.
+        score: None where the error alone ruled the step out.
+    """
 
     name: str
     coverage: float
     reverted: int
-    score: SearchScore
+    error: float
+    score: SearchScore | None
     passed: bool
 
-    def document(self) -> dict[str, object]:
+    def document(self) -> dict[str, Any]:
         return asdict(self)
 
 
+def load_rung(document: dict[str, Any]) -> Rung:
+    """The inverse of `Rung.document`."""
+    score = document["score"]
+    return Rung(**{**document, "score": None if score is None else SearchScore(**score)})
+
+
+class Judge(Protocol):
+    """Measures plans on the search split: `error` in a second, `score` on every picture."""
+
+    def error(self, plan: QuantPlan) -> float: ...
+    def score(self, plan: QuantPlan) -> SearchScore: ...
+
+
 def climb(
-    plan: QuantPlan, ladder: Ladder, gate: Gate, min_coverage: float, evaluate: Callable[[QuantPlan], SearchScore]
+    plan: QuantPlan, ladder: Ladder, gate: Gate, min_coverage: float, judge: Judge
 ) -> tuple[QuantPlan, list[Rung]]:
     """The first plan that passes on the search split, or the best one.
 
     Args:
         plan: with the damage of each quantized operator noted.
-        evaluate: runs a plan's simulation on the search split.
+        judge: runs a plan's simulation on the search split.
 
     Returns:
         The chosen plan and all rungs tried, in order.
@@ -64,16 +81,21 @@ def climb(
         candidate = revert_to(plan, limit, ladder.min_weights)
         if tried and candidate.quantized().keys() == tried[-1][0].quantized().keys():
             continue
-        score = evaluate(candidate)
-        reverted = len(plan.quantized()) - len(candidate.quantized())
-        passed = _passes(score, ladder, gate)
-        name = "ptq" if not reverted else f"revert {reverted}"
-        tried.append((candidate, Rung(name, candidate.coverage(), reverted, score, passed)))
-        if passed:
+        rung = _try(candidate, len(plan.quantized()) - len(candidate.quantized()), ladder, gate, judge)
+        tried.append((candidate, rung))
+        if rung.passed:
             break
-    chosen, rung = tried[-1] if tried[-1][1].passed else min(tried, key=lambda pair: _badness(pair[1].score))
+    chosen, rung = tried[-1] if tried[-1][1].passed else min(tried, key=lambda pair: _badness(pair[1]))
     chosen.method = plan.method if not rung.reverted else f"{plan.method}+revert"
     return chosen, [rung for _, rung in tried]
+
+
+def _try(candidate: QuantPlan, reverted: int, ladder: Ladder, gate: Gate, judge: Judge) -> Rung:
+    name = "ptq" if not reverted else f"revert {reverted}"
+    error = judge.error(candidate)
+    score = judge.score(candidate) if error <= ladder.max_error else None
+    passed = score is not None and _passes(score, ladder, gate)
+    return Rung(name, candidate.coverage(), reverted, error, score, passed)
 
 
 def revert_to(plan: QuantPlan, min_coverage: float, min_weights: float) -> QuantPlan:
@@ -100,10 +122,11 @@ def revert_to(plan: QuantPlan, min_coverage: float, min_weights: float) -> Quant
 
 def _passes(score: SearchScore, ladder: Ladder, gate: Gate) -> bool:
     absolute, relative = gate.max_drop - ladder.margin, gate.max_relative_drop - ladder.margin
-    keeps = score.drop <= absolute and score.relative_drop <= relative
-    return keeps and score.discordance <= ladder.max_discordance and score.error <= ladder.max_error
+    return score.drop <= absolute and score.relative_drop <= relative and score.discordance <= ladder.max_discordance
 
 
-def _badness(score: SearchScore) -> float:
+def _badness(rung: Rung) -> tuple[bool, float]:
     """Lower is better: the drop, and half of the discordance, which varies less between samples."""
-    return max(score.drop, 0.0) + score.discordance / 2
+    if rung.score is None:
+        return True, rung.error
+    return False, max(rung.score.drop, 0.0) + rung.score.discordance / 2

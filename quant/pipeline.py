@@ -29,14 +29,14 @@ from quant.calibration import collect_statistics, count_work, load_statistics, s
 from quant.errors import InputError, Unavailable
 from quant.export import check_artifact, export_artifact
 from quant.graph import Graph
-from quant.ladder import Rung, SearchScore, climb
+from quant.ladder import Rung, SearchScore, climb, load_rung
 from quant.manifest import Manifest, load_manifest, newest_run, now, processor, versions
 from quant.observer import make_range_method
 from quant.plan import Operator, QuantPlan, load_plan, quantizable_operators
 from quant.prepare import prepare, read_proof
 from quant.ptq import activation_tensors, correct_biases, make_plan, with_damages
 from quant.recipe import Recipe, TargetChoice, TargetName
-from quant.runtime import MODEL_FILES, Feed, Session, onnx_session, open_session, target_format
+from quant.runtime import MODEL_FILES, Feed, Session, onnx_session, open_session, streams, target_format
 from quant.selection import Selection, find_datasets, select, unused
 from quant.sensitivity import measure_damages, output_error
 from quant.simulation import simulated_model
@@ -203,7 +203,7 @@ def quantize(job: Job, target: TargetName) -> Quantized:
     """Plan and artifact of one target; targets with equal choices share their plan."""
     choice = job.recipe.targets[target]
     planned = _planned(job, choice)
-    rungs = [Rung(score=SearchScore(**rung.pop("score")), **rung) for rung in _read_json(planned / "ladder.json")]
+    rungs = [load_rung(document) for document in _read_json(planned / "ladder.json")]
     plan = load_plan(planned)
     plan.target = target
     graph = _prepared_graph(job)
@@ -238,8 +238,12 @@ def evaluate_target(
 
     def build(folder: Path) -> None:
         advance = _advance(job.options.progress, f"{recipe.name}: evaluating {target}", len(samples))
-        fp32, int8 = (open_session(target, place, threads) for place in (shipped, quantized.artifact))
-        compare(fp32, int8, samples, job.adapter, metric, advance).save(folder / "outcomes.npz")
+        workers, each = streams(target, threads)
+
+        def open_pair() -> tuple[Session, Session]:
+            return open_session(target, shipped, each), open_session(target, quantized.artifact, each)
+
+        compare(open_pair, samples, job.adapter, metric, workers, advance).save(folder / "outcomes.npz")
         latency = _latency(job, target, quantized.artifact)
         (folder / "latency.json").write_text(json.dumps(latency), encoding="utf-8")
 
@@ -286,7 +290,8 @@ def _planned(job: Job, choice: TargetChoice) -> Path:
             feeds = _calibration_feeds(job, "correcting biases")
             plan.bias_shifts = correct_biases(graph, plan, feeds, job.options.threads)
         plan.operators = with_damages(plan.operators, _damages(job, graph, plan))
-        chosen, rungs = _climb(job, graph, plan, choice)
+        minimum = recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage
+        chosen, rungs = climb(plan, recipe.ladder, recipe.gate, minimum, _SearchJudge(job, graph))
         chosen.save(folder)
         (folder / "ladder.json").write_text(json.dumps([r.document() for r in rungs], sort_keys=True), encoding="utf-8")
 
@@ -351,29 +356,50 @@ def _damages(job: Job, graph: Graph, plan: QuantPlan) -> dict[str, float]:
     return measure_damages(graph, plan, feeds, job.options.threads, advance)
 
 
-def _climb(job: Job, graph: Graph, plan: QuantPlan, choice: TargetChoice) -> tuple[QuantPlan, list[Rung]]:
-    recipe, threads, search = job.recipe, job.options.threads, job.selection.search
-    metric, adapter = make_metric(recipe.metric), job.adapter
+@dataclass(frozen=True)
+class _SearchJudge:
+    """Judges plans on the search split, in simulation on onnxruntime."""
 
-    def scores(session: Session, what: str) -> np.ndarray:
-        pictures = _tracked(readable(search, adapter, []), job.options.progress, what, len(search))
-        outputs = ((adapter.postprocess(session.run(p.inputs), p.context), sample.label) for sample, p in pictures)
-        return np.array([metric.score(prediction, label) for prediction, label in outputs])
+    job: Job
+    graph: Graph
 
-    fp32 = onnx_session(graph.to_model(), threads)
-    exact = scores(fp32, f"{recipe.name}: FP32 on the search split")
-    feeds = _first_feeds(job, search, recipe.ladder.damage_samples)
-    exact_outputs = [fp32.run(feed) for feed in feeds]
+    def error(self, plan: QuantPlan) -> float:
+        job = self.job
+        feeds = _first_feeds(job, job.selection.search, job.recipe.ladder.error_samples)
+        exact = onnx_session(self.graph.to_model(), job.options.threads)
+        return output_error(self._session(plan), feeds, [exact.run(feed) for feed in feeds])
 
-    def evaluate(candidate: QuantPlan) -> SearchScore:
-        session = onnx_session(simulated_model(graph, candidate), threads)
-        what = f"{recipe.name}: search split, coverage {candidate.coverage():.3f}"
-        estimate = estimate_drop(metric, exact, scores(session, what), seed=recipe.seed)
-        error = output_error(session, feeds, exact_outputs)
-        return SearchScore(estimate.drop, estimate.relative_drop, estimate.discordance, error, estimate.samples)
+    def score(self, plan: QuantPlan) -> SearchScore:
+        recipe = self.job.recipe
+        what = f"{recipe.name}: search split, coverage {plan.coverage():.3f}"
+        scores = _search_scores(self.job, self._session(plan), what)
+        exact = np.load(_exact_search_scores(self.job, self.graph) / "scores.npy", allow_pickle=False)
+        estimate = estimate_drop(make_metric(recipe.metric), exact, scores, seed=recipe.seed)
+        return SearchScore(estimate.drop, estimate.relative_drop, estimate.discordance, estimate.samples)
 
-    minimum = recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage
-    return climb(plan, recipe.ladder, recipe.gate, minimum, evaluate)
+    def _session(self, plan: QuantPlan) -> Session:
+        return onnx_session(simulated_model(self.graph, plan), self.job.options.threads)
+
+
+def _exact_search_scores(job: Job, graph: Graph) -> Path:
+    """Stage: the prepared FP32 model on the search split; every plan is compared with it."""
+
+    def build(folder: Path) -> None:
+        session = onnx_session(graph.to_model(), job.options.threads)
+        scores = _search_scores(job, session, f"{job.recipe.name}: FP32 on the search split")
+        np.save(folder / "scores.npy", scores)
+
+    search = job.selection.search
+    key = {**job.key, "samples": _ids(search), "labels": _labels(search), "metric": job.recipe.metric}
+    return job.store.result("search", {**key, "tolerance": job.recipe.tolerance}, build)
+
+
+def _search_scores(job: Job, session: Session, what: str) -> np.ndarray:
+    """Counts of the metric for each readable picture of the search split."""
+    search, adapter, metric = job.selection.search, job.adapter, make_metric(job.recipe.metric)
+    pictures = _tracked(readable(search, adapter, []), job.options.progress, what, len(search))
+    outputs = ((adapter.postprocess(session.run(p.inputs), p.context), sample.label) for sample, p in pictures)
+    return np.array([metric.score(prediction, label) for prediction, label in outputs])
 
 
 def _operators(job: Job, graph: Graph) -> list[Operator]:

@@ -111,6 +111,7 @@ class Ladder(_Part):
 
     search_samples: int = Field(ge=1, description="pictures of the search split that judge a rung")
     damage_samples: int = Field(ge=1, description="pictures of the search split that rank the operators")
+    error_samples: int = Field(ge=1, description="pictures of the search split that max_error is measured on")
     coverage_steps: list[float] = Field(description="coverages to stop at on the way down, falling")
     min_coverage: float = Field(ge=0, le=1, description="never revert below this share of INT8 work")
     min_weights: float = Field(ge=0, le=1, description="never revert below this share of INT8 weights: it bounds size")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -21,15 +22,22 @@ def measure_damages(
 
     Args:
         feeds: pictures of the search split.
+        threads: operators measured at the same time.
         advance: called after each operator.
     """
     reference = onnx_session(graph.to_model(), threads)
     exact = [reference.run(feed) for feed in feeds]
+    names = list(plan.quantized())
+
+    def damage(name: str) -> float:
+        alone = onnx_session(simulated_model(graph, plan.with_only({name}, "measured alone")), 1)
+        return output_error(alone, feeds, exact)
+
     damages = {}
-    for name in plan.quantized():
-        alone = onnx_session(simulated_model(graph, plan.with_only({name}, "measured alone")), threads)
-        damages[name] = output_error(alone, feeds, exact)
-        advance()
+    with ThreadPoolExecutor(threads) as pool:
+        for name, value in zip(names, pool.map(damage, names), strict=True):
+            damages[name] = value
+            advance()
     return damages
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -27,6 +28,7 @@ def ladder(
     return Ladder(
         search_samples=1,
         damage_samples=1,
+        error_samples=1,
         coverage_steps=list(steps),
         min_coverage=0.0,
         min_weights=min_weights,
@@ -36,8 +38,8 @@ def ladder(
     )
 
 
-def score(drop: float, relative: float | None = None, discordance: float = 0.0, error: float = 0.0) -> SearchScore:
-    return SearchScore(drop, drop if relative is None else relative, discordance, error, 100)
+def score(drop: float, relative: float | None = None, discordance: float = 0.0) -> SearchScore:
+    return SearchScore(drop, drop if relative is None else relative, discordance, 100)
 
 
 def ten_operators() -> QuantPlan:
@@ -50,10 +52,18 @@ def share_of_weights(plan: QuantPlan) -> float:
     return sum(op.parameters for op in plan.quantized().values()) / total if total else 0.0
 
 
-def scripted(*scores: SearchScore) -> Callable[[QuantPlan], SearchScore]:
-    """Scores in the order of the calls; a call too many is an error."""
-    left = iter(scores)
-    return lambda plan: next(left)
+class Scripted:
+    """Errors and scores in the order of the calls; a call too many is an error."""
+
+    def __init__(self, *scores: SearchScore, errors: Sequence[float] | None = None) -> None:
+        self.scores = iter(scores)
+        self.errors = itertools.repeat(0.0) if errors is None else iter(errors)
+
+    def error(self, plan: QuantPlan) -> float:
+        return next(self.errors)
+
+    def score(self, plan: QuantPlan) -> SearchScore:
+        return next(self.scores)
 
 
 # --- reverting -------------------------------------------------------------------------------------
@@ -84,7 +94,7 @@ def test_weights_that_bound_the_file_size_stay_in_int8() -> None:
     plan = plan_with(operator("heavy", 1, damage=9, parameters=60), operator("light", 1, damage=0.1, parameters=40))
     assert list(revert_to(plan, 0.0, 0.5).quantized()) == ["heavy"]
     assert list(revert_to(plan, 0.0, 0.7).quantized()) == ["heavy", "light"]
-    _, rungs = climb(plan, ladder(min_weights=0.5), GATE, 0.0, scripted(score(2.0), score(2.0)))
+    _, rungs = climb(plan, ladder(min_weights=0.5), GATE, 0.0, Scripted(score(2.0), score(2.0)))
     assert [rung.reverted for rung in rungs] == [0, 1]
 
 
@@ -120,14 +130,14 @@ def test_no_floor_is_ever_crossed(
 
 
 def test_plain_ptq_is_taken_when_it_passes() -> None:
-    plan, rungs = climb(ten_operators(), ladder(0.9, 0.8), GATE, 0.5, scripted(score(0.9)))
+    plan, rungs = climb(ten_operators(), ladder(0.9, 0.8), GATE, 0.5, Scripted(score(0.9)))
     assert (plan.method, plan.coverage()) == ("ptq", 1.0)
     assert [(r.name, r.reverted, r.passed) for r in rungs] == [("ptq", 0, True)]
 
 
 def test_it_stops_at_the_first_rung_that_passes() -> None:
     scores = score(3.0), score(2.0), score(0.5)
-    plan, rungs = climb(ten_operators(), ladder(0.9, 0.8, 0.7), GATE, 0.5, scripted(*scores))
+    plan, rungs = climb(ten_operators(), ladder(0.9, 0.8, 0.7), GATE, 0.5, Scripted(*scores))
     assert [(r.name, r.coverage, r.passed) for r in rungs] == [
         ("ptq", 1.0, False),
         ("revert 1", 0.9, False),
@@ -139,22 +149,22 @@ def test_it_stops_at_the_first_rung_that_passes() -> None:
 
 def test_the_last_rung_is_the_floor_and_lower_steps_are_left_out() -> None:
     scores = score(3.0), score(2.5), score(2.2)
-    plan, rungs = climb(ten_operators(), ladder(0.9, 0.6, 0.3), GATE, 0.7, scripted(*scores))
+    plan, rungs = climb(ten_operators(), ladder(0.9, 0.6, 0.3), GATE, 0.7, Scripted(*scores))
     assert [rung.coverage for rung in rungs] == [1.0, 0.9, 0.7]
     assert plan.coverage() == 0.7
 
 
 def test_the_best_is_taken_when_none_passes() -> None:
     scores = score(3.0), score(1.5), score(2.0)
-    plan, rungs = climb(ten_operators(), ladder(0.9), GATE, 0.8, scripted(*scores))
+    plan, rungs = climb(ten_operators(), ladder(0.9), GATE, 0.8, Scripted(*scores))
     assert (plan.coverage(), plan.method) == (0.9, "ptq+revert")
     assert not any(rung.passed for rung in rungs)
 
-    plan, _ = climb(ten_operators(), ladder(0.9), GATE, 0.8, scripted(score(2.0), score(2.0), score(2.0)))
+    plan, _ = climb(ten_operators(), ladder(0.9), GATE, 0.8, Scripted(score(2.0), score(2.0), score(2.0)))
     assert (plan.coverage(), plan.method) == (1.0, "ptq"), "of equals the one with the most in INT8"
 
     scores = score(2.0, discordance=6.0), score(2.5, discordance=1.0), score(2.5, discordance=2.0)
-    plan, _ = climb(ten_operators(), ladder(0.9), GATE, 0.8, scripted(*scores))
+    plan, _ = climb(ten_operators(), ladder(0.9), GATE, 0.8, Scripted(*scores))
     assert plan.coverage() == 0.9, "discordance counts too"
 
 
@@ -168,22 +178,46 @@ def test_the_best_is_taken_when_none_passes() -> None:
     ],
 )
 def test_every_limit_binds(first: SearchScore, limits: Ladder) -> None:
-    _, rungs = climb(ten_operators(), limits, GATE, 0.8, scripted(first, score(0.0)))
+    _, rungs = climb(ten_operators(), limits, GATE, 0.8, Scripted(first, score(0.0)))
     assert [rung.passed for rung in rungs] == [False, True]
 
 
+def test_the_error_rules_out_a_rung_before_its_metric_is_measured() -> None:
+    plan, rungs = climb(
+        ten_operators(), ladder(0.9, max_error=0.01), GATE, 0.8, Scripted(score(0.0), errors=[0.02, 0.011, 0.01])
+    )
+    assert [(rung.error, rung.score is None, rung.passed) for rung in rungs] == [
+        (0.02, True, False),
+        (0.011, True, False),
+        (0.01, False, True),
+    ]
+    assert plan.coverage() == 0.8
+
+
+def test_without_any_score_the_smallest_error_is_taken() -> None:
+    judge = Scripted(errors=[0.04, 0.02, 0.03])
+    plan, rungs = climb(ten_operators(), ladder(0.9, max_error=0.01), GATE, 0.8, judge)
+    assert plan.coverage() == 0.9
+    assert all(rung.score is None for rung in rungs)
+
+
+def test_a_rung_with_a_score_beats_those_that_the_error_ruled_out() -> None:
+    plan, _ = climb(ten_operators(), ladder(max_error=0.01), GATE, 0.8, Scripted(score(9.0), errors=[0.02, 0.005]))
+    assert plan.coverage() == 0.8
+
+
 def test_a_gain_passes() -> None:
-    _, rungs = climb(ten_operators(), ladder(0.9, margin=0.3), GATE, 0.8, scripted(score(-2.0)))
+    _, rungs = climb(ten_operators(), ladder(0.9, margin=0.3), GATE, 0.8, Scripted(score(-2.0)))
     assert rungs[0].passed
 
 
 def test_a_rung_that_changes_nothing_is_not_evaluated_again() -> None:
     plan = plan_with(operator("a", 90, damage=1), operator("b", 10, damage=1))
-    _, rungs = climb(plan, ladder(0.99, 0.95, 0.92), GATE, 0.9, scripted(score(2.0), score(2.0)))
+    _, rungs = climb(plan, ladder(0.99, 0.95, 0.92), GATE, 0.9, Scripted(score(2.0), score(2.0)))
     assert [rung.name for rung in rungs] == ["ptq", "revert 1"]
 
 
 def test_the_given_plan_is_left_alone() -> None:
     plan = ten_operators()
-    climb(plan, ladder(0.9), GATE, 0.8, scripted(score(2.0), score(0.0)))
+    climb(plan, ladder(0.9), GATE, 0.8, Scripted(score(2.0), score(0.0)))
     assert (len(plan.quantized()), plan.method) == (10, "ptq")

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
+
+from eval.metric import make_metric
+from quant.pipeline import Options, start
+from quant.recipe import load_recipe
+from quant.task import BoxPrediction, Prediction, TextPrediction
 
 pytestmark = pytest.mark.slow
 
@@ -19,6 +27,7 @@ TARGETS = ["onnxruntime", "openvino", "paddle"]
 LEAST_SAMPLES = {DET: 80, REC: 1000}
 LEAST_COVERAGE = {"onnxruntime": 0.85, "openvino": 0.85, "paddle": 0.75}
 LARGEST_ONNX = 0.32
+ROUNDING_POINTS = 0.2  # other kernels, other sums: two or three of 1,300 lines may differ in a letter
 
 needs_real_data = pytest.mark.skipif("QUANT_DATA_HOME" not in os.environ, reason="QUANT_DATA_HOME is not set")
 
@@ -38,6 +47,30 @@ def model_bytes(results: Path) -> dict[str, bytes]:
     return {str(p.relative_to(results)): p.read_bytes() for p in results.rglob("inference.*") if p.name in kinds}
 
 
+def paddlex_value(model: str, folder: Path, threads: int) -> float:
+    """The metric of what PaddleX itself predicts with the FP32 model on the pictures of a run's report."""
+    from paddlex import create_model
+
+    options = Options(folder.parent, threads, lambda what, done, total: None)
+    job = start(load_recipe(model), options)
+    metric = make_metric(job.recipe.metric)
+    fp32 = folder / "fp32"
+    fp32.mkdir()
+    shutil.copy(job.files.model, fp32 / "inference.pdmodel")
+    shutil.copy(job.files.params, fp32 / "inference.pdiparams")
+    (fp32 / "inference.yml").write_text(yaml.safe_dump(job.files.inference_yml, allow_unicode=True), encoding="utf-8")
+    predictor = create_model(model, model_dir=str(fp32), device="cpu", engine="paddle_static")
+    counts = []
+    for sample in job.selection.report:
+        result = next(iter(predictor.predict(str(sample.image), batch_size=1)))
+        if model == REC:
+            prediction: Prediction = TextPrediction(result["rec_text"], result["rec_score"])
+        else:
+            prediction = BoxPrediction([np.asarray(polygon) for polygon in result["dt_polys"]], result["dt_scores"])
+        counts.append(metric.score(prediction, sample.label))
+    return metric.aggregate(np.sum(counts, axis=0))
+
+
 @needs_real_data
 @pytest.mark.parametrize("model", [DET, REC])
 def test_passes_on_real_pictures_on_every_target(model: str, tmp_path: Path) -> None:
@@ -51,6 +84,9 @@ def test_passes_on_real_pictures_on_every_target(model: str, tmp_path: Path) -> 
         assert row["coverage"] >= LEAST_COVERAGE[target]
         if row["format"] == "onnx":
             assert row["int8_bytes"] <= LARGEST_ONNX * row["fp32_bytes"]
+    expected = paddlex_value(model, tmp_path, threads=2)
+    for row in rows.values():
+        assert row["fp32"] == pytest.approx(expected, abs=ROUNDING_POINTS)
 
 
 @pytest.mark.parametrize("model", [DET, REC])
@@ -75,7 +111,13 @@ def test_bare_command(model: str, tmp_path: Path) -> None:
 
 def test_same_inputs_same_bytes(tmp_path: Path) -> None:
     """Two runs that share nothing, on all targets, write the same model files."""
-    small = ["calibration.samples=16", "ladder.search_samples=12", "ladder.damage_samples=2", "latency.runs=2"]
+    small = [
+        "calibration.samples=16",
+        "ladder.search_samples=12",
+        "ladder.damage_samples=2",
+        "ladder.error_samples=2",
+        "latency.runs=2",
+    ]
     settings = [*small, "paddleslim.samples=8", "data.generated.samples=120"]
     overrides = [part for setting in settings for part in ("--set", setting)]
     for place in ("one", "two"):
