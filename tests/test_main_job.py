@@ -59,7 +59,8 @@ def paddlex_value(model: str, folder: Path, threads: int) -> float:
     shutil.copy(job.files.model, fp32 / "inference.pdmodel")
     shutil.copy(job.files.params, fp32 / "inference.pdiparams")
     (fp32 / "inference.yml").write_text(yaml.safe_dump(job.files.inference_yml, allow_unicode=True), encoding="utf-8")
-    predictor = create_model(model, model_dir=str(fp32), device="cpu", engine="paddle_static")
+    threaded = {"cpu_threads": threads}  # by default ten, which fight over two cores
+    predictor = create_model(model, model_dir=str(fp32), device="cpu", engine="paddle_static", engine_config=threaded)
     counts = []
     for sample in job.selection.report:
         result = next(iter(predictor.predict(str(sample.image), batch_size=1)))
