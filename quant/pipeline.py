@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -364,28 +365,32 @@ class _SearchJudge:
     graph: Graph
 
     def error(self, plan: QuantPlan) -> float:
-        job = self.job
-        feeds = _first_feeds(job, job.selection.search, job.recipe.ladder.error_samples)
-        exact = onnx_session(self.graph.to_model(), job.options.threads)
-        return output_error(self._session(plan), feeds, [exact.run(feed) for feed in feeds])
+        feeds, exact = self._exact
+        return output_error(self._session(plan, self.job.options.threads), feeds, exact)
 
     def score(self, plan: QuantPlan) -> SearchScore:
         recipe = self.job.recipe
         what = f"{recipe.name}: search split, coverage {plan.coverage():.3f}"
-        scores = _search_scores(self.job, self._session(plan), what)
+        scores = _search_scores(self.job, self._session(plan, 1), what)
         exact = np.load(_exact_search_scores(self.job, self.graph) / "scores.npy", allow_pickle=False)
         estimate = estimate_drop(make_metric(recipe.metric), exact, scores, seed=recipe.seed)
         return SearchScore(estimate.drop, estimate.relative_drop, estimate.discordance, estimate.samples)
 
-    def _session(self, plan: QuantPlan) -> Session:
-        return onnx_session(simulated_model(self.graph, plan), self.job.options.threads)
+    @cached_property
+    def _exact(self) -> tuple[list[Feed], list[list[np.ndarray]]]:
+        feeds = _first_feeds(self.job, self.job.selection.search, self.job.recipe.ladder.error_samples)
+        session = onnx_session(self.graph.to_model(), self.job.options.threads)
+        return feeds, [session.run(feed) for feed in feeds]
+
+    def _session(self, plan: QuantPlan, threads: int) -> Session:
+        return onnx_session(simulated_model(self.graph, plan), threads)
 
 
 def _exact_search_scores(job: Job, graph: Graph) -> Path:
     """Stage: the prepared FP32 model on the search split; every plan is compared with it."""
 
     def build(folder: Path) -> None:
-        session = onnx_session(graph.to_model(), job.options.threads)
+        session = onnx_session(graph.to_model(), 1)
         scores = _search_scores(job, session, f"{job.recipe.name}: FP32 on the search split")
         np.save(folder / "scores.npy", scores)
 
@@ -395,11 +400,16 @@ def _exact_search_scores(job: Job, graph: Graph) -> Path:
 
 
 def _search_scores(job: Job, session: Session, what: str) -> np.ndarray:
-    """Counts of the metric for each readable picture of the search split."""
+    """Counts of the metric for each readable picture of the search split; the session serves several threads."""
     search, adapter, metric = job.selection.search, job.adapter, make_metric(job.recipe.metric)
-    pictures = _tracked(readable(search, adapter, []), job.options.progress, what, len(search))
-    outputs = ((adapter.postprocess(session.run(p.inputs), p.context), sample.label) for sample, p in pictures)
-    return np.array([metric.score(prediction, label) for prediction, label in outputs])
+
+    def score(sample: Sample) -> list[np.ndarray]:
+        pictures = (prepared for _, prepared in readable([sample], adapter, []))
+        return [metric.score(adapter.postprocess(session.run(p.inputs), p.context), sample.label) for p in pictures]
+
+    with ThreadPoolExecutor(job.options.threads) as pool:
+        scores = _tracked(pool.map(score, search), job.options.progress, what, len(search))
+        return np.array([counts for found in scores for counts in found])
 
 
 def _operators(job: Job, graph: Graph) -> list[Operator]:

@@ -57,11 +57,12 @@ def open_session(target: TargetName, folder: Path, threads: int) -> Session:
 
 
 def streams(target: TargetName, threads: int) -> tuple[int, int]:
-    """How to judge many pictures fastest: sessions side by side, and threads of each.
+    """How to judge many pictures: sessions side by side, and threads of each.
 
-    onnxruntime and Paddle gain from one-thread sessions (15 % and 35 % on two cores), OpenVINO loses 28 %.
+    One-thread sessions side by side are fastest for onnxruntime (15 % on two cores). OpenVINO loses 28 % by them, and
+    Paddle crashes now and then when two predictors of one process run at the same time.
     """
-    return (1, threads) if target == "openvino" else (threads, 1)
+    return (threads, 1) if target == "onnxruntime" else (1, threads)
 
 
 def onnx_session(model: ModelProto | Path, threads: int) -> Session:
