@@ -19,6 +19,10 @@ MODEL_FILES: dict[str, tuple[str, ...]] = {
     "onnx": ("inference.onnx",),
     "paddle": ("inference.pdmodel", "inference.pdiparams"),
 }
+"""Files of an artifact by format."""
+
+SHIPPED_FILES = {"paddle": MODEL_FILES["paddle"], "pir": ("inference.json", "inference.pdiparams")}
+"""Files of an original Paddle model by its format."""
 
 
 class Session(Protocol):
@@ -32,6 +36,14 @@ def target_format(target: str) -> str:
     return "paddle" if target == "paddle" else "onnx"
 
 
+def model_files(folder: Path, kind: str) -> list[Path]:
+    """The files of the model in a folder, `onnx` or `paddle`; an original of Paddle may be a PIR program."""
+    names = MODEL_FILES[kind]
+    if kind == "paddle" and (folder / SHIPPED_FILES["pir"][0]).is_file():
+        names = SHIPPED_FILES["pir"]
+    return [folder / name for name in names]
+
+
 def open_session(target: TargetName, folder: Path, threads: int) -> Session:
     """Load the artifact (or FP32 model) in `folder` on the target's own runtime.
 
@@ -39,9 +51,9 @@ def open_session(target: TargetName, folder: Path, threads: int) -> Session:
         Unavailable: the runtime is not installed.
         InputError: a model file is missing or the runtime refuses it.
     """
-    for name in MODEL_FILES[target_format(target)]:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder}: {name} is missing; run `quant run` for this model again")
+    for path in model_files(folder, target_format(target)):
+        if not path.is_file():
+            raise InputError(f"{folder}: {path.name} is missing; run `quant run` for this model again")
     try:
         if target == "onnxruntime":
             return onnx_session(folder / "inference.onnx", threads)
@@ -120,7 +132,7 @@ class _PaddleInference:
         os.environ.setdefault("GLOG_minloglevel", "3")
         from paddle import inference
 
-        model, params = (str(folder / name) for name in MODEL_FILES["paddle"])
+        model, params = map(str, model_files(folder, "paddle"))
         config = inference.Config(model, params)
         config.disable_gpu()
         config.disable_glog_info()
