@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -126,6 +127,10 @@ class _OpenVino:
         return [np.array(self._request.get_tensor(name).data) for name in wanted]
 
 
+# Paddle registers its PIR dialects when it loads a program: two threads at once stumble over each other.
+_LOADING = threading.Lock()
+
+
 class _PaddleInference:
     def __init__(self, folder: Path, threads: int) -> None:
         os.environ.setdefault("FLAGS_enable_pir_api", "0")
@@ -140,8 +145,10 @@ class _PaddleInference:
         config.enable_mkldnn()
         # Every new picture size would keep its own buffers: 5 GB after 90 pages without these.
         config.set_mkldnn_cache_capacity(1)
-        config.enable_memory_optim()
-        self._predictor = inference.create_predictor(config)
+        if not model.endswith(".json"):  # Paddle 3.2.2 stumbles over the pass for a PIR program under this flag
+            config.enable_memory_optim()
+        with _LOADING:
+            self._predictor = inference.create_predictor(config)
 
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]:
         for name, values in feed.items():
