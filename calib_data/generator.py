@@ -37,7 +37,6 @@ from calib_data.wording import Rng
 
 __all__ = [
     "GENERATOR_VERSION",
-    "WRITERS",
     "Fonts",
     "find_fonts",
     "fonts_fingerprint",
@@ -118,14 +117,6 @@ def write_text_pages(directory: Path, count: int, seed: int, progress: Callable[
 def write_document_pages(directory: Path, count: int, seed: int, progress: Callable[[int], None] | None = None) -> None:
     """As `write_text_pages`, but receipts and printed pages only: what has an upper side that can be told."""
     _write_pages(directory, count, seed, _PAPER_KINDS, progress)
-
-
-WRITERS = {
-    "text_lines": write_text_lines,
-    "text_pages": write_text_pages,
-    "document_pages": write_document_pages,
-}
-"""The writer of each kind of generated set."""
 
 
 def _write_pages(

@@ -26,7 +26,7 @@ FORMATS: dict[Task, LabelFormat] = {
 }
 """The label format of each task: det_label = image TAB JSON, rec_label = image TAB text, cls_label = image SPACE index.
 
-A folder in cls_label has the layout of PaddleX: train.txt and val.txt list pictures, label.txt (`index name`) the classes.
+A folder in cls_label has PaddleX's layout: train.txt and val.txt list pictures, label.txt the classes (`index name`).
 """
 
 
@@ -158,13 +158,15 @@ def _known(tasks: list[Task]) -> str:
 
 
 def _own(folder: Path, tasks: list[Task]) -> DatasetFolder:
-    lists = tuple(folder / name for name in ("train.txt", "val.txt") if (folder / name).is_file())
-    listed = "cls_label" in (FORMATS[task] for task in tasks) and lists
-    label_format = "cls_label" if listed else FORMATS[tasks[-1]]
-    if label_format == "cls_label":
-        labels, classes = lists or (folder / "train.txt",), _class_names(folder / "label.txt")
-    else:
-        labels, classes = (folder / "label.txt",), ()
+    labels: tuple[Path, ...] = (folder / "label.txt",)
+    classes: tuple[str, ...] = ()
+    label_format = FORMATS[tasks[-1]]
+    if "cls_label" in (FORMATS[task] for task in tasks):
+        lists = tuple(folder / name for name in ("train.txt", "val.txt") if (folder / name).is_file())
+        if lists:
+            label_format, labels, classes = "cls_label", lists, _class_names(folder / "label.txt")
+        elif label_format == "cls_label":
+            labels = (folder / "train.txt",)
     source, licence = f"the folder {folder}", "the user's own"
     return DatasetFolder(folder.name, folder, labels, folder, label_format, source, licence, classes)
 
@@ -250,9 +252,7 @@ EXAMPLES: dict[LabelFormat, str] = {
 """One line of a label file, for messages."""
 
 
-def generated_dataset(
-    kind: GeneratedKind, samples: int, seed: int, progress: Progress | None = None
-) -> DatasetFolder:
+def generated_dataset(kind: GeneratedKind, samples: int, seed: int, progress: Progress | None = None) -> DatasetFolder:
     """The built-in set, from the cache or made now; the same for the same arguments, fonts and generator.
 
     Raises:
@@ -265,7 +265,7 @@ def generated_dataset(
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     folder = cached_dir(f"generated-{kind}-{digest}")
     if not folder.is_dir():
-        write = generator.WRITERS[kind]
+        write = getattr(generator, f"write_{kind}")
         what = f"generating {kind.replace('_', ' ')}"
 
         def step(done: int) -> None:

@@ -166,7 +166,9 @@ class Top1:
 
     def score(self, prediction: HasClass, label: int) -> FloatArray:
         if not 0 <= label < prediction.classes:
-            raise InputError(f"a picture is labelled as class {label}, but the model knows {prediction.classes} classes")
+            raise InputError(
+                f"a picture is labelled as class {label}, but the model knows {prediction.classes} classes"
+            )
         counts = np.zeros((1 + prediction.classes, 2))
         counts[[0, 1 + label]] = prediction.index == label, 1
         return counts.ravel()

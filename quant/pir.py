@@ -59,7 +59,7 @@ def with_fetches(document: Document, kinds: Collection[str]) -> tuple[Document, 
     written = _written(traced)
     fetches = [operator for operator in written if _kind(operator) == "fetch"]
     number = max(value["%"] for operator in written for value in _results(operator))
-    found = []
+    found: list[PirOperator] = []
     for operator in list(written):
         if operator["#"] == "p" or _kind(operator) not in kinds:
             continue

@@ -187,7 +187,9 @@ class Recipe(_Part):
     def _angles_are_classes(self) -> Recipe:
         rotations, labels = self.data.rotations, class_labels(self)
         if rotations and len(rotations.angles) != len(labels):
-            raise ValueError(f"data.rotations has {len(rotations.angles)} angles, inference names {len(labels)} classes")
+            raise ValueError(
+                f"data.rotations has {len(rotations.angles)} angles, inference names {len(labels)} classes"
+            )
         return self
 
     def content_hash(self) -> str:
