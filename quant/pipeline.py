@@ -37,7 +37,6 @@ from quant.prepare import prepare, read_proof
 from quant.ptq import activation_tensors, correct_biases, make_plan, with_damages
 from quant.recipe import Recipe, TargetChoice, TargetName
 from quant.runtime import (
-    SHIPPED_FILES,
     Feed,
     Session,
     model_files,
@@ -49,7 +48,7 @@ from quant.runtime import (
 from quant.selection import Selection, find_datasets, select, unused
 from quant.sensitivity import measure_damages, output_error
 from quant.simulation import simulated_model
-from quant.source import ModelFiles, cache_dir, resolve_model, without_places
+from quant.source import SHIPPED_FILES, ModelFiles, cache_dir, resolve_model, without_places
 from quant.stage import StageStore, code_digest, digest, file_digests
 from quant.task import TaskAdapter, make_task
 

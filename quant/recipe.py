@@ -44,11 +44,18 @@ class Archive(_Part):
     """An official archive of the FP32 inference model."""
 
     url: str = Field(pattern=r"^https?://")
+    packed: bool = Field(True, description="false: the address of a folder, whose files are fetched one by one")
     format: Literal["paddle", "pir"] = Field(description="paddle = old-IR .pdmodel, pir = inference.json")
     sha256: Sha256 | None = Field(None, description="of the archive; without it: trust on first use")
     files: dict[str, Sha256] = Field(default_factory=dict, description="sha256 of files inside")
     edition: str = Field("", description="which weights, where several were published under one name")
     expect: Expectation | None = Field(None, description="of these weights, where it is not the recipe's")
+
+    @model_validator(mode="after")
+    def _hashes_of_files(self) -> Archive:
+        if self.sha256 and not self.packed:
+            raise ValueError("sha256 is that of an archive; give those of the files where packed is false")
+        return self
 
 
 class WheelSource(_Part):

@@ -13,6 +13,7 @@ from onnx import ModelProto
 
 from quant.errors import InputError, Unavailable
 from quant.recipe import TargetName
+from quant.source import SHIPPED_FILES
 
 Feed = dict[str, np.ndarray]
 
@@ -21,9 +22,6 @@ MODEL_FILES: dict[str, tuple[str, ...]] = {
     "paddle": ("inference.pdmodel", "inference.pdiparams"),
 }
 """Files of an artifact by format."""
-
-SHIPPED_FILES = {"paddle": MODEL_FILES["paddle"], "pir": ("inference.json", "inference.pdiparams")}
-"""Files of an original Paddle model by its format."""
 
 
 class Session(Protocol):

@@ -15,12 +15,18 @@ from typing import IO, Any, Literal
 
 import yaml
 
-from quant.archive import Progress, file_sha256, install
+from quant.archive import Progress, file_sha256, install, install_files
 from quant.errors import InputError, Unavailable
 from quant.pir import check_pir, parameter_shapes
 from quant.recipe import Archive, PackageFile, Recipe
 
 ModelFormat = Literal["paddle", "pir"]
+
+SHIPPED_FILES: dict[ModelFormat, tuple[str, str]] = {
+    "paddle": ("inference.pdmodel", "inference.pdiparams"),
+    "pir": ("inference.json", "inference.pdiparams"),
+}
+"""Files of the graph and of the weights by the format of an original model."""
 
 _ORIGIN = "origin.json"
 _WEIGHTS = ".pdiparams"
@@ -167,7 +173,17 @@ def _install(recipe: Recipe, archive: Archive, progress: Progress | None) -> Non
             raise InputError(f"{archive.url} holds the format {files.format}, not {archive.format} as in the recipe")
         (folder / _ORIGIN).write_text(json.dumps({"url": archive.url}) + "\n", encoding="utf-8")
 
-    install(archive.url, archive.sha256, cached_dir(recipe), cache_dir() / "downloads", finish, progress)
+    folder, downloads = cached_dir(recipe), cache_dir() / "downloads"
+    if archive.packed:
+        install(archive.url, archive.sha256, folder, downloads, finish, progress)
+    else:
+        install_files(_addresses(archive), folder, downloads, finish, progress)
+
+
+def _addresses(archive: Archive) -> dict[str, tuple[str, str | None]]:
+    """Address and known sha256 of each file of a model that is published as a folder."""
+    names = (*SHIPPED_FILES[archive.format], "inference.yml")
+    return {name: (f"{archive.url.rstrip('/')}/{name}", archive.files.get(name)) for name in names}
 
 
 def _read_cached(recipe: Recipe) -> ModelFiles:
