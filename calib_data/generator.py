@@ -35,7 +35,15 @@ from calib_data.lettering import (
 from calib_data.photography import Colour, Photo, Picture
 from calib_data.wording import Rng
 
-__all__ = ["GENERATOR_VERSION", "Fonts", "find_fonts", "fonts_fingerprint", "write_text_lines", "write_text_pages"]
+__all__ = [
+    "GENERATOR_VERSION",
+    "Fonts",
+    "find_fonts",
+    "fonts_fingerprint",
+    "write_document_pages",
+    "write_text_lines",
+    "write_text_pages",
+]
 
 GENERATOR_VERSION: int = 1  # raise it with every change of the output: sets are cached under it
 
@@ -46,6 +54,7 @@ Matrix = npt.NDArray[np.float64]  # [3, 3] homography
 _CHINESE_SHARE = 0.4
 _LINE_KINDS = {"word": 0.4, "receipt": 0.3, "document": 0.3}
 _PAGE_KINDS = {"street": 0.56, "receipt": 0.22, "document": 0.22}
+_PAPER_KINDS = {"receipt": 0.5, "document": 0.5}
 _LATIN_WORDING: dict[str, Callable[[Rng], str]] = {
     "word": wording.street_text, "receipt": wording.receipt_text, "document": wording.document_text,
 }  # fmt: skip
@@ -92,7 +101,7 @@ def write_text_lines(directory: Path, count: int, seed: int, progress: Callable[
 
 
 def write_text_pages(directory: Path, count: int, seed: int, progress: Callable[[int], None] | None = None) -> None:
-    """Write `count` pages and `label.txt` (`image<TAB>[{"transcription", "points"}, ...]`).
+    """Write `count` pages and street scenes, and `label.txt` (`image<TAB>[{"transcription", "points"}, ...]`).
 
     Points run clockwise from the top left of each text, in pixels of the image; `###` marks text that the
     damage made unreadable.
@@ -102,10 +111,21 @@ def write_text_pages(directory: Path, count: int, seed: int, progress: Callable[
         seed: 0 or above.
         progress: is called with the number of samples written so far.
     """
+    _write_pages(directory, count, seed, _PAGE_KINDS, progress)
+
+
+def write_document_pages(directory: Path, count: int, seed: int, progress: Callable[[int], None] | None = None) -> None:
+    """As `write_text_pages`, but receipts and printed pages only: what has an upper side that can be told."""
+    _write_pages(directory, count, seed, _PAPER_KINDS, progress)
+
+
+def _write_pages(
+    directory: Path, count: int, seed: int, kinds: dict[str, float], progress: Callable[[int], None] | None
+) -> None:
     fonts = find_fonts()
 
     def sample(rng: Rng) -> tuple[Photo, str]:
-        photo, regions = text_page(rng, fonts)
+        photo, regions = text_page(rng, fonts, kinds)
         return photo, json.dumps([_entry(region) for region in regions], ensure_ascii=False)
 
     _write(directory, count, seed, sample, progress)
@@ -374,9 +394,9 @@ def _occluded(rng: Rng, picture: Picture) -> Picture:
 # ---- pages ---------------------------------------------------------------------------------------------------
 
 
-def text_page(rng: Rng, fonts: Fonts) -> tuple[Photo, list[Region]]:
-    """One page and its texts."""
-    kind = _choose(rng, _PAGE_KINDS)
+def text_page(rng: Rng, fonts: Fonts, kinds: dict[str, float] = _PAGE_KINDS) -> tuple[Photo, list[Region]]:
+    """One page and its texts; `kinds` says how often it is a street, a receipt or a document."""
+    kind = _choose(rng, kinds)
     chinese = bool(fonts.cjk) and bool(rng.random() < _CHINESE_SHARE)
     hardness = float(rng.beta(1.6, 1.2))
     if kind == "street":

@@ -9,17 +9,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quant.archive import Progress, install, staged
 from quant.errors import InputError, Unavailable
 from quant.recipe import Sha256, Task
 from quant.source import cache_dir, search_path
 
-LabelFormat = Literal["det_label", "rec_label"]
+LabelFormat = Literal["det_label", "rec_label", "cls_label"]
+GeneratedKind = Literal["text_lines", "text_pages", "document_pages"]
 
-FORMATS: dict[Task, LabelFormat] = {"text_detection": "det_label", "text_recognition": "rec_label"}
-"""The label format of each task: det_label = image TAB JSON, rec_label = image TAB text."""
+FORMATS: dict[Task, LabelFormat] = {
+    "text_detection": "det_label",
+    "text_recognition": "rec_label",
+    "image_classification": "cls_label",
+}
+"""The label format of each task: det_label = image TAB JSON, rec_label = image TAB text, cls_label = image SPACE index.
+
+A folder in cls_label has PaddleX's layout: train.txt and val.txt list pictures, label.txt the classes (`index name`).
+"""
 
 
 class _Part(BaseModel):
@@ -55,8 +63,15 @@ class DatasetEntry(_Part):
     homepage: str = Field(pattern=r"^https?://")
     licence: str
     language: list[str] = Field(description="codes; empty: not stated")
+    classes: list[str] = Field(default_factory=list, description="of cls_label, in the order of their index")
     archive: DataArchive | None = Field(description="null: not open, or only after registration at the homepage")
     note: str = ""
+
+    @model_validator(mode="after")
+    def _classes_named(self) -> DatasetEntry:
+        if (self.format == "cls_label") != bool(self.classes):
+            raise ValueError("classes must be named for the format cls_label, and for no other")
+        return self
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,7 @@ class DatasetFolder:
         format: how a label is written.
         source: says in words where the set was found.
         licence: its terms.
+        classes: names of the classes of cls_label where they are known, in the order of their index.
     """
 
     name: str
@@ -80,6 +96,7 @@ class DatasetFolder:
     format: LabelFormat
     source: str
     licence: str
+    classes: tuple[str, ...] = ()
 
 
 def dataset_names(task: Task | None = None) -> list[str]:
@@ -110,36 +127,69 @@ def _key(detail: Any) -> str:
     return ".".join(str(part) for part in detail["loc"]) or "(file)"
 
 
-def resolve_dataset(name_or_dir: str | Path, task: Task, progress: Progress | None = None) -> DatasetFolder:
+def resolve_dataset(
+    name_or_dir: str | Path, task: Task, progress: Progress | None = None, upright: Task | None = None
+) -> DatasetFolder:
     """Find a data set: a registered name, or a folder in the documented label format.
 
     A registered name wins over a folder of the same name, so that a recipe means the same set
     wherever it runs; write ./NAME for the folder. Registered sets are searched in QUANT_DATA_HOME,
     the cache, the public archive.
 
+    Args:
+        upright: a second task whose sets will do, for classifiers of orientation: their pictures are turned later.
+
     Raises:
         InputError: neither a known set nor a folder; a set of another task; a folder without labels.
         Unavailable: a known set that no source has.
     """
     name = str(name_or_dir)
+    tasks = [task] if upright is None else [task, upright]
     if name in dataset_names():
-        return _resolve_entry(load_entry(name), task, progress)
+        return _resolve_entry(load_entry(name), tasks, progress)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _checked(_own(folder.absolute(), task))
-    known = ", ".join(dataset_names(task))
-    raise InputError(f"'{name}' is neither a folder nor a data set for {task}. Known sets: {known}")
+        return _checked(_own(folder.absolute(), tasks))
+    raise InputError(f"'{name}' is neither a folder nor a data set for {task}. Known sets: {_known(tasks)}")
 
 
-def _own(folder: Path, task: Task) -> DatasetFolder:
-    labels = (folder / "label.txt",)
-    return DatasetFolder(folder.name, folder, labels, folder, FORMATS[task], f"the folder {folder}", "the user's own")
+def _known(tasks: list[Task]) -> str:
+    return ", ".join(name for task in tasks for name in dataset_names(task))
 
 
-def _resolve_entry(entry: DatasetEntry, task: Task, progress: Progress | None) -> DatasetFolder:
-    if entry.task != task:
-        known = ", ".join(dataset_names(task))
-        raise InputError(f"the data set {entry.name} is for {entry.task}, not {task}. Sets for {task}: {known}")
+def _own(folder: Path, tasks: list[Task]) -> DatasetFolder:
+    labels: tuple[Path, ...] = (folder / "label.txt",)
+    classes: tuple[str, ...] = ()
+    label_format = FORMATS[tasks[-1]]
+    if "cls_label" in (FORMATS[task] for task in tasks):
+        lists = tuple(folder / name for name in ("train.txt", "val.txt") if (folder / name).is_file())
+        if lists:
+            label_format, labels, classes = "cls_label", lists, _class_names(folder / "label.txt")
+        elif label_format == "cls_label":
+            labels = (folder / "train.txt",)
+    source, licence = f"the folder {folder}", "the user's own"
+    return DatasetFolder(folder.name, folder, labels, folder, label_format, source, licence, classes)
+
+
+def _class_names(file: Path) -> tuple[str, ...]:
+    """The names in a label.txt of PaddleX, `index name` in each line; none where there is no such file."""
+    if not file.is_file():
+        return ()
+    try:
+        lines = [line.split(maxsplit=1) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        names = {int(index): name.strip() for index, name in lines}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is no list of classes; expected lines like 0 0_degree") from error
+    if sorted(names) != list(range(len(names))):
+        raise InputError(f"{file} must number the classes from 0 without a gap, not {sorted(names)}")
+    return tuple(names[index] for index in range(len(names)))
+
+
+def _resolve_entry(entry: DatasetEntry, tasks: list[Task], progress: Progress | None) -> DatasetFolder:
+    if entry.task not in tasks:
+        raise InputError(
+            f"the data set {entry.name} is for {entry.task}, not {tasks[0]}. Sets for {tasks[0]}: {_known(tasks)}"
+        )
     tried: list[str] = []
     for home in search_path("QUANT_DATA_HOME"):
         if (home / entry.name).is_dir():
@@ -182,7 +232,8 @@ def cached_dir(name: str) -> Path:
 
 def _folder(entry: DatasetEntry, folder: Path, source: str) -> DatasetFolder:
     labels = tuple(folder / file for file in entry.label_files)
-    return DatasetFolder(entry.name, folder, labels, folder / entry.images, entry.format, source, entry.licence)
+    images, classes = folder / entry.images, tuple(entry.classes)
+    return DatasetFolder(entry.name, folder, labels, images, entry.format, source, entry.licence, classes)
 
 
 def _checked(data: DatasetFolder) -> DatasetFolder:
@@ -196,13 +247,12 @@ def _checked(data: DatasetFolder) -> DatasetFolder:
 EXAMPLES: dict[LabelFormat, str] = {
     "det_label": 'images/1.jpg<TAB>[{"transcription": "text", "points": [[0, 0], [9, 0], [9, 5], [0, 5]]}]',
     "rec_label": "images/1.jpg<TAB>text",
+    "cls_label": "images/1.jpg 0",
 }
 """One line of a label file, for messages."""
 
 
-def generated_dataset(
-    kind: Literal["text_lines", "text_pages"], samples: int, seed: int, progress: Progress | None = None
-) -> DatasetFolder:
+def generated_dataset(kind: GeneratedKind, samples: int, seed: int, progress: Progress | None = None) -> DatasetFolder:
     """The built-in set, from the cache or made now; the same for the same arguments, fonts and generator.
 
     Raises:
@@ -215,7 +265,7 @@ def generated_dataset(
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     folder = cached_dir(f"generated-{kind}-{digest}")
     if not folder.is_dir():
-        write = generator.write_text_lines if kind == "text_lines" else generator.write_text_pages
+        write = getattr(generator, f"write_{kind}")
         what = f"generating {kind.replace('_', ' ')}"
 
         def step(done: int) -> None:

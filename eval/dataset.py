@@ -7,14 +7,14 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from calib_data.registry import EXAMPLES, DatasetFolder, LabelFormat
 from quant.errors import InputError
-from quant.recipe import Splits
+from quant.recipe import Angle, Rotations, Splits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +42,7 @@ class Box:
     text: str
 
 
-Label = str | tuple[Box, ...]
+Label = str | tuple[Box, ...] | int
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,28 @@ class Sample:
     """A labelled picture.
 
     Attributes:
-        id: first 16 hex digits of the sha256 of the picture file.
+        id: first 16 hex digits of the sha256 of the picture file; `-180` and the like is added for a turned one.
         dataset: name of the set it is from.
         image: the picture file.
-        label: text of a line, or boxes of a page.
+        label: text of a line, boxes of a page, or index of a class.
+        turn: by how many degrees the picture in the file is to be turned clockwise.
     """
 
     id: str
     dataset: str
     image: Path
     label: Label
+    turn: Angle = 0
+
+    @property
+    def picture(self) -> str:
+        """What all rotations of one picture share: it decides the split, so that none is seen in another one."""
+        return picture_of(self.id)
+
+
+def picture_of(sample_id: str) -> str:
+    """The id of the picture file that a sample is made from."""
+    return sample_id.partition("-")[0]
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,39 @@ def read_dataset(folder: DatasetFolder) -> Dataset:
     return Dataset(folder, tuple(samples.values()), tuple(broken), duplicates)
 
 
+def turned(dataset: Dataset, rotations: Rotations) -> Dataset:
+    """Labelled pictures for a classifier of orientation, from upright ones: one sample for every angle.
+
+    Pictures narrower than `rotations.min_aspect` are left out, and counted in the words on the source.
+
+    Raises:
+        InputError: no picture is left.
+    """
+    wide = [sample for sample in dataset.samples if _aspect(sample.image) >= rotations.min_aspect]
+    if not wide:
+        why = f"none of its {len(dataset.samples)} pictures is {rotations.min_aspect:g} times as wide as high"
+        raise InputError(f"the data set {dataset.folder.name} has no picture to turn: {why}; give another with --data")
+    samples = tuple(
+        replace(sample, id=f"{sample.id}-{angle}" if angle else sample.id, label=index, turn=angle)
+        for sample in wide
+        for index, angle in enumerate(rotations.angles)
+    )
+    source = f"{dataset.folder.source}, turned by {', '.join(map(str, rotations.angles))} degrees"
+    if narrow := len(dataset.samples) - len(wide):
+        source += f"; left out as narrower than {rotations.min_aspect:g} times their height: {narrow}"
+    return replace(dataset, folder=replace(dataset.folder, source=source), samples=samples)
+
+
+def _aspect(path: Path) -> float:
+    """Width / height of a picture, turned as its EXIF data say."""
+    from PIL import ExifTags, Image
+
+    with Image.open(path) as picture:
+        width, height = picture.size
+        sideways = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return height / width if sideways else width / height
+
+
 def _lines(path: Path, label_format: LabelFormat) -> list[tuple[Path, int, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -123,12 +168,25 @@ def _expectation(label_format: LabelFormat) -> str:
 
 
 def _sample(folder: DatasetFolder, line: str) -> Sample:
+    name, label = _class(folder, line) if folder.format == "cls_label" else _after_tab(folder, line)
+    image = folder.images / _relative(name)
+    return Sample(_content_id(image, name), folder.name, image, label)
+
+
+def _after_tab(folder: DatasetFolder, line: str) -> tuple[str, Label]:
     name, tab, text = line.partition("\t")
     if not tab:
         raise _BrokenLine("no tab between picture and label")
-    label: Label = _boxes(text) if folder.format == "det_label" else _text(text)
-    image = folder.images / _relative(name)
-    return Sample(_content_id(image, name), folder.name, image, label)
+    return name, _boxes(text) if folder.format == "det_label" else _text(text)
+
+
+def _class(folder: DatasetFolder, line: str) -> tuple[str, Label]:
+    name, index = ([*line.rsplit(maxsplit=1), ""])[:2]
+    if not index.isdecimal():
+        raise _BrokenLine("no space and index of a class behind the picture")
+    if folder.classes and int(index) >= len(folder.classes):
+        raise _BrokenLine(f"class {index}, but the set has {len(folder.classes)} classes, numbered from 0")
+    return name, int(index)
 
 
 def _relative(name: str) -> Path:
@@ -207,8 +265,20 @@ def read_image(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return image.astype(np.uint8, copy=False)
 
 
+def read_sample(sample: Sample) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The picture of a sample as `read_image` gives it, turned as the sample says.
+
+    Raises:
+        BrokenPicture: see `read_image`.
+    """
+    import numpy as np
+
+    image = read_image(sample.image)
+    return np.ascontiguousarray(np.rot90(image, -sample.turn // 90)) if sample.turn else image
+
+
 def split_of(sample_id: str, splits: Splits) -> Split:
-    """The split of a sample: it follows from the content, so that lists need not be shipped."""
+    """The split of a picture: it follows from the content, so that lists need not be shipped."""
     place = _uniform(f"split:{sample_id}")
     if place < splits.calibration:
         return "calibration"
@@ -219,7 +289,7 @@ def split(samples: Iterable[Sample], splits: Splits) -> dict[Split, list[Sample]
     """All samples by split, in their order."""
     parts: dict[Split, list[Sample]] = {name: [] for name in SPLITS}
     for sample in samples:
-        parts[split_of(sample.id, splits)].append(sample)
+        parts[split_of(sample.picture, splits)].append(sample)
     return parts
 
 
@@ -232,7 +302,7 @@ def check_disjoint(calibration: Iterable[Sample], search: Iterable[Sample], repo
     seen: dict[str, tuple[Split, Sample]] = {}
     for name, samples in zip(SPLITS, (calibration, search, report), strict=True):
         for sample in samples:
-            other, first = seen.setdefault(sample.id, (name, sample))
+            other, first = seen.setdefault(sample.picture, (name, sample))
             if other != name:
                 same = f"{sample.image} ({sample.dataset}) is in the {name} split and, as {first.image}, in {other}"
                 raise InputError(f"the splits overlap: {same}; take it out of one of them")

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from eval.dataset import BrokenPicture, Sample, read_image
+from eval.dataset import BrokenPicture, Sample, read_sample
 from eval.gate import POOLED, Evidence, JudgedRow, judge
 from eval.metric import Metric
 from eval.statistics import estimate_drop, samples_needed
@@ -71,7 +71,7 @@ def readable(samples: Sequence[Sample], adapter: Adapter, broken: list[str]) -> 
     """Pre-processed pictures one at a time; those that cannot be read are named in `broken` and left out."""
     for sample in samples:
         try:
-            prepared: Prepared = adapter.preprocess(read_image(sample.image))
+            prepared: Prepared = adapter.preprocess(read_sample(sample))
         except BrokenPicture as error:
             broken.append(str(error))
             continue
@@ -101,7 +101,7 @@ def compare(
         if not hasattr(place, "pair"):
             place.pair = open_pair()
         try:
-            prepared: Prepared = adapter.preprocess(read_image(sample.image))
+            prepared: Prepared = adapter.preprocess(read_sample(sample))
         except BrokenPicture as error:
             return error
         outputs = (session.run(prepared.inputs) for session in place.pair)

@@ -68,6 +68,14 @@ class HasPolygons(Protocol):
     def polygons(self) -> Sequence[npt.NDArray[Any]]: ...
 
 
+class HasClass(Protocol):
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def classes(self) -> int: ...
+
+
 class Region(Protocol):
     """A labelled region: corners [corners, 2], x and y in pixels; the text `###` means: do not judge."""
 
@@ -148,7 +156,49 @@ class Hmean:
         return before, after
 
 
-_METRICS: dict[str, type[LineAccuracy | Hmean]] = {metric.name: metric for metric in (LineAccuracy, Hmean)}
+class Top1:
+    """Share of pictures whose most probable class is the labelled one (PaddleX's and PaddleClas' top-1).
+
+    Counts: right (0 or 1), 1, then for each class: right of this class, pictures of this class.
+    """
+
+    name = "top1"
+
+    def score(self, prediction: HasClass, label: int) -> FloatArray:
+        if not 0 <= label < prediction.classes:
+            raise InputError(
+                f"a picture is labelled as class {label}, but the model knows {prediction.classes} classes"
+            )
+        counts = np.zeros((1 + prediction.classes, 2))
+        counts[[0, 1 + label]] = prediction.index == label, 1
+        return counts.ravel()
+
+    def aggregate(self, total: FloatArray) -> float:
+        return float(self.aggregates(total[None])[0])
+
+    def aggregates(self, totals: FloatArray) -> FloatArray:
+        return _percent(totals[:, 0], totals[:, 1])
+
+    def details(self, total: FloatArray) -> dict[str, float]:
+        """Top-1, and for each class that has pictures the share of them that are right."""
+        per_class = total.reshape(-1, 2)[1:]
+        shares = _percent(per_class[:, 0], per_class[:, 1])
+        seen = {f"class_{i}": float(share) for i, share in enumerate(shares) if per_class[i, 1]}
+        return {"top1": self.aggregate(total), **seen}
+
+    def outcome_differs(self, first: FloatArray, second: FloatArray) -> BoolArray:
+        return np.asarray(first[..., 0] != second[..., 0])
+
+    def lost_sample(self, fp32: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """One picture that only FP32 gets right."""
+        before = np.zeros(fp32.shape[1])
+        before[:4] = 1  # of class 0; which one changes nothing
+        after = before.copy()
+        after[[0, 2]] = 0
+        return before, after
+
+
+_METRICS: dict[str, type[LineAccuracy | Hmean | Top1]] = {metric.name: metric for metric in (LineAccuracy, Hmean, Top1)}
 
 
 def make_metric(name: str) -> Metric:

@@ -15,7 +15,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -128,6 +128,39 @@ def install(
         # Another process that does the same may have been faster, and deleted the archive.
         if not folder.is_dir():
             raise
+
+
+def install_files(
+    addresses: Mapping[str, tuple[str, str | None]],
+    folder: Path,
+    downloads: Path,
+    finish: Callable[[Path], None],
+    progress: Progress | None = None,
+) -> None:
+    """Download single files to `downloads` and put them into `folder`, which appears complete or not at all.
+
+    Args:
+        addresses: file name -> address and sha256, None where it is trusted on first use.
+
+    Raises:
+        InputError: a file is not the expected one, or `finish` raised it.
+        Unavailable: one cannot be had, or the folders cannot be written.
+    """
+    paths: dict[str, Path] = {}
+    try:
+        for name, (url, sha256) in addresses.items():
+            paths[name] = download(url, sha256, downloads, progress)
+        with staged(folder) as temporary:
+            temporary.mkdir()
+            for name, path in paths.items():
+                shutil.copyfile(path, temporary / name)
+            finish(temporary)
+    except OSError as error:
+        reason = f"{folder} cannot be written: {_why(error)}"
+        raise Unavailable(reason, "Free some space, or set QUANT_CACHE to a folder that can be written") from error
+    finally:
+        for path in paths.values():
+            path.unlink(missing_ok=True)
 
 
 def archive_name(url: str) -> str:

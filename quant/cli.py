@@ -145,19 +145,24 @@ def list_recipes(as_json: AsJson = False) -> None:
 
 @app.command()
 def describe(model: str, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Print a recipe as it is used: merged with its base, with --set applied.
+    """Print a recipe as it is used, merged with its base and with --set applied, and the route its model takes.
 
     Example: quant describe PP-OCRv4_mobile_det --set calibration.samples=64
     """
     import yaml
 
     from quant.recipe import load_recipe
+    from quant.route import route_of
 
-    document = load_recipe(model, overrides or ()).model_dump(mode="json", by_alias=True)
+    recipe = load_recipe(model, overrides or ())
+    document, route = recipe.model_dump(mode="json", by_alias=True), route_of(recipe)
     if as_json:
-        _print_json(document)
-    else:
-        print(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), end="")
+        _print_json({**document, "route": vars(route)})
+        return
+    print(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), end="")
+    print(f"# source: {route.source}\n# input: {route.format}")
+    for target, how in route.targets.items():
+        print(f"# target {target}: {how}")
 
 
 @app.command()

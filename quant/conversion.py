@@ -17,19 +17,24 @@ from typing import Any
 import numpy as np
 
 from quant.errors import InputError
+from quant.pir import with_fetches
 from quant.runtime import Feed
 from quant.source import ModelFiles
 
 OPSET = 17
-# Operators that the import carries over one to one, in order: anchors to find where two graphs part.
+# Operators, by their old-IR or PIR names, that the import carries over one to one and in order: anchors to find
+# where two graphs part.
 ANCHORS = {
     "conv2d": "Conv",
     "depthwise_conv2d": "Conv",
     "conv2d_transpose": "ConvTranspose",
     "matmul_v2": "MatMul",
+    "matmul": "MatMul",
     "hard_swish": "HardSwish",
+    "hardswish": "HardSwish",
     "softmax": "Softmax",
     "hard_sigmoid": "HardSigmoid",
+    "hardsigmoid": "HardSigmoid",
     "relu": "Relu",
 }
 
@@ -61,7 +66,10 @@ def import_model(files: ModelFiles, feeds: list[Feed], folder: Path) -> Imported
 
 
 def trace_anchors(files: ModelFiles, feed: Feed, folder: Path) -> list[tuple[str, str, np.ndarray]]:
-    """(operator type, tensor name, value) of the anchor operators of an old-IR program, in order."""
+    """(operator type, name, value) of the anchor operators of a program, in order.
+
+    The name is that of the tensor; values of a PIR program have numbers and, mostly, a place in the network's code.
+    """
     _save_feeds(folder, [feed])
     _run_child(files, folder, {"kind": "trace", "feeds": 1})
     listed = json.loads((folder / "trace.json").read_text(encoding="utf-8"))
@@ -107,7 +115,8 @@ def _child(job: dict[str, Any]) -> None:
         with np.load(folder / f"feed{index}.npz", allow_pickle=False) as stored:
             feeds.append({name: stored[name] for name in stored.files})
     if job["kind"] == "trace":
-        _trace(job["model"], job["params"], feeds[0], folder)
+        trace = _trace_pir if job["model"].endswith(".json") else _trace
+        trace(job["model"], job["params"], feeds[0], folder)
         return
     _run_original(job["model"], job["params"], feeds, folder)
     import paddle2onnx
@@ -151,6 +160,26 @@ def _trace(model: str, params: str, feed: Feed, folder: Path) -> None:
     arrays = executor.run(program, feed=feed, fetch_list=[name for _, name in anchors])
     (folder / "trace.json").write_text(json.dumps(anchors), encoding="utf-8")
     np.savez(folder / "trace.npz", *arrays)
+
+
+def _trace_pir(model: str, params: str, feed: Feed, folder: Path) -> None:
+    from paddle import inference
+
+    document, operators = with_fetches(json.loads(Path(model).read_text(encoding="utf-8")), ANCHORS)
+    traced = folder / "traced.json"
+    traced.write_text(json.dumps(document), encoding="utf-8")
+    config = inference.Config(str(traced), params)
+    config.disable_gpu()
+    config.disable_glog_info()
+    config.switch_ir_optim(False)  # fused operators would take inner values away
+    predictor = inference.create_predictor(config)
+    for name, values in feed.items():
+        predictor.get_input_handle(name).copy_from_cpu(values)
+    predictor.run()
+    names = predictor.get_output_names()[-len(operators) :]
+    anchors = [(operator.kind, f"%{operator.result} {operator.place}".strip()) for operator in operators]
+    (folder / "trace.json").write_text(json.dumps(anchors), encoding="utf-8")
+    np.savez(folder / "trace.npz", *(predictor.get_output_handle(name).copy_to_cpu() for name in names))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 
 from eval.benchmark import interleaved_latency
-from eval.dataset import Sample
+from eval.dataset import Sample, picture_of
 from eval.evaluation import Outcomes, compare, judged_rows, load_outcomes, readable
 from eval.gate import EvalReport, JudgedRow, SkippedRow
 from eval.metric import make_metric
@@ -37,11 +37,19 @@ from quant.plan import Operator, QuantPlan, load_plan, quantizable_operators
 from quant.prepare import prepare, read_proof
 from quant.ptq import activation_tensors, correct_biases, make_plan, with_damages
 from quant.recipe import Recipe, TargetChoice, TargetName
-from quant.runtime import MODEL_FILES, Feed, Session, onnx_session, open_session, streams, target_format
+from quant.runtime import (
+    Feed,
+    Session,
+    model_files,
+    onnx_session,
+    open_session,
+    streams,
+    target_format,
+)
 from quant.selection import Selection, find_datasets, select, unused
 from quant.sensitivity import measure_damages, output_error
 from quant.simulation import simulated_model
-from quant.source import ModelFiles, cache_dir, resolve_model, without_places
+from quant.source import SHIPPED_FILES, ModelFiles, cache_dir, resolve_model, without_places
 from quant.stage import StageStore, code_digest, digest, file_digests
 from quant.task import TaskAdapter, make_task
 
@@ -196,7 +204,8 @@ def evaluate_model(recipe: Recipe, options: Options) -> EvalReport:
 
 def unused_report(selection: Selection, used: set[str]) -> tuple[list[Sample], int]:
     """The report split without samples that another run's calibration or search used."""
-    kept = [sample for sample in selection.report if sample.id not in used]
+    pictures = {picture_of(sample_id) for sample_id in used}
+    kept = [sample for sample in selection.report if sample.picture not in pictures]
     return kept, len(selection.report) - len(kept)
 
 
@@ -427,9 +436,8 @@ def _prepared(job: Job) -> Path:
         shipped = folder / "shipped"
         shipped.mkdir()
         (folder / "imported.onnx").rename(shipped / "inference.onnx")
-        if job.files.format == "paddle":
-            for source, name in zip((job.files.model, job.files.params), MODEL_FILES["paddle"], strict=True):
-                shutil.copyfile(source, shipped / name)
+        for source, name in zip((job.files.model, job.files.params), SHIPPED_FILES[job.files.format], strict=True):
+            shutil.copyfile(source, shipped / name)
         shutil.rmtree(folder / "import")
         job.options.progress(f"{job.recipe.name}: importing and folding", 1, 1)
 
@@ -458,9 +466,8 @@ def _noise(recipe: Recipe) -> np.ndarray:
 def _facts(
     job: Job, target: TargetName, quantized: Quantized, outcomes: Outcomes, latency: dict[str, float]
 ) -> dict[str, Any]:
-    names = MODEL_FILES[target_format(target)]
     sizes = {
-        place: sum((folder / name).stat().st_size for name in names)
+        place: sum(path.stat().st_size for path in model_files(folder, target_format(target)))
         for place, folder in (("fp32", _prepared(job) / "shipped"), ("int8", quantized.artifact))
     }
     return {

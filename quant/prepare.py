@@ -105,8 +105,6 @@ def _compare_import(
 
 
 def _first_anchor_apart(graph: Graph, files: ModelFiles, feed: Feed, tolerance: float, threads: int, work: Path) -> str:
-    if files.format != "paddle":
-        return "an operator that cannot be named (PIR models are not traced)"
     traced = trace_anchors(files, feed, work)
     nodes = [node for node in graph.nodes if node.op_type in ANCHORS.values()]
     values = onnx_session(graph.to_model([n.output[0] for n in nodes]), threads).run(feed, [n.output[0] for n in nodes])

@@ -19,25 +19,43 @@ from quant.errors import InputError
 
 SCHEMA_VERSION = 1
 
-Task = Literal["text_detection", "text_recognition"]
+Task = Literal["text_detection", "text_recognition", "image_classification"]
 TargetName = Literal["onnxruntime", "openvino", "paddle"]
 MethodName = Literal["ptq", "paddleslim"]
 RangeMethod = Literal["minmax", "percentile", "mse"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Angle = Literal[0, 90, 180, 270]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class Expectation(_Part):
+    """The officially published FP32 metric, for orientation only."""
+
+    metric: str
+    value: float
+    source: str
+
+
 class Archive(_Part):
     """An official archive of the FP32 inference model."""
 
     url: str = Field(pattern=r"^https?://")
+    packed: bool = Field(True, description="false: the address of a folder, whose files are fetched one by one")
     format: Literal["paddle", "pir"] = Field(description="paddle = old-IR .pdmodel, pir = inference.json")
     sha256: Sha256 | None = Field(None, description="of the archive; without it: trust on first use")
     files: dict[str, Sha256] = Field(default_factory=dict, description="sha256 of files inside")
+    edition: str = Field("", description="which weights, where several were published under one name")
+    expect: Expectation | None = Field(None, description="of these weights, where it is not the recipe's")
+
+    @model_validator(mode="after")
+    def _hashes_of_files(self) -> Archive:
+        if self.sha256 and not self.packed:
+            raise ValueError("sha256 is that of an archive; give those of the files where packed is false")
+        return self
 
 
 class WheelSource(_Part):
@@ -62,14 +80,6 @@ class ModelSource(_Part):
     )
 
 
-class Expectation(_Part):
-    """The officially published FP32 metric, for orientation only."""
-
-    metric: str
-    value: float
-    source: str
-
-
 class Splits(_Part):
     """Shares of every data set; a sample's split follows from the hash of its content."""
 
@@ -88,15 +98,30 @@ class Splits(_Part):
 class GeneratedSet(_Part):
     """The built-in set, used when no other set can be had."""
 
-    kind: Literal["text_lines", "text_pages"]
+    kind: Literal["text_lines", "text_pages", "document_pages"]
     samples: int = Field(ge=8, le=100_000)
     seed: int = 0
+
+
+class Rotations(_Part):
+    """How upright pictures become labelled ones: each is turned by every angle, the class is the angle's index."""
+
+    of: Task = Field(description="task whose sets hold the upright pictures")
+    angles: list[Angle] = Field(min_length=2, description="clockwise, in the order of the model's classes")
+    min_aspect: float = Field(0, ge=0, description="least width / height of an upright picture")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Rotations:
+        if len(set(self.angles)) < len(self.angles):
+            raise ValueError("an angle stands twice in angles")
+        return self
 
 
 class Data(_Part):
     sets: list[str] = Field(description="names in calib_data/, pooled")
     splits: Splits
     generated: GeneratedSet
+    rotations: Rotations | None = Field(None, description="of upright pictures, for classifiers of orientation")
 
 
 class Calibration(_Part):
@@ -165,10 +190,25 @@ class Recipe(_Part):
     tolerance: float = Field(gt=0, description="largest difference allowed between original and prepared")
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _angles_are_classes(self) -> Recipe:
+        rotations, labels = self.data.rotations, class_labels(self)
+        if rotations and len(rotations.angles) != len(labels):
+            raise ValueError(
+                f"data.rotations has {len(rotations.angles)} angles, inference names {len(labels)} classes"
+            )
+        return self
+
     def content_hash(self) -> str:
         """Hex sha256 of everything the recipe says, after merging and overriding."""
         text = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def class_labels(recipe: Recipe) -> list[str]:
+    """Names of a classifier's classes, in the order of their index; none for other tasks."""
+    topk = (recipe.inference.get("PostProcess") or {}).get("Topk") or {}
+    return [str(label) for label in topk.get("label_list") or []]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +13,7 @@ from onnx import ModelProto
 
 from quant.errors import InputError, Unavailable
 from quant.recipe import TargetName
+from quant.source import SHIPPED_FILES
 
 Feed = dict[str, np.ndarray]
 
@@ -19,6 +21,7 @@ MODEL_FILES: dict[str, tuple[str, ...]] = {
     "onnx": ("inference.onnx",),
     "paddle": ("inference.pdmodel", "inference.pdiparams"),
 }
+"""Files of an artifact by format."""
 
 
 class Session(Protocol):
@@ -32,6 +35,14 @@ def target_format(target: str) -> str:
     return "paddle" if target == "paddle" else "onnx"
 
 
+def model_files(folder: Path, kind: str) -> list[Path]:
+    """The files of the model in a folder, `onnx` or `paddle`; an original of Paddle may be a PIR program."""
+    names = MODEL_FILES[kind]
+    if kind == "paddle" and (folder / SHIPPED_FILES["pir"][0]).is_file():
+        names = SHIPPED_FILES["pir"]
+    return [folder / name for name in names]
+
+
 def open_session(target: TargetName, folder: Path, threads: int) -> Session:
     """Load the artifact (or FP32 model) in `folder` on the target's own runtime.
 
@@ -39,9 +50,9 @@ def open_session(target: TargetName, folder: Path, threads: int) -> Session:
         Unavailable: the runtime is not installed.
         InputError: a model file is missing or the runtime refuses it.
     """
-    for name in MODEL_FILES[target_format(target)]:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder}: {name} is missing; run `quant run` for this model again")
+    for path in model_files(folder, target_format(target)):
+        if not path.is_file():
+            raise InputError(f"{folder}: {path.name} is missing; run `quant run` for this model again")
     try:
         if target == "onnxruntime":
             return onnx_session(folder / "inference.onnx", threads)
@@ -115,13 +126,17 @@ class _OpenVino:
         return [np.array(self._request.get_tensor(name).data) for name in wanted]
 
 
+# Paddle registers its PIR dialects when it loads a program: two threads at once stumble over each other.
+_LOADING = threading.Lock()
+
+
 class _PaddleInference:
     def __init__(self, folder: Path, threads: int) -> None:
         os.environ.setdefault("FLAGS_enable_pir_api", "0")
         os.environ.setdefault("GLOG_minloglevel", "3")
         from paddle import inference
 
-        model, params = (str(folder / name) for name in MODEL_FILES["paddle"])
+        model, params = map(str, model_files(folder, "paddle"))
         config = inference.Config(model, params)
         config.disable_gpu()
         config.disable_glog_info()
@@ -129,8 +144,10 @@ class _PaddleInference:
         config.enable_mkldnn()
         # Every new picture size would keep its own buffers: 5 GB after 90 pages without these.
         config.set_mkldnn_cache_capacity(1)
-        config.enable_memory_optim()
-        self._predictor = inference.create_predictor(config)
+        if not model.endswith(".json"):  # Paddle 3.2.2 stumbles over the pass for a PIR program under this flag
+            config.enable_memory_optim()
+        with _LOADING:
+            self._predictor = inference.create_predictor(config)
 
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]:
         for name, values in feed.items():

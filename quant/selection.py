@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from calib_data.registry import DatasetFolder, generated_dataset, resolve_dataset
-from eval.dataset import SPLITS, Dataset, Sample, Split, check_disjoint, pick, read_dataset, split
+from calib_data.registry import FORMATS, DatasetFolder, generated_dataset, resolve_dataset
+from eval.dataset import SPLITS, Dataset, Sample, Split, check_disjoint, pick, picture_of, read_dataset, split, turned
 from quant.archive import Progress
 from quant.errors import InputError, Unavailable
 from quant.manifest import DataRecord
-from quant.recipe import Recipe
+from quant.recipe import Recipe, class_labels
 from quant.source import without_places
 
 
@@ -70,23 +70,40 @@ def find_datasets(
 
     Sets that are named in `data` must exist; those of the recipe may be missing.
     """
+    rotations = recipe.data.rotations
+    upright = rotations.of if rotations else None
     if data:
-        return [read_dataset(resolve_dataset(name, recipe.task, progress)) for name in data], {}
+        return [_read(resolve_dataset(name, recipe.task, progress, upright), recipe) for name in data], {}
     found: list[DatasetFolder] = []
     unavailable = {}
     for name in recipe.data.sets:
         try:
-            found.append(resolve_dataset(name, recipe.task, progress))
+            found.append(resolve_dataset(name, recipe.task, progress, upright))
         except Unavailable as error:
             unavailable[name] = without_places(error.reason)
     if not found:
         generated = recipe.data.generated
         found = [generated_dataset(generated.kind, generated.samples, generated.seed, progress)]
-    return [read_dataset(folder) for folder in found], unavailable
+    return [_read(folder, recipe) for folder in found], unavailable
+
+
+def _read(folder: DatasetFolder, recipe: Recipe) -> Dataset:
+    """A set as the recipe's task wants it: upright pictures are turned, classes are those of the model."""
+    rotations = recipe.data.rotations
+    if rotations and folder.format == FORMATS[rotations.of]:
+        return turned(read_dataset(folder), rotations)
+    known = class_labels(recipe)
+    if folder.classes and len(folder.classes) != len(known):
+        raise InputError(
+            f"the data set {folder.name} has the classes {', '.join(folder.classes)}, "
+            f"the model {recipe.name} has {', '.join(known)}; give another set"
+        )
+    return read_dataset(folder)
 
 
 def unused(datasets: Sequence[Dataset], used: Collection[str]) -> tuple[list[Sample], int]:
-    """All samples but those whose id is in `used`, and how many were dropped."""
+    """All samples but those made from a picture whose samples `used` names, and how many were dropped."""
+    pictures = {picture_of(sample_id) for sample_id in used}
     samples = list({sample.id: sample for dataset in datasets for sample in dataset.samples}.values())
-    kept = [sample for sample in samples if sample.id not in used]
+    kept = [sample for sample in samples if sample.picture not in pictures]
     return kept, len(samples) - len(kept)

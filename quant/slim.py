@@ -140,7 +140,10 @@ def slim_plan(
     chosen = [_judged(operator, scales) for operator in operators]
     zero_point = 128 if dtype == "uint8" else 0
     activations = {
-        name: ActivationQuantizer(tensor=name, dtype=dtype, scale=scale, zero_point=zero_point)
+        # A tensor that held nothing but zeros, as behind a dead ReLU, gets a scale of 0.
+        name: ActivationQuantizer(
+            tensor=name, dtype=dtype, scale=max(scale, float(SMALLEST_SCALE)), zero_point=zero_point
+        )
         for name, scale in sorted(scales.activations.items())
     }
     weights, integers = {}, {}

@@ -15,11 +15,18 @@ from typing import IO, Any, Literal
 
 import yaml
 
-from quant.archive import Progress, file_sha256, install
+from quant.archive import Progress, file_sha256, install, install_files
 from quant.errors import InputError, Unavailable
+from quant.pir import check_pir, parameter_shapes
 from quant.recipe import Archive, PackageFile, Recipe
 
 ModelFormat = Literal["paddle", "pir"]
+
+SHIPPED_FILES: dict[ModelFormat, tuple[str, str]] = {
+    "paddle": ("inference.pdmodel", "inference.pdiparams"),
+    "pir": ("inference.json", "inference.pdiparams"),
+}
+"""Files of the graph and of the weights by the format of an original model."""
 
 _ORIGIN = "origin.json"
 _WEIGHTS = ".pdiparams"
@@ -117,7 +124,9 @@ def install_model(recipe: Recipe, progress: Progress | None = None) -> ModelFile
     for archive in recipe.model.archives:
         try:
             _install(recipe, archive, progress)
-            return replace(_read_cached(recipe), source=f"the official archive {archive.url}")
+            files = _read_cached(recipe)
+            source = f"the official archive {archive.url}{_edition(recipe, files.sha256, archive.url)}"
+            return replace(files, source=source)
         except Unavailable as error:
             tried.append(error.reason)
     reason = "; ".join(tried) or f"the recipe {recipe.name} names no archive"
@@ -127,12 +136,29 @@ def install_model(recipe: Recipe, progress: Progress | None = None) -> ModelFile
 
 def local_source(recipe: Recipe) -> str | None:
     """Where the model lies on this machine, in words, without any download; None where it does not."""
-    for home in search_path("QUANT_MODEL_HOME"):
-        if (home / recipe.name).is_dir():
-            return str(home / recipe.name)
-    if cached_dir(recipe).is_dir():
-        return str(cached_dir(recipe))
-    return f"package {_package(recipe)}" if _shipped_dir(recipe) else None
+    folder = _local_dir(recipe)
+    if folder is None:
+        return None
+    return f"package {_package(recipe)}" if folder == _shipped_dir(recipe) else str(folder)
+
+
+def local_format(recipe: Recipe) -> ModelFormat | None:
+    """Format of the model that lies on this machine, None where none does.
+
+    Raises:
+        InputError: there is a folder for it, but no model in it.
+    """
+    folder = _local_dir(recipe)
+    return None if folder is None else _format(_locate(folder)[0])
+
+
+def _local_dir(recipe: Recipe) -> Path | None:
+    folders = [home / recipe.name for home in search_path("QUANT_MODEL_HOME")] + [cached_dir(recipe)]
+    return next((folder for folder in folders if folder.is_dir()), _shipped_dir(recipe))
+
+
+def _format(model: Path) -> ModelFormat:
+    return "pir" if model.suffix == ".json" else "paddle"
 
 
 def cached_dir(recipe: Recipe) -> Path:
@@ -147,7 +173,17 @@ def _install(recipe: Recipe, archive: Archive, progress: Progress | None) -> Non
             raise InputError(f"{archive.url} holds the format {files.format}, not {archive.format} as in the recipe")
         (folder / _ORIGIN).write_text(json.dumps({"url": archive.url}) + "\n", encoding="utf-8")
 
-    install(archive.url, archive.sha256, cached_dir(recipe), cache_dir() / "downloads", finish, progress)
+    folder, downloads = cached_dir(recipe), cache_dir() / "downloads"
+    if archive.packed:
+        install(archive.url, archive.sha256, folder, downloads, finish, progress)
+    else:
+        install_files(_addresses(archive), folder, downloads, finish, progress)
+
+
+def _addresses(archive: Archive) -> dict[str, tuple[str, str | None]]:
+    """Address and known sha256 of each file of a model that is published as a folder."""
+    names = (*SHIPPED_FILES[archive.format], "inference.yml")
+    return {name: (f"{archive.url.rstrip('/')}/{name}", archive.files.get(name)) for name in names}
 
 
 def _read_cached(recipe: Recipe) -> ModelFiles:
@@ -210,8 +246,22 @@ def read_model(recipe: Recipe, folder: Path, source: str, expected: Mapping[str,
         inference_yml = _inference_yml(recipe, folder)
     except OSError as error:
         raise InputError(f"{error.filename or folder} cannot be read: {error.strerror or error}") from error
-    kind: ModelFormat = "pir" if model.suffix == ".json" else "paddle"
+    kind = _format(model)
+    source += _edition(recipe, sha256, _origin(folder))
     return ModelFiles(folder, kind, model, params, inference_yml, source, sha256)
+
+
+def published(recipe: Recipe, sha256: Mapping[str, str], url: str | None = None) -> Archive | None:
+    """The official archive that a model's files are from: by known hashes, else by its address; None for none."""
+    archives = recipe.model.archives
+    known = (archive for archive in archives if archive.files and archive.files.items() <= sha256.items())
+    named = (archive for archive in archives if archive.url == url)
+    return next(known, next(named, None))
+
+
+def _edition(recipe: Recipe, sha256: Mapping[str, str], url: str | None) -> str:
+    archive = published(recipe, sha256, url)
+    return f", {archive.edition}" if archive and archive.edition else ""
 
 
 def _locate(folder: Path) -> tuple[Path, Path]:
@@ -277,9 +327,10 @@ def _check_content(model: Path, params: Path) -> None:
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty; fetch the model again")
     try:
-        shapes = None
         if model.suffix == ".json":
-            _check_pir(model)
+            document = json.loads(model.read_text(encoding="utf-8"))
+            check_pir(document)
+            shapes = sorted(parameter_shapes(document).values())
         else:
             shapes = sorted(_program_shapes(model.read_bytes()))
     except (ValueError, KeyError, IndexError, TypeError) as error:
@@ -289,15 +340,8 @@ def _check_content(model: Path, params: Path) -> None:
             stored = sorted(_stored_shapes(file, params.stat().st_size))
     except (ValueError, KeyError, IndexError, TypeError, struct.error) as error:
         raise InputError(f"{params} is cut off, or no file of Paddle weights; fetch the model again") from error
-    if shapes is not None and shapes != stored:
+    if shapes != stored:
         raise InputError(f"{params} holds the weights of another model than {model.name}; fetch both again")
-
-
-def _check_pir(model: Path) -> None:
-    """Check the head of an inference.json; what weights it needs is not looked at."""
-    document = json.loads(model.read_text(encoding="utf-8"))
-    if document["base_code"]["magic"] != "pir" or not document["program"]:
-        raise ValueError("no PIR program")
 
 
 def _program_shapes(data: bytes) -> list[tuple[int, ...]]:

@@ -1,8 +1,8 @@
 """Tasks: from a picture to the model's inputs, and from the model's outputs to a prediction.
 
 All arithmetic is done by the classes of PaddleX 3.7.2, set up from `inference.yml` as its own
-predictors (`TextDetRunnerPredictor`, `TextRecRunnerPredictor`) set them up with default arguments
-and batch size 1. PaddleX is imported when an adapter is made, not when this module is.
+predictors (`TextDetRunnerPredictor`, `TextRecRunnerPredictor`, `ClasRunnerPredictor`) set them up
+with default arguments and batch size 1. PaddleX is imported when an adapter is made, not when this module is.
 """
 
 from __future__ import annotations
@@ -58,7 +58,24 @@ class BoxPrediction:
     scores: list[float]
 
 
-Prediction = TextPrediction | BoxPrediction
+@dataclass(frozen=True)
+class ClassPrediction:
+    """The most probable class of a picture.
+
+    Args:
+        index: of the class, from 0.
+        label: its name.
+        score: its probability, 0..1.
+        classes: how many classes the model knows.
+    """
+
+    index: int
+    label: str
+    score: float
+    classes: int
+
+
+Prediction = TextPrediction | BoxPrediction | ClassPrediction
 
 
 class TaskAdapter(Protocol):
@@ -168,9 +185,56 @@ class TextRecognition:
         return TextPrediction(texts[0], float(scores[0]))
 
 
+class ImageClassification:
+    """Classification of a whole picture. Input x [1, 3, H, W] of a fixed size, output [1, classes], softmax."""
+
+    def __init__(self, inference_yml: Mapping[str, Any], model_name: str) -> None:
+        operators = _operators(
+            inference_yml,
+            model_name,
+            {"ResizeImage", "CropImage", "NormalizeImage", "ToCHWImage"},
+            {"ResizeImage", "NormalizeImage", "ToCHWImage"},
+        )
+        labels = _class_labels(inference_yml, model_name)
+        _prefer_offline()
+        from paddlex.inference.common.reader import ReadImage
+        from paddlex.inference.models.common import Normalize, ToBatch, ToCHWImage
+        from paddlex.inference.models.image_classification.processors import Crop, Topk
+
+        normalization = _normalization(operators["NormalizeImage"])
+        del normalization["order"]  # PaddleX's predictor allows none here: always height, width, channel
+        crop = operators.get("CropImage")
+        steps = [
+            # PaddleX's predictor reads RGB whatever the file says.
+            ReadImage(format="RGB"),
+            _class_resize(operators["ResizeImage"], model_name),
+            *([Crop(crop_size=crop.get("size", 224))] if crop is not None else []),
+            Normalize(**normalization),
+            ToCHWImage(),
+        ]
+        self._steps: list[Callable[..., Any]] = steps
+        self._to_batch = ToBatch()
+        self._classes = len(labels)
+        self._decode = Topk(class_ids=labels)
+
+    def preprocess(self, image: Image) -> Prepared:
+        """Context: None."""
+        _check_image(image)
+        images: Any = [image]
+        for step in self._steps:
+            images = step(imgs=images)
+        (batch,) = self._to_batch(imgs=images)
+        return Prepared({INPUT_NAME: np.ascontiguousarray(batch)}, None)
+
+    def postprocess(self, outputs: list[FloatArray], context: Any) -> ClassPrediction:
+        indexes, scores, names = self._decode(outputs, topk=1)
+        return ClassPrediction(int(indexes[0][0]), str(names[0][0]), float(scores[0][0]), self._classes)
+
+
 _TASKS: dict[str, Callable[[Mapping[str, Any], str], TaskAdapter]] = {
     "text_detection": TextDetection,
     "text_recognition": TextRecognition,
+    "image_classification": ImageClassification,
 }
 
 
@@ -178,7 +242,7 @@ def make_task(task: str, inference_yml: Mapping[str, Any], model_name: str) -> T
     """The adapter of a task.
 
     Args:
-        task: `text_detection` or `text_recognition`.
+        task: `text_detection`, `text_recognition` or `image_classification`.
         inference_yml: the parsed file that lies beside a PaddleX model.
         model_name: PaddleX derives defaults from it.
 
@@ -236,6 +300,32 @@ def _section(inference_yml: Mapping[str, Any], model_name: str, key: str) -> Map
     if not isinstance(section, Mapping):
         raise InputError(f"inference.yml of {model_name}: the section {key} is missing")
     return section
+
+
+def _class_labels(inference_yml: Mapping[str, Any], model_name: str) -> list[str]:
+    section = _section(inference_yml, model_name, "PostProcess").get("Topk")
+    labels = section.get("label_list") if isinstance(section, Mapping) else None
+    if not isinstance(labels, list) or not labels:
+        raise InputError(
+            f"inference.yml of {model_name}: PostProcess.Topk.label_list is missing; it must name the model's classes"
+        )
+    return [str(label) for label in labels]
+
+
+def _class_resize(arguments: Mapping[str, Any], model_name: str) -> Any:
+    """`ResizeImage` of a classifier: to a fixed `size` [width, height], or the short side to `resize_short`."""
+    from paddlex.inference.models.common import Resize, ResizeByShort
+
+    how = {
+        "size_divisor": None,
+        "interp": arguments.get("interpolation", "LINEAR"),
+        "backend": arguments.get("backend", "cv2"),
+    }
+    if short := arguments.get("resize_short"):
+        return ResizeByShort(target_short_edge=short, **how)
+    if size := arguments.get("size"):
+        return Resize(target_size=size, **how)
+    raise InputError(f"inference.yml of {model_name}: ResizeImage needs size or resize_short")
 
 
 def _normalization(arguments: Mapping[str, Any]) -> dict[str, Any]:

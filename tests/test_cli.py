@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from quant import __version__, cli, pipeline
 from quant import doctor as doctor_module
@@ -61,7 +62,28 @@ def test_describe_shows_overrides(capfd: Text) -> None:
     assert cli._guarded(["describe", REC, "--set", "calibration.samples=7", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["calibration"]["samples"] == 7
     assert cli._guarded(["describe", REC]) == 0
-    assert f"name: {REC}" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert f"name: {REC}" in out
+    assert yaml.safe_load(out)["name"] == REC, "the route stands in comments"
+
+
+def test_describe_says_the_route(tmp_path: Path, capfd: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form that a model is published in here, or else first, and what PaddleSlim gets to see of it."""
+    model = "PP-LCNet_x1_0_doc_ori"
+    assert cli._guarded(["describe", model]) == 0
+    out = capfd.readouterr().out
+    assert "# source: not on this machine; first address: https://" in out
+    assert "# input: PIR program (inference.json)" in out
+    assert "# target paddle: PaddleSlim PTQ, which knows no PIR" in out
+    (tmp_path / "home" / model).mkdir(parents=True)
+    for name in ("inference.pdmodel", "inference.pdiparams"):
+        (tmp_path / "home" / model / name).write_text("x")
+    monkeypatch.setenv("QUANT_MODEL_HOME", str(tmp_path / "home"))
+    assert cli._guarded(["describe", model, "--json"]) == 0
+    route = json.loads(capfd.readouterr().out)["route"]
+    assert route["source"] == f"$QUANT_MODEL_HOME/{model}"
+    assert route["format"].startswith("old-IR program")
+    assert sorted(route["targets"]) == ["onnxruntime", "openvino", "paddle"]
 
 
 def test_validate_accepts_all_recipes(capfd: Text) -> None:

@@ -20,11 +20,13 @@ from eval.dataset import (
     pick,
     read_dataset,
     read_image,
+    read_sample,
     split,
     split_of,
+    turned,
 )
 from quant.errors import InputError, Unavailable
-from quant.recipe import Splits, Task
+from quant.recipe import Rotations, Splits, Task
 
 SPLITS = Splits(calibration=0.2, search=0.3, report=0.5)
 
@@ -238,6 +240,84 @@ def test_a_choice_is_spread_and_fixed() -> None:
     assert chosen[:5] == pick(everything, 5, seed=0)
     assert sorted(pick(everything, 999, seed=0), key=lambda s: s.id) == sorted(everything, key=lambda s: s.id)
     assert pick([], 3, seed=0) == []
+
+
+# --- classes and rotations ---------------------------------------------------------------------------
+
+LINES = Rotations(of="text_recognition", angles=[0, 180], min_aspect=2)
+PAGES = Rotations(of="text_detection", angles=[0, 90, 180, 270])
+
+
+def test_classes(tmp_path: Path) -> None:
+    for number in range(5):
+        picture(tmp_path / "images" / f"{number} a.png", number)
+    (tmp_path / "train.txt").write_text("images/0 a.png 0\nimages/1 a.png 1\r\nimages/2 a.png 2\n")
+    (tmp_path / "val.txt").write_text("images/3 a.png 1\nimages/4 a.png x\n")
+    (tmp_path / "label.txt").write_text("0 up\n1 down\n")
+    data = read_dataset(resolve_dataset(tmp_path, "image_classification"))
+    assert [sample.label for sample in data.samples] == [0, 1, 1]
+    assert "class 2, but the set has 2 classes" in data.broken[0]
+    assert "no space and index of a class" in data.broken[1]
+
+
+def test_upright_pictures_are_turned_by_every_angle(tmp_path: Path) -> None:
+    data = turned(read_dataset(page_set(tmp_path, "[]", "[]")), PAGES)
+    assert [sample.label for sample in data.samples] == [0, 1, 2, 3] * 2
+    assert [sample.turn for sample in data.samples] == [0, 90, 180, 270] * 2
+    upright = data.samples[0]
+    assert [sample.id for sample in data.samples[:4]] == [upright.id, *(f"{upright.id}-{a}" for a in (90, 180, 270))]
+    assert {sample.picture for sample in data.samples[:4]} == {upright.id}
+    assert "turned by 0, 90, 180, 270 degrees" in data.folder.source
+
+
+@pytest.mark.parametrize("angle", [0, 90, 180, 270])
+def test_paddlex_turns_a_turned_picture_upright(tmp_path: Path, angle: int) -> None:
+    """PaddleX's document preprocessor turns a page by the angle that the model names."""
+    from paddlex.inference.pipelines.components.common.warp_image import rotate_image
+
+    upright = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "page.png"), cv2.GaussianBlur(upright, (0, 0), 5))
+    sample = Sample("x", "set", tmp_path / "page.png", 0, angle)  # type: ignore[arg-type]
+    restored = rotate_image(read_sample(sample), angle)
+    difference = restored.astype(int)[3:-3, 3:-3] - read_image(sample.image).astype(int)[3:-3, 3:-3]
+    assert np.abs(difference).max() <= 12  # it turns about a point half a pixel off
+
+
+def test_rotations_of_one_picture_stay_in_one_split() -> None:
+    everything = [
+        Sample(f"{sample.id}{suffix}", "a", sample.image, 0)
+        for sample in samples(200, "a")
+        for suffix in ("", "-90", "-180")
+    ]
+    parts = split(everything, SPLITS)
+    assert all(parts.values())
+    for name, part in parts.items():
+        assert {split_of(sample.id, SPLITS) for sample in part if "-" not in sample.id} == {name}
+        assert len(part) == 3 * len({sample.picture for sample in part})
+    check_disjoint(parts["calibration"], parts["search"], parts["report"])
+    with pytest.raises(InputError, match="the splits overlap"):
+        check_disjoint(everything[:1], everything[1:2], [])
+
+
+def test_pictures_that_are_too_narrow_are_left_out_and_counted(tmp_path: Path) -> None:
+    folder = line_set(tmp_path, 3)  # 16 x 8
+    cv2.imwrite(str(tmp_path / "images" / "0.png"), np.zeros((8, 15, 3), np.uint8))
+    data = turned(read_dataset(folder), LINES)
+    assert len(data.samples) == 4
+    assert data.folder.source.endswith("left out as narrower than 2 times their height: 1")
+    with pytest.raises(InputError, match="none of its 3 pictures is 3 times as wide as high"):
+        turned(read_dataset(folder), LINES.model_copy(update={"min_aspect": 3}))
+
+
+def test_the_shape_of_a_picture_is_the_one_that_is_seen(tmp_path: Path) -> None:
+    """A camera held upright stores a wide picture and says how to turn it."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    folder = line_set(tmp_path, 2)
+    Image.fromarray(np.zeros((16, 8, 3), np.uint8)).save(tmp_path / "images" / "0.png", exif=exif)
+    assert len(turned(read_dataset(folder), LINES).samples) == 4
 
 
 @pytest.mark.parametrize("name", dataset_names())

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from calib_data import generator, lettering, photography, wording
-from calib_data.generator import Region, find_fonts, fonts_fingerprint, write_text_lines, write_text_pages
+from calib_data.generator import (
+    Region,
+    find_fonts,
+    fonts_fingerprint,
+    write_document_pages,
+    write_text_lines,
+    write_text_pages,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +45,7 @@ def labels(folder: Path) -> list[tuple[Path, str]]:
     return [(folder / image, label) for image, label in (row.split("\t") for row in rows)]
 
 
-@pytest.mark.parametrize(("write", "count"), [(write_text_lines, 12), (write_text_pages, 3)])
+@pytest.mark.parametrize(("write", "count"), [(write_text_lines, 12), (write_text_pages, 3), (write_document_pages, 3)])
 def test_same_seed_same_bytes(write: Any, count: int, tmp_path: Path) -> None:
     for name, seed in (("first", 5), ("again", 5), ("other", 6)):
         write(tmp_path / name, count, seed)
@@ -54,6 +61,17 @@ def test_a_larger_set_begins_with_the_smaller_one(write: Any, few: int, many: in
     small, large = contents(tmp_path / "few"), contents(tmp_path / "many")
     assert large.pop("label.txt").startswith(small.pop("label.txt"))
     assert small.items() <= large.items()
+
+
+def test_pages_for_orientation_are_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No street scene, whose upper side its few words cannot tell."""
+
+    def street(*_: Any) -> None:
+        raise AssertionError("a street scene")
+
+    monkeypatch.setattr(generator, "_street", street)
+    write_document_pages(tmp_path, 6, 0)
+    assert all(len(json.loads(boxes)) > 0 for _, boxes in labels(tmp_path))
 
 
 def test_progress_counts_the_samples(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.metric import Hmean, LineAccuracy, make_metric, polygon_iou
+from eval.metric import Hmean, LineAccuracy, Top1, make_metric, polygon_iou
 from quant.errors import InputError
 
 
@@ -173,3 +173,34 @@ def test_metrics_by_name() -> None:
     assert make_metric("line_accuracy").name == "line_accuracy"
     with pytest.raises(InputError, match="'bleu'; known metrics: line_accuracy, hmean"):
         make_metric("bleu")
+
+
+@dataclass(frozen=True)
+class Class:
+    index: int
+    classes: int = 4
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
+def test_top1_is_the_share_of_right_classes_in_all_and_in_each(pairs: list[tuple[int, int]]) -> None:
+    total = np.sum([Top1().score(Class(found), label) for found, label in pairs], axis=0)
+    right = [found == label for found, label in pairs]
+    assert Top1().aggregate(total) == pytest.approx(100 * np.mean(right))
+    details = Top1().details(total)
+    assert details.pop("top1") == Top1().aggregate(total)
+    labels = [label for _, label in pairs]
+    expected = {c: 100 * np.mean([r for r, label in zip(right, labels, strict=True) if label == c]) for c in labels}
+    assert details == pytest.approx({f"class_{c}": share for c, share in expected.items()})
+
+
+def test_only_right_or_wrong_makes_a_picture_discordant() -> None:
+    right, wrong, other = (Top1().score(Class(index), 1) for index in (1, 0, 3))
+    assert Top1().outcome_differs(np.stack([right, wrong]), np.stack([wrong, other])).tolist() == [True, False]
+    before, after = Top1().lost_sample(np.stack([right, wrong]))
+    assert Top1().aggregate(before) == 100 and Top1().aggregate(after) == 0
+    assert Top1().outcome_differs(before, after)
+
+
+def test_a_label_that_the_model_does_not_know() -> None:
+    with pytest.raises(InputError, match="labelled as class 4, but the model knows 4 classes"):
+        Top1().score(Class(0), 4)

@@ -58,7 +58,8 @@ def test_every_entry_is_valid(name: str) -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_name_known_sets(name: str) -> None:
     recipe = load_recipe(name)
-    assert set(recipe.data.sets) <= set(dataset_names(recipe.task))
+    upright = dataset_names(recipe.data.rotations.of) if recipe.data.rotations else []
+    assert set(recipe.data.sets) <= {*dataset_names(recipe.task), *upright}
 
 
 def test_all_problems_of_an_entry_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +80,46 @@ def test_a_folder_of_the_user(tmp_path: Path) -> None:
     data = resolve_dataset(tmp_path / "mine", "text_recognition")
     assert (data.name, data.format, data.folder) == ("mine", "rec_label", tmp_path / "mine")
     assert data.label_files == (tmp_path / "mine" / "label.txt",)
+
+
+def test_a_folder_of_classes(tmp_path: Path) -> None:
+    """PaddleX's layout: train.txt and val.txt list pictures, label.txt names the classes."""
+    (tmp_path / "train.txt").write_text("images/a.png 1\n")
+    (tmp_path / "label.txt").write_text("1 180_degree\n0 0_degree\n")
+    data = resolve_dataset(tmp_path, "image_classification", upright="text_recognition")
+    assert (data.format, data.classes) == ("cls_label", ("0_degree", "180_degree"))
+    assert [path.name for path in data.label_files] == ["train.txt"]
+    (tmp_path / "label.txt").unlink()
+    assert resolve_dataset(tmp_path, "image_classification").classes == ()
+    (tmp_path / "label.txt").write_text("images/a.png\ttext\n")
+    with pytest.raises(InputError, match=r"label\.txt is no list of classes; expected lines like 0 0_degree"):
+        resolve_dataset(tmp_path, "image_classification")
+    (tmp_path / "label.txt").write_text("1 one\n2 two\n")
+    with pytest.raises(InputError, match=r"must number the classes from 0 without a gap, not \[1, 2\]"):
+        resolve_dataset(tmp_path, "image_classification")
+
+
+def test_upright_sets_serve_classifiers_of_orientation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sroie_rec").mkdir()
+    (tmp_path / "sroie_rec" / "label.txt").write_text("a.png\ttext\n")
+    data = resolve_dataset(tmp_path / "sroie_rec", "image_classification", upright="text_recognition")
+    assert data.format == "rec_label"
+    monkeypatch.setenv("QUANT_DATA_HOME", str(tmp_path))
+    assert resolve_dataset("sroie_rec", "image_classification", None, "text_recognition").format == "rec_label"
+    with pytest.raises(InputError, match="is for text_recognition, not image_classification"):
+        resolve_dataset("sroie_rec", "image_classification")
+    with pytest.raises(InputError, match="is for text_detection, not image_classification"):
+        resolve_dataset("sroie_det", "image_classification", None, "text_recognition")
+    with pytest.raises(InputError, match=r"train\.txt is missing; expected .*images/1\.jpg 0"):
+        resolve_dataset(tmp_path / "sroie_rec", "image_classification")
+
+
+def test_only_sets_of_classes_name_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = load_entry("paddlex_textline_ori").model_dump(mode="json", by_alias=True)
+    monkeypatch.setattr(registry, "__file__", str(tmp_path / "registry.py"))
+    (tmp_path / "bad.yaml").write_text(json.dumps(good | {"classes": []}))
+    with pytest.raises(InputError, match="classes must be named"):
+        load_entry("bad")
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
@@ -172,14 +213,16 @@ def test_generated_sets_differ_by_what_they_depend_on(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(generator, "write_text_lines", write)
     monkeypatch.setattr(generator, "write_text_pages", write)
+    monkeypatch.setattr(generator, "write_document_pages", write)
     sets = [
         generated_dataset("text_lines", 8, 0),
         generated_dataset("text_lines", 9, 0),
         generated_dataset("text_lines", 8, 1),
         generated_dataset("text_pages", 8, 0),
+        generated_dataset("document_pages", 8, 0),
     ]
-    assert len({data.folder for data in sets}) == 4
-    assert [data.format for data in sets] == ["rec_label"] * 3 + ["det_label"]
+    assert len({data.folder for data in sets}) == 5
+    assert [data.format for data in sets] == ["rec_label"] * 3 + ["det_label"] * 2
 
 
 def test_two_processes_generate_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,6 +154,14 @@ def test_a_channel_of_zeros_gets_a_scale_that_can_be_divided_by() -> None:
     assert plan.integers["c0"].values[:, 0, 0, 0].tolist() == [0, 0, 7, 7]
 
 
+def test_a_tensor_of_zeros_gets_a_scale_that_can_be_divided_by() -> None:
+    """Behind a dead ReLU `avg` finds a range of 0."""
+    net = TinyNet((1, 3, 5, 5))
+    net.conv("x", 3, 4)
+    scales = SlimScales({"x": 0.0}, {"c0": np.ones(4, np.float32)}, {"c0": np.ones((4, 3, 3, 3), np.int8)}, ())
+    assert plan_from(net.graph(), scales).activations["x"].scale == SMALLEST_SCALE
+
+
 def test_scales_of_another_graph_are_refused() -> None:
     net = TinyNet((1, 3, 5, 5))
     net.conv("x", 3, 4)

@@ -303,7 +303,14 @@ def test_several_models_in_a_folder(folder: Path) -> None:
 
 
 def test_a_pir_model_wins(folder: Path) -> None:
-    program = {"base_code": {"magic": "pir", "trainable": True, "version": 1}, "program": {"regions": []}}
+    with (folder / "inference.pdiparams").open("rb") as file:
+        stored = list(source._stored_shapes(file, (folder / "inference.pdiparams").stat().st_size))
+    weights = [
+        {"#": "p", "A": [0, 1, 1, f"w{number}"], "O": {"%": number, "TT": {"D": [{}, list(shape)]}}}
+        for number, shape in enumerate(stored, start=1)
+    ]
+    regions = [{"blocks": [{"ops": weights}]}]
+    program = {"base_code": {"magic": "pir", "trainable": True, "version": 1}, "program": {"regions": regions}}
     (folder / "inference.json").write_text(json.dumps(program))
     files = resolve_model(load_recipe(DET), folder)
     assert (files.format, files.model.name) == ("pir", "inference.json")

@@ -18,12 +18,15 @@ import yaml
 
 from quant.errors import InputError
 from quant.recipe import load_recipe
-from quant.task import BoxPrediction, Prediction, TaskAdapter, TextPrediction, make_task
+from quant.runtime import open_session
+from quant.task import BoxPrediction, ClassPrediction, Prediction, TaskAdapter, TextPrediction, make_task
 
 Image = np.ndarray[Any, Any]
 
 DET = "PP-OCRv4_mobile_det"
 REC = "PP-OCRv4_mobile_rec"
+LINE_ORI = "PP-LCNet_x0_25_textline_ori"
+PAGE_ORI = "PP-LCNet_x1_0_doc_ori"
 
 
 def drawn_page(height: int = 500, width: int = 700) -> Image:
@@ -103,6 +106,51 @@ def test_no_boxes_and_no_text() -> None:
     blank = np.zeros((1, 40, 6625), np.float32)
     blank[..., 0] = 1
     assert recognition.postprocess([blank], None) == TextPrediction("", 0.0)
+
+
+@pytest.mark.parametrize("size", [(40, 300), (700, 500), (30, 20), (224, 224)])
+def test_a_classifier_gets_pictures_of_one_size(size: tuple[int, int]) -> None:
+    picture = np.zeros((*size, 3), np.uint8)
+    for name, shape in ((LINE_ORI, (1, 3, 80, 160)), (PAGE_ORI, (1, 3, 224, 224))):
+        x = adapter(name).preprocess(picture).inputs["x"]
+        assert (x.shape, x.dtype) == (shape, np.float32)
+
+
+def test_a_page_is_cropped_in_its_middle() -> None:
+    page = np.zeros((512, 1024, 3), np.uint8)
+    page[:, 480:544] = 255
+    x = adapter(PAGE_ORI).preprocess(page).inputs["x"][0, 0]
+    bright = np.flatnonzero(x.mean(axis=0) > 1)
+    assert bright.min() + bright.max() == 223 and len(bright) == 32
+
+
+@pytest.mark.parametrize("name", [LINE_ORI, PAGE_ORI])
+def test_classifiers_read_rgb(name: str) -> None:
+    values = adapter(name).preprocess(np.full((64, 64, 3), (10, 20, 30), np.uint8)).inputs["x"][0, :, 0, 0]
+    expected = (np.array([30, 20, 10]) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(values, expected, atol=1e-6)
+
+
+def test_the_most_probable_class() -> None:
+    found = adapter(PAGE_ORI).postprocess([np.array([[0.1, 0.2, 0.6, 0.1]], np.float32)], None)
+    assert found == ClassPrediction(2, "180", pytest.approx(0.6), 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"PostProcess": {"Topk": {"topk": 1}}}, "Topk.label_list is missing"),
+        ({"PostProcess": {"name": "CTCLabelDecode"}}, "Topk.label_list is missing"),
+        ({"PreProcess": {"transform_ops": [{"ResizeImage": None}]}}, "lacks NormalizeImage, ToCHWImage"),
+        (
+            {"PreProcess": {"transform_ops": [{"ResizeImage": None}, {"NormalizeImage": None}, {"ToCHWImage": None}]}},
+            "ResizeImage needs size or resize_short",
+        ),
+    ],
+)
+def test_files_that_describe_no_classifier(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        make_task("image_classification", {**inference_yml(LINE_ORI), **change}, LINE_ORI)
 
 
 def test_what_cannot_be_a_task_is_said_in_a_sentence() -> None:
@@ -215,3 +263,29 @@ def test_boxes_are_found_as_paddlex_finds_them(old_ir_paddle: Any, tmp_path: Pat
         assert ours_.scores == [float(score) for score in theirs_["dt_scores"]]
     assert isinstance(found[0], BoxPrediction)
     assert len(found[0].polygons) >= 4
+
+
+def test_lines_are_classified_as_paddlex_classifies_them(tmp_path: Path) -> None:
+    """The real weights, on Paddle Inference in both: every class and probability is the same."""
+    home = Path(os.environ.get("QUANT_MODEL_HOME", "").split(os.pathsep)[0])
+    if not (home / LINE_ORI / "inference.json").is_file():
+        pytest.skip(f"QUANT_MODEL_HOME has no folder {LINE_ORI}")
+    from paddlex import create_model
+
+    lines = [drawn_line("Total 12.80"), drawn_line("hello world", 260), drawn_line("Rechnung Nr. 4711", 600)]
+    for dataset in ("omnidocbench_rec", "icdar2015_rec", "sroie_rec"):
+        lines += real_pictures(dataset, 10)
+    lines += [np.ascontiguousarray(np.rot90(line, 2)) for line in lines]
+    model = create_model(LINE_ORI, model_dir=str(home / LINE_ORI), device="cpu", engine="paddle_static")
+    theirs_ = [dict(result) for result in model.predict(lines, batch_size=1)]
+    yml = yaml.safe_load((home / LINE_ORI / "inference.yml").read_text(encoding="utf-8"))
+    task = make_task("image_classification", yml, LINE_ORI)
+    session = open_session("paddle", home / LINE_ORI, 1)
+    for line, result in zip(lines, theirs_, strict=True):
+        prepared = task.preprocess(line)
+        found = task.postprocess(session.run(prepared.inputs), prepared.context)
+        assert isinstance(found, ClassPrediction)
+        assert (found.index, found.label) == (result["class_ids"][0], result["label_names"][0])
+        assert found.score == pytest.approx(result["scores"][0], abs=1e-4)
+    described = inference_yml(LINE_ORI)
+    assert all(described[part] == yml[part] for part in ("Global", "PreProcess", "PostProcess"))

@@ -1,0 +1,99 @@
+"""What a PIR program says: the format of `inference.json`, which Paddle 3 writes in place of `inference.pdmodel`.
+
+A program is JSON: operators in order, each with a kind (`1.conv2d`, `p` for a weight), attributes `A` (name `N`,
+value `AT.D`), operands `I` and results `O`. A value is known by its number `%`; its type `TT` holds the shape.
+Weights bear names, and `inference.pdiparams` holds them in the sorted order of these names.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PirOperator:
+    """One operator.
+
+    Attributes:
+        kind: without the dialect, for example `conv2d`.
+        place: where it stands in the network's code, as `struct_name` says; empty where nothing says it.
+        result: number of its first value, None where it has none.
+    """
+
+    kind: str
+    place: str
+    result: int | None
+
+
+def check_pir(document: Document) -> None:
+    """Raises KeyError, TypeError or ValueError where a JSON document is no PIR program."""
+    if document["base_code"]["magic"] != "pir" or not _written(document):
+        raise ValueError("no PIR program")
+
+
+def parameter_shapes(document: Document) -> dict[str, tuple[int, ...]]:
+    """Shape of each weight by its name, in the order of `inference.pdiparams`."""
+    weights = [operator for operator in _written(document) if operator["#"] == "p"]
+    return dict(sorted((operator["A"][3], tuple(operator["O"]["TT"]["D"][1])) for operator in weights))
+
+
+def operators(document: Document) -> list[PirOperator]:
+    """The operators of the main block, in order, weights left out."""
+    return [_operator(operator) for operator in _written(document) if operator["#"] != "p"]
+
+
+def with_fetches(document: Document, kinds: Collection[str]) -> tuple[Document, list[PirOperator]]:
+    """A copy of a program that also fetches the first value of every operator of these kinds.
+
+    Paddle's executor cannot fetch inner values of a PIR program that was loaded, so the program itself has to.
+
+    Returns:
+        The copy, whose fetched values stand behind those of the original, and the operators they are of.
+    """
+    traced = copy.deepcopy(document)
+    written = _written(traced)
+    fetches = [operator for operator in written if _kind(operator) == "fetch"]
+    number = max(value["%"] for operator in written for value in _results(operator))
+    found: list[PirOperator] = []
+    for operator in list(written):
+        if operator["#"] == "p" or _kind(operator) not in kinds:
+            continue
+        number += 1
+        written.append(_fetch(fetches[0], operator["O"][0], number, len(fetches) + len(found)))
+        found.append(_operator(operator))
+    return traced, found
+
+
+def _fetch(pattern: Document, value: Document, number: int, column: int) -> Document:
+    fetch = copy.deepcopy(pattern)
+    fetch["I"] = [{"%": value["%"]}]
+    fetch["O"] = [{"%": number, "TT": value["TT"]}]
+    for attribute in fetch["A"]:
+        if attribute["N"] in ("name", "col"):
+            attribute["AT"]["D"] = {"name": f"fetch_name_{column}", "col": column}[attribute["N"]]
+    return fetch
+
+
+def _written(document: Document) -> list[Document]:
+    written: list[Document] = document["program"]["regions"][0]["blocks"][0]["ops"]
+    return written
+
+
+def _operator(operator: Document) -> PirOperator:
+    places = [attribute["AT"]["D"] for attribute in operator["A"] if attribute["N"] == "struct_name"]
+    results = _results(operator)
+    return PirOperator(_kind(operator), places[0] if places else "", results[0]["%"] if results else None)
+
+
+def _kind(operator: Document) -> str:
+    return str(operator["#"]).partition(".")[2] or str(operator["#"])
+
+
+def _results(operator: Document) -> list[Document]:
+    results = operator["O"]
+    return results if isinstance(results, list) else [results]
