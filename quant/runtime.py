@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -126,10 +125,6 @@ class _OpenVino:
         return [np.array(self._request.get_tensor(name).data) for name in wanted]
 
 
-# Paddle registers its PIR dialects when it loads a program: two threads at once stumble over each other.
-_LOADING = threading.Lock()
-
-
 class _PaddleInference:
     def __init__(self, folder: Path, threads: int) -> None:
         os.environ.setdefault("FLAGS_enable_pir_api", "0")
@@ -146,8 +141,7 @@ class _PaddleInference:
         config.set_mkldnn_cache_capacity(1)
         if not model.endswith(".json"):  # Paddle 3.2.2 stumbles over the pass for a PIR program under this flag
             config.enable_memory_optim()
-        with _LOADING:
-            self._predictor = inference.create_predictor(config)
+        self._predictor = inference.create_predictor(config)
 
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]:
         for name, values in feed.items():
