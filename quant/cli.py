@@ -513,9 +513,10 @@ def _skipped_rows(recipe: Recipe, error: Unavailable) -> list[SkippedRow]:
 def _write_results_readme(results: Path) -> None:
     from eval.report import read_reports, results_readme
     from quant.archive import staged
+    from quant.manifest import newest_runs
 
     with staged(results / "README.md") as temporary:
-        temporary.write_text(results_readme(read_reports(results)), encoding="utf-8")
+        temporary.write_text(results_readme(read_reports(newest_runs(results))), encoding="utf-8")
 
 
 def _print_table(headings: list[str], rows: list[list[str]]) -> None:

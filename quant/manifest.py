@@ -100,6 +100,12 @@ def newest_run(results: Path, model: str) -> Path | None:
     return max(folders, key=lambda folder: load_manifest(folder).created, default=None)
 
 
+def newest_runs(results: Path) -> list[Path]:
+    """The newest complete run of every model in a results folder, by model."""
+    models = sorted({path.parent.parent.name for path in results.glob("*/*/manifest.json")})
+    return [folder for model in models if (folder := newest_run(results, model))]
+
+
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 

@@ -187,7 +187,7 @@ def evaluate_model(recipe: Recipe, options: Options) -> EvalReport:
         files = resolve_model(recipe, options.model_dir, options.progress)
     except Unavailable as error:
         return EvalReport(rows=_skipped(recipe, targets, error.reason, error.fix))
-    if not set(files.sha256.values()) & set(manifest.model_sha256.values()):
+    if set(files.sha256.values()) != set(manifest.model_sha256.values()):
         reason = f"the newest run is of another FP32 model than {files.source}"
         return EvalReport(rows=_skipped(recipe, targets, reason, f"Run `quant run {recipe.name}` again"))
     judged = Selection([], [], samples, {}, {})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quant.errors import InputError
-from quant.manifest import DataRecord, Manifest, load_manifest, newest_run, now, processor, versions
+from quant.manifest import DataRecord, Manifest, load_manifest, newest_run, newest_runs, now, processor, versions
 from quant.stage import file_digests
 
 
@@ -91,6 +91,7 @@ def test_the_newest_run_is_the_one_that_was_made_last(tmp_path: Path) -> None:
     (tmp_path / "m" / "half").mkdir()
     assert newest_run(tmp_path, "m") == newest
     assert newest_run(tmp_path, "other") is None
+    assert newest_runs(tmp_path) == [newest]
 
 
 def test_facts_of_this_machine() -> None:

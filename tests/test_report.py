@@ -98,17 +98,19 @@ def test_a_failed_gate_is_plain_to_see() -> None:
     assert "FAILED" in file.getvalue()
 
 
-def write(root: Path, run: str, report: EvalReport) -> None:
-    folder = root / "PP-OCRv4_mobile_rec" / run
+def write(folder: Path, report: EvalReport) -> Path:
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(report.to_json(), encoding="utf-8")
+    return folder
 
 
 def test_the_readme_comes_from_all_metrics_files(tmp_path: Path) -> None:
-    write(tmp_path, "0123456789ab", EvalReport(rows=ROWS))
-    write(tmp_path, "fedcba987654", EvalReport(rows=[row(target="paddle")]))
-    text = results_readme(read_reports(tmp_path))
-    assert text == results_readme(read_reports(tmp_path))
+    runs = [
+        write(tmp_path / "0123456789ab", EvalReport(rows=ROWS)),
+        write(tmp_path / "fedcba987654", EvalReport(rows=[row(target="paddle")])),
+    ]
+    text = results_readme(read_reports(runs))
+    assert text == results_readme(read_reports(runs))
     gating = text.split("## Gates")[1].split("## ")[0]
     lines = [line for line in gating.splitlines() if line.startswith("|")]
     assert len(lines) == 4
@@ -130,4 +132,4 @@ def test_a_broken_metrics_file_is_named(tmp_path: Path, content: str) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(content)
     with pytest.raises(InputError, match="metrics.json: not a metrics.json"):
-        read_reports(tmp_path)
+        read_reports([path.parent])

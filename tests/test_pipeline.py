@@ -1,0 +1,526 @@
+"""The main job from end to end, on a tiny network that really reads: coloured bars on white, one letter a colour."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from tiny_models import TinyNet
+
+from eval.dataset import read_image
+from eval.gate import JudgedRow, SkippedRow
+from quant import pipeline
+from quant.errors import InputError, Unavailable
+from quant.manifest import Manifest, load_manifest, processor
+from quant.pipeline import Finished, Options, evaluate_model, run_model, start
+from quant.plan import load_plan
+from quant.program import write_program
+from quant.recipe import Recipe, limited_to, load_recipe
+from quant.runtime import MODEL_FILES, open_session, target_format
+from quant.stage import StageStore, file_digests
+
+NAME = "colour_reader"
+HEIGHT, BAR = 16, 8
+COLOURS = {"r": (30, 30, 220), "g": (30, 220, 30), "b": (220, 30, 30)}  # blue, green, red
+SETS = {"icdar2015_rec": 3, "iiit5k_rec": 4}  # registered sets, and how many letters a line of each has
+LINES = 40
+TARGETS = ["onnxruntime", "openvino", "paddle"]
+ONNX_TARGETS = ["onnxruntime", "openvino"]
+TIMINGS = {"fp32_ms", "fp32_prepared_ms", "int8_ms", "speedup"}
+RECIPE: dict[str, Any] = {
+    "base": "text_recognition",
+    "name": NAME,
+    "description": "Names the colours of bars",
+    "model": {},
+    "expect": {"metric": "line_accuracy", "value": 100, "source": "made so"},
+    "data": {"sets": list(SETS), "splits": {"calibration": 0.3, "search": 0.3, "report": 0.4}},
+    "calibration": {"samples": 6},
+    "ladder": {"search_samples": 6, "damage_samples": 1, "error_samples": 2, "coverage_steps": [], "max_error": 1.0},
+    "paddleslim": {"algo": "avg", "samples": 4},
+    "latency": {"shape": [1, 3, HEIGHT, 80], "runs": 1},
+}
+
+
+# --- a model and its pictures ----------------------------------------------------------------------
+
+
+def colour_reader(sharpness: float = 6.0, output: str = "characters") -> TinyNet:
+    """Blurs each colour, tells bright from dark, takes the mean of every column, and weighs the letters."""
+    net = TinyNet((1, 3, HEIGHT, 80), free=(0, 3))
+    blur = np.zeros((6, 3, 3, 3))
+    for colour in range(3):
+        blur[colour, colour], blur[colour + 3, colour] = 1 / 9, -1 / 9
+    bright = net.op("Relu", net.op("Conv", "x", net.const(blur), net.const(np.zeros(6)), pads=[1] * 4))
+    mixed = np.eye(6)[:, :, None, None] + 0.02 * net.weights(6, 6, 1, 1)
+    parts = net.op("Relu", net.op("Conv", bright, net.const(mixed), net.const(np.zeros(6))))
+    columns = net.op("Transpose", net.op("ReduceMean", parts, axes=[2], keepdims=0), perm=[0, 2, 1])
+    wanted = np.array([[0, -1, -1, 1, 0], [0, -1, 1, -1, 0], [0, 1, -1, -1, 0]])  # blank, r, g, b, space
+    scores = net.op("MatMul", columns, net.const(sharpness * np.vstack([wanted, -wanted])))
+    biased = net.op("Add", scores, net.const(sharpness * np.array([1.5, 0, 0, 0, -9])))
+    net.op("Softmax", biased, axis=-1, name=output)
+    return net
+
+
+def write_model(folder: Path, net: TinyNet) -> Path:
+    """As PaddleX has it: a Paddle program, its weights, and inference.yml."""
+    write_program(net.graph(), folder)
+    described = {
+        "Global": {"model_name": NAME},
+        "PreProcess": {
+            "transform_ops": [{"DecodeImage": {"img_mode": "BGR"}}, {"RecResizeImg": {"image_shape": [3, HEIGHT, 32]}}]
+        },
+        "PostProcess": {"name": "CTCLabelDecode", "character_dict": list(COLOURS)},
+    }
+    (folder / "inference.yml").write_text(yaml.safe_dump(described), encoding="utf-8")
+    return folder
+
+
+def write_lines(folder: Path, count: int, letters: int, seed: int) -> Path:
+    """A set of noisy pictures in the documented format."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "label.txt").open("a", encoding="utf-8") as labels:
+        for index in range(count):
+            text = "".join(rng.choice(list(COLOURS), letters))
+            image = np.full((HEIGHT, BAR * (2 * letters + 1), 3), 235.0)
+            for place, letter in enumerate(text):
+                left = BAR * (2 * place + 1)
+                image[:, left : left + BAR] = COLOURS[letter]
+            image += rng.uniform(-20, 20, image.shape)
+            name = f"{seed}-{index}.png"
+            assert cv2.imwrite(str(folder / name), image.round().astype(np.uint8))
+            labels.write(f"{name}\t{text}\n")
+    return folder
+
+
+# --- a place of its own, and one finished run ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """A recipe and where things lie; `said` holds every message of progress."""
+
+    root: Path
+    recipe: Recipe
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results"
+
+    @property
+    def onnx_recipe(self) -> Recipe:
+        return limited_to(self.recipe, ["onnxruntime"])
+
+    def options(self, **changes: Any) -> Options:
+        plain = Options(self.results, 2, lambda what, done, total: self.said.append(what), self.root / "model")
+        return replace(plain, **changes)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """The model, its recipe and two registered sets; nothing else on this machine is seen."""
+    root = tmp_path_factory.mktemp("place")
+    for seed, (name, letters) in enumerate(SETS.items()):
+        write_lines(root / "data" / name, LINES, letters, seed)
+    write_model(root / "model", colour_reader())
+    (root / "recipe.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(root / "home"))
+        patch.setenv("QUANT_CACHE", str(root / "cache"))
+        patch.setenv("QUANT_DATA_HOME", str(root / "data"))
+        patch.delenv("QUANT_MODEL_HOME", raising=False)
+        patch.setattr(pipeline, "processor", cache(processor))  # asking takes a second
+        yield Place(root, load_recipe(str(root / "recipe.yaml")))
+
+
+@dataclass(frozen=True)
+class First:
+    """The first run on all targets, and the stages that it made."""
+
+    finished: Finished
+    built: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return self.finished.folder
+
+
+@pytest.fixture(scope="module")
+def first(place: Place) -> First:
+    with pytest.MonkeyPatch.context() as patch:
+        built = noted_stages(patch)
+        return First(run_model(place.recipe, place.options()), built)
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return noted_stages(monkeypatch)
+
+
+def noted_stages(
+    patch: pytest.MonkeyPatch, before: Callable[[str, Path], None] = lambda name, folder: None
+) -> list[str]:
+    """Names of the stages that are finished from now on; `before` is called as each begins."""
+    built: list[str] = []
+    original = StageStore.result
+
+    def result(store: StageStore, name: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> Path:
+        def noted(folder: Path) -> None:
+            before(name, folder)
+            build(folder)
+            built.append(name)
+
+        return original(store, name, inputs, noted)
+
+    patch.setattr(StageStore, "result", result)
+    return built
+
+
+def model_bytes(folder: Path) -> dict[str, bytes]:
+    """The artifacts and plans of a run."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent != folder]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def judged(finished: Finished) -> list[JudgedRow]:
+    rows = [row for row in finished.report.rows if isinstance(row, JudgedRow)]
+    assert len(rows) == len(finished.report.rows)
+    return rows
+
+
+def without_timings(finished: Finished, *targets: str) -> list[dict[str, Any]]:
+    return [row.model_dump(exclude=TIMINGS) for row in judged(finished) if row.target in targets]
+
+
+def skipped(rows: list[JudgedRow | SkippedRow]) -> dict[str, SkippedRow]:
+    assert all(isinstance(row, SkippedRow) for row in rows)
+    return {row.target: row for row in rows if isinstance(row, SkippedRow)}
+
+
+# --- what a run leaves -----------------------------------------------------------------------------
+
+
+def test_a_run_is_one_folder_named_by_its_hash(place: Place, first: First) -> None:
+    assert not first.finished.reused
+    assert first.folder.parent == place.results / NAME
+    assert re.fullmatch("[0-9a-f]{12}", first.folder.name)
+    assert [path.name for path in first.folder.parent.iterdir()] == [first.folder.name]
+    names = {path.name for path in first.folder.iterdir()}
+    assert names == {"manifest.json", "plan.json", "metrics.json", "plans", *TARGETS}
+    assert {path.name for path in (first.folder / "plans").iterdir()} == set(TARGETS)
+    metrics = json.loads((first.folder / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics == first.finished.report.to_document()
+
+
+def test_the_manifest_says_what_made_the_run(place: Place, first: First) -> None:
+    manifest = load_manifest(first.folder)
+    assert (manifest.model, manifest.run, manifest.threads) == (NAME, first.folder.name, 2)
+    assert manifest.recipe_sha256 == place.recipe.content_hash()
+    assert manifest.model_sha256 == {
+        name: digest for name, digest in file_digests(place.root / "model").items() if name != "inference.yml"
+    }
+    assert manifest.artifacts == {target: file_digests(first.folder / target) for target in TARGETS}
+    assert manifest.intact(first.folder)
+    groups = [manifest.calibration_ids, manifest.search_ids, manifest.report_ids]
+    assert [len(group) for group in groups[:2]] == [6, 6]
+    assert len(set().union(*groups)) == sum(map(len, groups)), "no picture serves two purposes"
+    assert set(manifest.data) == set(SETS)
+    assert sum(record.report for record in manifest.data.values()) == len(manifest.report_ids)
+    assert sum(r.calibration + r.search + r.report for r in manifest.data.values()) == LINES * len(SETS)
+    assert manifest.proof["max_difference"] <= place.recipe.tolerance
+    assert set(manifest.ladder) == set(TARGETS)
+    assert all(rungs[-1]["passed"] for rungs in manifest.ladder.values())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_has_an_artifact_its_plan_and_its_rows(first: First, target: Any) -> None:
+    files = MODEL_FILES[target_format(target)]
+    assert {path.name for path in (first.folder / target).iterdir()} == {*files, "inference.yml"}
+    written = (first.folder / target / files[0]).read_bytes()
+    assert (b"quantize_linear" if target == "paddle" else b"QuantizeLinear") in written
+    plan = load_plan(first.folder / "plans" / target)
+    assert (plan.model, plan.target) == (NAME, target)
+    assert plan.quantized()
+    assert json.loads((first.folder / "plan.json").read_text(encoding="utf-8"))["plans"][target] == plan.document()
+    rows = [row for row in judged(first.finished) if row.target == target]
+    assert [row.dataset for row in rows] == ["pooled", *sorted(SETS)]
+    assert rows[0].samples == rows[1].samples + rows[2].samples == len(load_manifest(first.folder).report_ids)
+    for row in rows:
+        assert (row.fp32, row.int8, row.drop, row.discordance) == (100, 100, 0, 0)
+        assert row.gate.passed and row.gate.evidence == "real"
+        assert (row.coverage, row.method) == (plan.coverage(), plan.method)
+        assert row.int8_bytes == sum((first.folder / target / name).stat().st_size for name in files)
+        assert row.format == target_format(target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_artifact_reads_pictures_that_nobody_has_seen(
+    place: Place, first: First, tmp_path: Path, target: Any
+) -> None:
+    session = open_session(target, first.folder / target, 1)
+    adapter = start(place.recipe, place.options()).adapter
+    lines = write_lines(tmp_path, 3, 5, 77)
+    for line in (lines / "label.txt").read_text(encoding="utf-8").splitlines():
+        name, text = line.split("\t")
+        prepared = adapter.preprocess(read_image(lines / name))
+        prediction = adapter.postprocess(session.run(prepared.inputs), prepared.context)
+        assert prediction.text == text  # type: ignore[union-attr]
+
+
+def test_targets_with_equal_choices_share_their_plan(first: First) -> None:
+    once = {"prepared", "calibration", "search", "slim"}
+    assert Counter(first.built) == {**dict.fromkeys(once, 1), "plan": 2, "artifact": 3, "evaluation": 3}
+    plans = [load_plan(first.folder / "plans" / target).document() for target in ONNX_TARGETS]
+    assert {**plans[0], "target": ""} == {**plans[1], "target": ""}
+
+
+# --- the same run again ----------------------------------------------------------------------------
+
+
+def test_the_same_run_again_does_no_work(place: Place, first: First, built: list[str]) -> None:
+    before = model_bytes(first.folder)
+    again = run_model(place.recipe, place.options())
+    assert again == replace(first.finished, reused=True)
+    assert built == []
+    assert model_bytes(first.folder) == before
+
+
+def test_stored_stages_give_the_same_files_elsewhere(
+    place: Place, first: First, tmp_path: Path, built: list[str]
+) -> None:
+    other = run_model(place.recipe, place.options(results=tmp_path))
+    assert not other.reused
+    assert other.folder == tmp_path / NAME / first.folder.name
+    assert built == []
+    assert other.report == first.finished.report
+    assert model_bytes(other.folder) == model_bytes(first.folder)
+
+
+def cut_off(folder: Path) -> None:
+    file = folder / "onnxruntime" / "inference.onnx"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def take_away(folder: Path) -> None:
+    (folder / "paddle" / "inference.pdiparams").unlink()
+
+
+def take_all_away(folder: Path) -> None:
+    shutil.rmtree(folder / "openvino")
+
+
+@pytest.mark.parametrize("damage", [cut_off, take_away, take_all_away])
+def test_a_damaged_artifact_is_made_anew(
+    place: Place, first: First, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    folder = Path(shutil.copytree(first.folder, tmp_path / NAME / first.folder.name))
+    damage(folder)
+    assert not load_manifest(folder).intact(folder)
+    report = evaluate_model(place.recipe, place.options(results=tmp_path))
+    for row in skipped(report.rows).values():
+        assert str(folder) in row.reason and "damaged" in row.reason
+        assert f"quant run {NAME}" in row.fix
+    again = run_model(place.recipe, place.options(results=tmp_path))
+    assert (again.folder, again.reused) == (folder, False)
+    assert model_bytes(folder) == model_bytes(first.folder)
+    assert run_model(place.recipe, place.options(results=tmp_path)).reused
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "metrics.json"])
+def test_damaged_notes_are_named(place: Place, first: First, tmp_path: Path, file: str) -> None:
+    folder = Path(shutil.copytree(first.folder, tmp_path / NAME / first.folder.name))
+    (folder / file).write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match=rf"{file}.*delete the folder"):
+        run_model(place.recipe, place.options(results=tmp_path))
+
+
+def test_what_a_run_is_named_by(place: Place, first: First, tmp_path: Path) -> None:
+    def name(recipe: Recipe = place.recipe, **changes: Any) -> str:
+        return start(recipe, place.options(**changes)).run_name
+
+    sets = [Path(shutil.copytree(place.root / "data" / name, tmp_path / name)) for name in SETS]
+    data = tuple(str(folder) for folder in sets)
+    assert name() == name(data=data) == first.folder.name, "the place of the data does not matter"
+    report = start(place.recipe, place.options()).selection.report
+    mended = tmp_path / report[0].dataset / "label.txt"
+    text = mended.read_text(encoding="utf-8")
+    assert f"{report[0].image.name}\t" in text
+    mended.write_text(text.replace(f"{report[0].image.name}\t", f"{report[0].image.name}\tx"), encoding="utf-8")
+    others = [
+        name(data=data),
+        name(data=data[:1]),
+        name(threads=1),
+        name(limited_to(place.recipe, ["paddle"])),
+        name(load_recipe(str(place.root / "recipe.yaml"), ["gate.max_drop=2"])),
+        name(load_recipe(str(place.root / "recipe.yaml"), ["seed=1"])),
+        name(model_dir=write_model(tmp_path / "model", colour_reader(sharpness=7.0))),
+    ]
+    assert len({*others, first.folder.name}) == len(others) + 1
+
+
+# --- stopped on the way ----------------------------------------------------------------------------
+
+
+def test_stopped_in_every_stage_it_goes_on_and_does_nothing_twice(
+    place: Place, first: First, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANT_CACHE", str(tmp_path / "cache"))
+    recipe, options = limited_to(place.recipe, ONNX_TARGETS), place.options(results=tmp_path / "results")
+    stopped: list[str] = []
+
+    def stop_once(name: str, folder: Path) -> None:
+        if name not in stopped:
+            stopped.append(name)
+            (folder / "half").write_text("half", encoding="utf-8")
+            raise KeyboardInterrupt
+
+    built = noted_stages(monkeypatch, stop_once)
+    stages = tmp_path / "cache" / "stages"
+    for attempt in range(1, 7):
+        with pytest.raises(KeyboardInterrupt):
+            run_model(recipe, options)
+        assert len(stopped) == attempt
+        assert list((tmp_path / "results" / NAME).iterdir()) == []
+        assert Counter(path.name.partition("-")[0] for path in stages.iterdir()) == Counter(built)
+        assert not list(stages.rglob("half"))
+    finished = run_model(recipe, options)
+    assert set(stopped) == {"prepared", "plan", "calibration", "search", "artifact", "evaluation"}
+    once = {"prepared", "calibration", "search", "plan"}
+    assert Counter(built) == {**dict.fromkeys(once, 1), "artifact": 2, "evaluation": 2}
+    assert [path.name for path in (tmp_path / "results" / NAME).iterdir()] == [finished.folder.name]
+    # It never was in one piece, shares nothing with the first run, and is the same.
+    assert without_timings(finished, *ONNX_TARGETS) == without_timings(first.finished, *ONNX_TARGETS)
+    for target in ONNX_TARGETS:
+        assert model_bytes(finished.folder / target) == model_bytes(first.folder / target)
+        assert file_digests(finished.folder / target) == file_digests(first.folder / target)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_stopped_while_the_folder_is_written(
+    place: Place, first: First, tmp_path: Path, built: list[str], error: BaseException
+) -> None:
+    def fail(manifest: Manifest, folder: Path) -> None:
+        assert (folder / "metrics.json").is_file()
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Manifest, "save", fail)
+        with pytest.raises(type(error)):
+            run_model(place.recipe, place.options(results=tmp_path))
+    assert list((tmp_path / NAME).iterdir()) == []
+    assert run_model(place.recipe, place.options(results=tmp_path)).report == first.finished.report
+    assert built == []
+
+
+def test_no_model(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match=f"the FP32 model {NAME} cannot be had"):
+        run_model(place.recipe, place.options(results=tmp_path / "results", model_dir=None))
+    assert not (tmp_path / "results").exists()
+
+
+# --- FP32 against the newest run -------------------------------------------------------------------
+
+
+def test_before_any_run_every_target_is_skipped_with_the_command_to_run(place: Place, tmp_path: Path) -> None:
+    rows = skipped(evaluate_model(place.recipe, place.options(results=tmp_path)).rows)
+    assert sorted(rows) == TARGETS
+    for row in rows.values():
+        assert (row.model, row.task, row.reason) == (NAME, "text_recognition", "not quantized yet")
+        assert f"quant run {NAME}" in row.fix
+
+
+def test_the_run_is_judged_on_its_own_report_split(place: Place, first: First, built: list[str]) -> None:
+    assert evaluate_model(place.recipe, place.options()) == first.finished.report
+    assert built == [], "it was judged when the run was made"
+
+
+def test_samples_that_calibration_or_search_saw_are_left_out(place: Place, first: First, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(place.root / "data" / "iiit5k_rec", tmp_path / "mine"))
+    write_lines(mine, 5, 2, 55)
+    manifest = load_manifest(first.folder)
+    digests = {name: digest[:16] for name, digest in file_digests(mine).items() if name.endswith(".png")}
+    seen = {*manifest.calibration_ids, *manifest.search_ids} & set(digests.values())
+    assert seen
+    place.said.clear()
+    report = evaluate_model(place.onnx_recipe, place.options(data=(str(mine),)))
+    assert f"samples left out because calibration or search saw them: {len(seen)}" in place.said
+    rows = [row for row in report.rows if isinstance(row, JudgedRow)]
+    assert [(row.dataset, row.samples) for row in rows] == [
+        (name, LINES + 5 - len(seen)) for name in ("pooled", "mine")
+    ]
+    assert all((row.fp32, row.int8) == (100, 100) for row in rows)
+
+
+def test_nothing_is_left_where_calibration_saw_everything(place: Place, first: First, tmp_path: Path) -> None:
+    seen = set(load_manifest(first.folder).calibration_ids)
+    mine = Path(shutil.copytree(place.root / "data" / "iiit5k_rec", tmp_path / "mine"))
+    names = [name for name, digest in file_digests(mine).items() if digest[:16] in seen]
+    (mine / "label.txt").write_text("".join(f"{name}\tr\n" for name in names), encoding="utf-8")
+    with pytest.raises(InputError, match="every sample was used .* --data"):
+        evaluate_model(place.onnx_recipe, place.options(data=(str(mine),)))
+
+
+def test_a_broken_picture_is_named_and_left_out(place: Place, first: First, tmp_path: Path) -> None:
+    mine = write_lines(tmp_path / "mine", 4, 2, 66)
+    head = (mine / "66-0.png").read_bytes()[:45]
+    (mine / "66-0.png").write_bytes(head)
+    for _ in range(2):  # also when the outcomes come from a stored stage
+        place.said.clear()
+        report = evaluate_model(place.onnx_recipe, place.options(data=(str(mine),)))
+        assert [row.samples for row in report.rows if isinstance(row, JudgedRow)] == [3, 3]
+        (sentence,) = [what for what in place.said if what.startswith("left out: ")]
+        assert str(mine / "66-0.png") in sentence
+
+
+@pytest.mark.parametrize("output", ["letters", "characters"])
+def test_a_model_that_is_not_the_one_of_the_run(place: Place, first: First, tmp_path: Path, output: str) -> None:
+    """Trained anew, with a graph that differs in a name or not at all."""
+    other = write_model(tmp_path / "model", colour_reader(sharpness=7.0, output=output))
+    rows = skipped(evaluate_model(place.onnx_recipe, place.options(model_dir=other)).rows)
+    assert list(rows) == ["onnxruntime"]
+    assert str(other) in rows["onnxruntime"].reason and f"quant run {NAME}" in rows["onnxruntime"].fix
+
+
+def test_without_the_model_there_is_a_row_that_says_so(place: Place, first: First) -> None:
+    rows = skipped(evaluate_model(place.recipe, place.options(model_dir=None)).rows)
+    assert sorted(rows) == TARGETS
+    assert all("cannot be had" in row.reason and "--model-dir" in row.fix for row in rows.values())
+
+
+def test_a_target_that_the_newest_run_has_not(place: Place, first: First, tmp_path: Path, built: list[str]) -> None:
+    small = run_model(place.onnx_recipe, place.options(results=tmp_path))
+    assert {path.name for path in small.folder.iterdir() if path.is_dir()} == {"onnxruntime", "plans"}
+    assert built == []
+    report = evaluate_model(limited_to(place.recipe, ONNX_TARGETS), place.options(results=tmp_path))
+    assert [row.target for row in report.rows if isinstance(row, JudgedRow)] == 3 * ["onnxruntime"]
+    rows = skipped([row for row in report.rows if isinstance(row, SkippedRow)])
+    assert list(rows) == ["openvino"]
+    assert "no such target" in rows["openvino"].reason and f"quant run {NAME}" in rows["openvino"].fix
+
+
+def test_a_runtime_that_is_not_installed(
+    place: Place, first: First, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(target: str, folder: Path, threads: int) -> None:
+        raise Unavailable(f"the runtime of target '{target}' is not installed", "install it")
+
+    monkeypatch.setattr(pipeline, "open_session", missing)
+    mine = write_lines(tmp_path / "mine", 4, 2, 88)
+    rows = skipped(evaluate_model(place.onnx_recipe, place.options(data=(str(mine),))).rows)
+    assert (rows["onnxruntime"].reason, rows["onnxruntime"].fix) == (
+        "the runtime of target 'onnxruntime' is not installed",
+        "install it",
+    )
