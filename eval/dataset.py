@@ -277,6 +277,19 @@ def read_sample(sample: Sample) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.ascontiguousarray(np.rot90(image, -sample.turn // 90)) if sample.turn else image
 
 
+def by_shape(samples: Sequence[Sample]) -> list[Sample]:
+    """Samples by width to height: runtimes are a fourth slower when every picture has another shape than the last."""
+
+    def shape(sample: Sample) -> tuple[float, str]:
+        try:
+            aspect = _aspect(sample.image)
+        except Exception:  # Pillow's readers raise whatever they trip over; judging will name the picture
+            return 0.0, sample.id
+        return (1 / aspect if sample.turn in (90, 270) else aspect), sample.id
+
+    return sorted(samples, key=shape)
+
+
 def split_of(sample_id: str, splits: Splits) -> Split:
     """The split of a picture: it follows from the content, so that lists need not be shipped."""
     place = _uniform(f"split:{sample_id}")

@@ -20,13 +20,14 @@ import numpy as np
 import onnx
 
 from eval.benchmark import interleaved_latency
-from eval.dataset import Sample, picture_of
+from eval.dataset import Sample, by_shape, picture_of
 from eval.evaluation import Outcomes, compare, judged_rows, load_outcomes, readable
 from eval.gate import EvalReport, JudgedRow, SkippedRow
 from eval.metric import make_metric
 from eval.statistics import estimate_drop
 from quant.archive import Progress, staged
 from quant.calibration import collect_statistics, count_work, load_statistics, save_statistics
+from quant.equalization import Equalizer, equalize, load_equalizers, make_equalizers, save_equalizers
 from quant.errors import InputError, Unavailable
 from quant.export import check_artifact, export_artifact
 from quant.graph import Graph
@@ -36,7 +37,8 @@ from quant.observer import make_range_method
 from quant.plan import Operator, QuantPlan, load_plan, quantizable_operators
 from quant.prepare import prepare, read_proof
 from quant.ptq import activation_tensors, correct_biases, make_plan, with_damages
-from quant.recipe import Recipe, TargetChoice, TargetName
+from quant.recipe import EqualizationScope, Recipe, TargetChoice, TargetName
+from quant.rounding import collect_moments, round_by_moments
 from quant.runtime import (
     Feed,
     Session,
@@ -54,7 +56,7 @@ from quant.stage import StageStore, code_digest, digest, file_digests
 from quant.task import TaskAdapter, make_task
 
 PROOF_PICTURES = 3
-CHECK_PICTURES = 4
+CHECK_PICTURES = 12
 Item = TypeVar("Item")
 
 
@@ -253,7 +255,7 @@ def evaluate_target(
         def open_pair() -> tuple[Session, Session]:
             return open_session(target, shipped, each), open_session(target, quantized.artifact, each)
 
-        compare(open_pair, samples, job.adapter, metric, workers, advance).save(folder / "outcomes.npz")
+        compare(open_pair, by_shape(samples), job.adapter, metric, workers, advance).save(folder / "outcomes.npz")
         latency = _latency(job, target, quantized.artifact)
         (folder / "latency.json").write_text(json.dumps(latency), encoding="utf-8")
 
@@ -295,10 +297,17 @@ def _planned(job: Job, choice: TargetChoice) -> Path:
 
     def build(folder: Path) -> None:
         graph = _prepared_graph(job)
-        plan = _base_plan(job, graph, choice)
+        equalizers = _equalizers(job, graph, choice.equalization)
+        equalized = equalize(graph, equalizers, equalizers)
+        plan = _base_plan(job, equalized, choice)
+        plan.equalizers = equalizers
+        if recipe.calibration.rounding == "second_moment":
+            feeds = _calibration_feeds(job, "rounding weights", recipe.calibration.rounding_samples)
+            moments = collect_moments(equalized, plan.operators, feeds, job.options.threads, recipe.seed)
+            plan.integers = round_by_moments(equalized, plan, moments)
         if recipe.calibration.bias_correction:
             feeds = _calibration_feeds(job, "correcting biases")
-            plan.bias_shifts = correct_biases(graph, plan, feeds, job.options.threads)
+            plan.bias_shifts = correct_biases(equalized, plan, feeds, job.options.threads)
         plan.operators = with_damages(plan.operators, _damages(job, graph, plan))
         minimum = recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage
         chosen, rungs = climb(plan, recipe.ladder, recipe.gate, minimum, _SearchJudge(job, graph))
@@ -306,6 +315,17 @@ def _planned(job: Job, choice: TargetChoice) -> Path:
         (folder / "ladder.json").write_text(json.dumps([r.document() for r in rungs], sort_keys=True), encoding="utf-8")
 
     return job.store.result("plan", key, build)
+
+
+def _equalizers(job: Job, graph: Graph, scope: EqualizationScope) -> dict[str, Equalizer]:
+    """Stage: the equalizers of a scope."""
+
+    def build(folder: Path) -> None:
+        feeds = _calibration_feeds(job, "equalizing channels")
+        save_equalizers(make_equalizers(graph, scope, feeds, job.options.threads), folder)
+
+    key = {**job.key, "samples": _ids(job.selection.calibration), "scope": scope}
+    return load_equalizers(job.store.result("equalization", key, build))
 
 
 def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
@@ -317,7 +337,12 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
         from quant.slim import load_scales, slim_plan, slim_scales
 
         samples = job.selection.calibration[: recipe.paddleslim.samples]
-        key = {**job.key, "slim": recipe.paddleslim.model_dump(), "samples": _ids(samples)}
+        key = {
+            **job.key,
+            "slim": recipe.paddleslim.model_dump(),
+            "samples": _ids(samples),
+            "equalized": [choice.equalization, _ids(job.selection.calibration)],
+        }
 
         def build(folder: Path) -> None:
             feeds = (prepared.inputs for _, prepared in readable(samples, job.adapter, []))
@@ -335,7 +360,7 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
             dtype=choice.activations,
             prepared_sha256=prepared_sha256,
         )
-    statistics = load_statistics(_calibrated(job, graph, operators) / "statistics.npz")
+    statistics = load_statistics(_calibrated(job, graph, operators, choice.equalization) / "statistics.npz")
     method = make_range_method(recipe.calibration.range, recipe.calibration.percentile)
     return make_plan(
         graph,
@@ -348,7 +373,7 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
     )
 
 
-def _calibrated(job: Job, graph: Graph, operators: list[Operator]) -> Path:
+def _calibrated(job: Job, graph: Graph, operators: list[Operator], scope: EqualizationScope) -> Path:
     """Stage: histograms of every activation that may be quantized."""
 
     def build(folder: Path) -> None:
@@ -356,7 +381,8 @@ def _calibrated(job: Job, graph: Graph, operators: list[Operator]) -> Path:
         feeds = _calibration_feeds(job, "calibrating")
         save_statistics(collect_statistics(graph, tensors, feeds, job.options.threads), folder / "statistics.npz")
 
-    return job.store.result("calibration", {**job.key, "samples": _ids(job.selection.calibration)}, build)
+    key = {**job.key, "samples": _ids(job.selection.calibration), "equalized": scope}
+    return job.store.result("calibration", key, build)
 
 
 def _damages(job: Job, graph: Graph, plan: QuantPlan) -> dict[str, float]:
@@ -519,8 +545,8 @@ def _write_run(job: Job, quantized: dict[TargetName, Quantized], report: EvalRep
     ).save(folder)
 
 
-def _calibration_feeds(job: Job, what: str) -> Iterator[Feed]:
-    samples = job.selection.calibration
+def _calibration_feeds(job: Job, what: str, limit: int | None = None) -> Iterator[Feed]:
+    samples = job.selection.calibration[:limit]
     pictures = readable(samples, job.adapter, [])
     for _, prepared in _tracked(pictures, job.options.progress, f"{job.recipe.name}: {what}", len(samples)):
         yield prepared.inputs

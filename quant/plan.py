@@ -7,13 +7,14 @@ On disk: `plan.json` (schema below) and `plan.safetensors` (integer weights and 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from quant.equalization import Equalizer, equalize
 from quant.errors import InputError
 from quant.graph import Graph, attribute
 
@@ -72,6 +73,7 @@ class _PlanDocument(_Part):
     activations: list[ActivationQuantizer]
     weights: list[WeightQuantizer]
     bias_shifts: list[str] = Field(description="operators whose bias is corrected")
+    equalized: list[str] = Field(default=[], description="operators whose input channels are equalized")
     notes: list[str] = []
 
 
@@ -85,6 +87,7 @@ class QuantPlan:
         integers: integer weights by tensor name.
         bias_shifts: float32[C] by operator name, added to the bias while the operator is quantized.
         notes: remarks for people.
+        equalizers: by operator name, of its input channels while the operator is quantized.
     """
 
     model: str
@@ -97,6 +100,7 @@ class QuantPlan:
     integers: dict[str, IntegerWeight]
     bias_shifts: dict[str, np.ndarray]
     notes: list[str]
+    equalizers: dict[str, Equalizer] = field(default_factory=dict)
 
     def coverage(self) -> float:
         """Share of multiply-accumulates in INT8, 0..1."""
@@ -134,6 +138,7 @@ class QuantPlan:
             self.integers,
             self.bias_shifts,
             list(self.notes),
+            self.equalizers,
         )
 
     def document(self) -> dict[str, object]:
@@ -149,6 +154,7 @@ class QuantPlan:
             activations=[used[name] for name in sorted(used)],
             weights=[used_weights[name] for name in sorted(used_weights)],
             bias_shifts=sorted(set(self.bias_shifts) & set(self.quantized())),
+            equalized=sorted(set(self.equalizers) & set(self.quantized())),
             notes=self.notes,
         )
         return document.model_dump(mode="json", by_alias=True)
@@ -164,6 +170,9 @@ class QuantPlan:
             tensors[f"{name}:scale"] = np.ascontiguousarray(self.integers[name].scale)
         for name in sorted(set(self.bias_shifts) & set(self.quantized())):
             tensors[f"{name}:bias_shift"] = np.ascontiguousarray(self.bias_shifts[name])
+        for name in sorted(set(self.equalizers) & set(self.quantized())):
+            tensors[f"{name}:factor"] = np.ascontiguousarray(self.equalizers[name].factor)
+            tensors[f"{name}:centre"] = np.ascontiguousarray(self.equalizers[name].centre)
         save_file(tensors, folder / "plan.safetensors")
         text = json.dumps(self.document(), indent=1, sort_keys=True)
         (folder / "plan.json").write_text(text + "\n", encoding="utf-8")
@@ -180,6 +189,9 @@ def load_plan(folder: Path) -> QuantPlan:
         tensors = load_file(folder / "plan.safetensors")
         integers = {w.tensor: IntegerWeight(tensors[w.tensor], tensors[f"{w.tensor}:scale"]) for w in document.weights}
         bias_shifts = {name: tensors[f"{name}:bias_shift"] for name in document.bias_shifts}
+        equalizers = {
+            name: Equalizer(tensors[f"{name}:factor"], tensors[f"{name}:centre"]) for name in document.equalized
+        }
     except (OSError, ValidationError, SafetensorError, UnicodeDecodeError, KeyError) as error:
         raise InputError(f"{folder}: no readable plan ({error.__class__.__name__}); run `quant run` again") from error
     return QuantPlan(
@@ -193,6 +205,7 @@ def load_plan(folder: Path) -> QuantPlan:
         integers,
         bias_shifts,
         document.notes,
+        equalizers,
     )
 
 
@@ -229,11 +242,14 @@ def quantizable_operators(graph: Graph, macs: dict[str, int]) -> list[Operator]:
     return operators
 
 
-def apply_bias_shifts(graph: Graph, plan: QuantPlan) -> Graph:
-    """A copy of the prepared graph with the plan's bias corrections added to Conv and ConvTranspose."""
-    shifted = graph.copy()
+def corrected_graph(graph: Graph, plan: QuantPlan) -> Graph:
+    """A copy of the prepared graph in which what the plan quantizes is equalized, and its biases are corrected."""
     quantized = plan.quantized()
+    shifted = equalize(graph, plan.equalizers, quantized)
     for node in shifted.nodes:
+        operator = quantized.get(node.output[0]) if node.output else None
+        if operator and not {*operator.activations, operator.weight or node.input[1]} <= set(node.input):
+            raise ValueError(f"operator {operator.name} does not read the tensors that its plan names")
         shift = plan.bias_shifts.get(node.output[0]) if node.output and node.output[0] in quantized else None
         if shift is None:
             continue

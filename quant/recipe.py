@@ -22,6 +22,7 @@ SCHEMA_VERSION = 1
 Task = Literal["text_detection", "text_recognition", "image_classification"]
 TargetName = Literal["onnxruntime", "openvino", "paddle"]
 MethodName = Literal["ptq", "paddleslim"]
+EqualizationScope = Literal["none", "depthwise", "all"]
 RangeMethod = Literal["minmax", "percentile", "mse"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -128,6 +129,10 @@ class Calibration(_Part):
     samples: int = Field(ge=1, description="pictures taken from the calibration split")
     range: RangeMethod
     percentile: float = Field(99.999, gt=50, le=100, description="values kept by range: percentile, in percent")
+    rounding: Literal["nearest", "second_moment"] = Field(
+        "second_moment", description="of weights; second_moment minds what the layer's inputs do together"
+    )
+    rounding_samples: int = Field(48, ge=1, description="calibration pictures that the moments are taken from")
     bias_correction: bool = Field(True, description="make quantized convolutions right on average")
 
 
@@ -156,6 +161,9 @@ class PaddleSlim(_Part):
 class TargetChoice(_Part):
     method: MethodName = "ptq"
     activations: Literal["uint8", "int8"] = Field("uint8", description="uint8 asymmetric, int8 symmetric")
+    equalization: EqualizationScope = Field(
+        "depthwise", description="convolutions whose input channels are evened out; all: dense ones are centred too"
+    )
     min_coverage: float | None = Field(None, ge=0, le=1, description="overrides ladder.min_coverage")
 
 
@@ -189,6 +197,16 @@ class Recipe(_Part):
     latency: Latency
     tolerance: float = Field(gt=0, description="largest difference allowed between original and prepared")
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _targets_compute_it(self) -> Recipe:
+        choice = self.targets.get("openvino")
+        if choice and choice.equalization == "all":
+            raise ValueError(
+                "targets.openvino.equalization: OpenVINO computes equalized dense convolutions wrongly; "
+                "allowed: none, depthwise"
+            )
+        return self
 
     @model_validator(mode="after")
     def _angles_are_classes(self) -> Recipe:

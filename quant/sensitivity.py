@@ -43,9 +43,14 @@ def measure_damages(
 
 def output_error(session: Session, feeds: Sequence[Feed], exact: Sequence[list[np.ndarray]]) -> float:
     """Mean relative L1 distance of a session's outputs from the exact ones."""
+    return float(np.mean(picture_errors(session, feeds, exact)))
+
+
+def picture_errors(session: Session, feeds: Sequence[Feed], exact: Sequence[list[np.ndarray]]) -> list[float]:
+    """Relative L1 distance of a session's outputs from the exact ones, for each picture."""
     errors = []
     for feed, outputs in zip(feeds, exact, strict=True):
         pairs = list(zip(session.run(feed), outputs, strict=True))
         moved = sum(float(np.abs(a.astype(np.float64) - b).sum()) for a, b in pairs)
         errors.append(moved / max(sum(float(np.abs(b).sum()) for _, b in pairs), 1e-12))
-    return float(np.mean(errors))
+    return errors

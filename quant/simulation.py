@@ -10,12 +10,12 @@ from onnx import ModelProto, NodeProto, helper
 
 from quant.graph import Graph
 from quant.observer import affine_parameters
-from quant.plan import ActivationQuantizer, QuantPlan, apply_bias_shifts, dequantize_weight
+from quant.plan import ActivationQuantizer, QuantPlan, corrected_graph, dequantize_weight
 
 
 def simulated_model(prepared: Graph, plan: QuantPlan) -> ModelProto:
     """The prepared graph in which quantized tensors are rounded and clipped in float32."""
-    graph = apply_bias_shifts(prepared, plan)
+    graph = corrected_graph(prepared, plan)
     quantized = plan.quantized()
     rounded: dict[str, str] = {}
     for node in list(graph.nodes):

@@ -16,6 +16,7 @@ from eval.dataset import (
     IGNORE,
     BrokenPicture,
     Sample,
+    by_shape,
     check_disjoint,
     pick,
     read_dataset,
@@ -333,3 +334,12 @@ def test_real_sets_where_they_are_installed(name: str, tmp_path: Path, monkeypat
     assert data.samples
     assert data.broken == ()
     assert read_image(data.samples[0].image).ndim == 3
+
+
+def test_samples_by_shape_keep_all_and_put_broken_pictures_first(tmp_path: Path) -> None:
+    made = []
+    for name, (height, width), turn in (("a", (10, 40), 0), ("b", (10, 20), 0), ("c", (50, 10), 90), ("d", (9, 9), 0)):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.zeros((height, width, 3), np.uint8))
+        made.append(Sample(name, "s", tmp_path / f"{name}.png", "text", turn))
+    made.append(Sample("e", "s", tmp_path / "missing.png", "text"))
+    assert [sample.id for sample in by_shape(made)] == ["e", "d", "b", "a", "c"]

@@ -20,7 +20,7 @@ from quant.observer import MinMax
 from quant.plan import (
     Operator,
     QuantPlan,
-    apply_bias_shifts,
+    corrected_graph,
     dequantize_weight,
     load_plan,
     quantizable_operators,
@@ -181,12 +181,12 @@ def test_bias_shifts_are_added_only_while_the_operator_is_quantized() -> None:
     feed = net.feed()
     exact_last, exact_first = run(graph.to_model(), feed)
 
-    only_last = apply_bias_shifts(graph, plan.with_only({without}, ""))
+    only_last = corrected_graph(graph, plan.with_only({without}, ""))
     last, first = run(only_last.to_model(), feed)
     np.testing.assert_array_equal(first, exact_first)
     np.testing.assert_allclose(last, exact_last + shift.reshape(1, 3, 1, 1), atol=1e-5)
 
-    _, first = run(apply_bias_shifts(graph, plan).to_model(), feed)
+    _, first = run(corrected_graph(graph, plan).to_model(), feed)
     np.testing.assert_allclose(first, exact_first + shift.reshape(1, 3, 1, 1), atol=1e-5)
     np.testing.assert_array_equal(run(graph.to_model(), feed)[1], exact_first)
 
