@@ -282,7 +282,8 @@ def test_the_artifact_reads_pictures_that_nobody_has_seen(
 
 def test_targets_with_equal_choices_share_their_plan(first: First) -> None:
     once = {"prepared", "calibration", "search", "slim"}
-    assert Counter(first.built) == {**dict.fromkeys(once, 1), "plan": 2, "artifact": 3, "evaluation": 3}
+    wanted = {**dict.fromkeys(once, 1), "equalization": 2, "plan": 2, "artifact": 3, "evaluation": 3}
+    assert Counter(first.built) == wanted
     plans = [load_plan(first.folder / "plans" / target).document() for target in ONNX_TARGETS]
     assert {**plans[0], "target": ""} == {**plans[1], "target": ""}
 
@@ -389,7 +390,7 @@ def test_stopped_in_every_stage_it_goes_on_and_does_nothing_twice(
 
     built = noted_stages(monkeypatch, stop_once)
     stages = tmp_path / "cache" / "stages"
-    for attempt in range(1, 7):
+    for attempt in range(1, 8):
         with pytest.raises(KeyboardInterrupt):
             run_model(recipe, options)
         assert len(stopped) == attempt
@@ -397,8 +398,8 @@ def test_stopped_in_every_stage_it_goes_on_and_does_nothing_twice(
         assert Counter(path.name.partition("-")[0] for path in stages.iterdir()) == Counter(built)
         assert not list(stages.rglob("half"))
     finished = run_model(recipe, options)
-    assert set(stopped) == {"prepared", "plan", "calibration", "search", "artifact", "evaluation"}
-    once = {"prepared", "calibration", "search", "plan"}
+    assert set(stopped) == {"prepared", "plan", "equalization", "calibration", "search", "artifact", "evaluation"}
+    once = {"prepared", "equalization", "calibration", "search", "plan"}
     assert Counter(built) == {**dict.fromkeys(once, 1), "artifact": 2, "evaluation": 2}
     assert [path.name for path in (tmp_path / "results" / NAME).iterdir()] == [finished.folder.name]
     # It never was in one piece, shares nothing with the first run, and is the same.
