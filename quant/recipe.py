@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quant.errors import InputError
 
@@ -198,15 +198,15 @@ class Recipe(_Part):
     tolerance: float = Field(gt=0, description="largest difference allowed between original and prepared")
     seed: int = 0
 
-    @model_validator(mode="after")
-    def _targets_compute_it(self) -> Recipe:
-        choice = self.targets.get("openvino")
+    @field_validator("targets")
+    @classmethod
+    def _openvino_computes_it(cls, targets: dict[TargetName, TargetChoice]) -> dict[TargetName, TargetChoice]:
+        choice = targets.get("openvino")
         if choice and choice.equalization == "all":
             raise ValueError(
-                "targets.openvino.equalization: OpenVINO computes equalized dense convolutions wrongly; "
-                "allowed: none, depthwise"
+                "openvino.equalization: all (dense convolutions) is computed wrongly by OpenVINO; allowed: none, depthwise"
             )
-        return self
+        return targets
 
     @model_validator(mode="after")
     def _angles_are_classes(self) -> Recipe:

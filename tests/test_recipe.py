@@ -139,6 +139,12 @@ def test_overrides_are_checked_like_the_file() -> None:
     assert "samples" in problems(REC, "calibration.sample=3")["calibration.sample"][2]
 
 
+def test_what_openvino_computes_wrongly_is_refused() -> None:
+    found = problems(REC, "targets.openvino.equalization=all")
+    assert "allowed: none, depthwise" in found["targets"][2]
+    assert load_recipe(REC, ["targets.onnxruntime.equalization=all"]).targets["onnxruntime"].equalization == "all"
+
+
 def test_the_hash_changes_with_what_the_recipe_says_and_only_then() -> None:
     assert load_recipe(REC).content_hash() == load_recipe(REC).content_hash()
     assert load_recipe(REC, ["seed=1"]).content_hash() != load_recipe(REC).content_hash()
