@@ -168,7 +168,10 @@ def _own(folder: Path, tasks: list[Task]) -> DatasetFolder:
         elif label_format == "cls_label":
             labels = (folder / "train.txt",)
     source, licence = f"the folder {folder}", "the user's own"
-    return DatasetFolder(folder.name, folder, labels, folder, label_format, source, licence, classes)
+    name = folder.name
+    if name == "pooled" or name.startswith("generated-"):  # these words mean something in the diff table
+        name = f"folder-{name}"
+    return DatasetFolder(name, folder, labels, folder, label_format, source, licence, classes)
 
 
 def _class_names(file: Path) -> tuple[str, ...]:

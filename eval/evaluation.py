@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from eval.dataset import BrokenPicture, Sample, read_sample
+from eval.dataset import BrokenPicture, Sample, picture_of, read_sample
 from eval.gate import POOLED, Evidence, JudgedRow, judge
 from eval.metric import Metric
 from eval.statistics import estimate_drop, samples_needed
@@ -53,6 +53,12 @@ class Outcomes:
     fp32: np.ndarray
     int8: np.ndarray
     broken: list[str]
+
+    def only(self, chosen: np.ndarray) -> Outcomes:
+        """The samples for which `chosen`, bool[samples], is true."""
+        places = np.flatnonzero(chosen)
+        ids, datasets = ([names[place] for place in places] for names in (self.ids, self.datasets))
+        return Outcomes(ids, datasets, self.fp32[chosen], self.int8[chosen], self.broken)
 
     def save(self, file: Path) -> None:
         texts = {"ids": self.ids, "datasets": self.datasets, "broken": self.broken}
@@ -138,7 +144,7 @@ def judged_rows(
     for name in [POOLED, *names]:
         chosen = np.array([name in (POOLED, dataset) for dataset in outcomes.datasets])
         sets = names if name == POOLED else [name]
-        rows += _row(recipe, target, name, outcomes.fp32[chosen], outcomes.int8[chosen], metric, evidence(sets), facts)
+        rows += _row(recipe, target, name, outcomes.only(chosen), metric, evidence(sets), facts)
     return rows
 
 
@@ -151,16 +157,16 @@ def _row(
     recipe: Recipe,
     target: TargetName,
     dataset: str,
-    fp32: np.ndarray,
-    int8: np.ndarray,
+    outcomes: Outcomes,
     metric: Metric,
     kind: Evidence,
     facts: dict[str, Any],
 ) -> list[JudgedRow]:
+    fp32, int8 = outcomes.fp32, outcomes.int8
     before = metric.aggregate(fp32.sum(axis=0))
     if before <= 0 and dataset != POOLED:
         return []  # FP32 reads nothing of this set, so it can show no loss
-    estimate = estimate_drop(metric, fp32, int8, seed=recipe.seed)
+    estimate = estimate_drop(metric, fp32, int8, seed=recipe.seed, pictures=[picture_of(i) for i in outcomes.ids])
     gate = recipe.gate
     return [
         JudgedRow(

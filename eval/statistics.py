@@ -24,6 +24,7 @@ fifth of their regions at a time, and no method sees a catastrophe on one page i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,13 +68,20 @@ class DropEstimate:
 
 
 def estimate_drop(
-    metric: Metric, fp32: FloatArray, int8: FloatArray, *, seed: int = 0, resamples: int = RESAMPLES
+    metric: Metric,
+    fp32: FloatArray,
+    int8: FloatArray,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    pictures: Sequence[str] | None = None,
 ) -> DropEstimate:
     """Compare FP32 and INT8 sample by sample. Same arguments, same result.
 
     Args:
         metric: what the counts mean.
         fp32, int8: counts [samples, counts]; row i of both is the same sample.
+        pictures: what each sample is made from; samples of one picture (its rotations) are drawn together.
 
     Raises:
         Unavailable: no samples, or FP32 gets nothing right, so that there is nothing to lose.
@@ -88,7 +96,8 @@ def estimate_drop(
             f"FP32 has a {metric.name} of 0 on {len(fp32)} samples, so that nothing can be lost",
             "Check that the labels belong to the pictures",
         )
-    drops, relative = _resampled_drops(metric, fp32, int8, seed, resamples)
+    drawn = (fp32, int8) if pictures is None else (_sums(fp32, pictures), _sums(int8, pictures))
+    drops, relative = _resampled_drops(metric, *drawn, seed, resamples)
     return DropEstimate(
         samples=len(fp32),
         fp32=before,
@@ -121,6 +130,14 @@ def samples_needed(estimate: DropEstimate, max_drop: float, max_relative_drop: f
     needed = math.ceil(estimate.samples * ratio**2)
     certified = estimate.drop_upper95 <= max_drop and estimate.relative_drop_upper95 <= max_relative_drop
     return max(1, needed) if certified else max(needed, estimate.samples + 1)
+
+
+def _sums(counts: FloatArray, pictures: Sequence[str]) -> FloatArray:
+    """Counts added up over the samples of each picture."""
+    names, index = np.unique(np.asarray(pictures), return_inverse=True)
+    result = np.zeros((len(names), counts.shape[1]))
+    np.add.at(result, index, counts)
+    return result
 
 
 def _resampled_drops(

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from onnx import NodeProto, helper
 
+from quant.errors import InputError
 from quant.graph import Graph, attribute
 from quant.recipe import EqualizationScope
 from quant.runtime import Feed, onnx_session
@@ -166,4 +167,6 @@ def _channel_reaches(graph: Graph, tensors: list[str], feeds: Iterable[Feed], th
             if name not in reaches:
                 reaches[name] = _Reach(values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3)))
             reaches[name].update(values)
+    if not reaches:
+        raise InputError("no calibration picture can be read; give another set with --data")
     return reaches

@@ -244,6 +244,7 @@ def evaluate_target(
         "labels": _labels(samples),
         "metric": recipe.metric,
         "datasets": [s.dataset for s in samples],
+        "latency": recipe.latency.model_dump(),
         "threads": threads,
         "versions": versions(),
     }
@@ -304,7 +305,7 @@ def _planned(job: Job, choice: TargetChoice) -> Path:
         if recipe.calibration.rounding == "second_moment":
             feeds = _calibration_feeds(job, "rounding weights", recipe.calibration.rounding_samples)
             moments = collect_moments(equalized, plan.operators, feeds, job.options.threads, recipe.seed)
-            plan.integers = round_by_moments(equalized, plan, moments)
+            plan.integers = round_by_moments(equalized, plan, moments, biases_follow=recipe.calibration.bias_correction)
         if recipe.calibration.bias_correction:
             feeds = _calibration_feeds(job, "correcting biases")
             plan.bias_shifts = correct_biases(equalized, plan, feeds, job.options.threads)

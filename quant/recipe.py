@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from quant.errors import InputError
 
@@ -101,7 +101,7 @@ class GeneratedSet(_Part):
 
     kind: Literal["text_lines", "text_pages", "document_pages"]
     samples: int = Field(ge=8, le=100_000)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class Rotations(_Part):
@@ -153,7 +153,7 @@ class Ladder(_Part):
 class PaddleSlim(_Part):
     """Arguments of paddleslim.quant.quant_post_static."""
 
-    algo: Literal["hist", "avg", "abs_max", "mse", "KL", "emd", "min_max"]
+    algo: Literal["hist", "avg", "abs_max", "mse", "KL", "emd"]  # it writes no scales for min_max
     hist_percent: float = Field(0.9999, gt=0.5, le=1)
     samples: int = Field(ge=1, description="pictures, one a batch")
 
@@ -173,7 +173,9 @@ class Gate(_Part):
 
 
 class Latency(_Part):
-    shape: list[int] = Field(min_length=2, description="input shape that is timed, and counted for coverage")
+    shape: list[PositiveInt] = Field(
+        min_length=4, max_length=4, description="of the input; timed, counted for coverage"
+    )
     runs: int = Field(ge=1)
 
 
@@ -196,16 +198,19 @@ class Recipe(_Part):
     gate: Gate
     latency: Latency
     tolerance: float = Field(gt=0, description="largest difference allowed between original and prepared")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
     @field_validator("targets")
     @classmethod
-    def _openvino_computes_it(cls, targets: dict[TargetName, TargetChoice]) -> dict[TargetName, TargetChoice]:
+    def _runtimes_compute_it(cls, targets: dict[TargetName, TargetChoice]) -> dict[TargetName, TargetChoice]:
         choice = targets.get("openvino")
         if choice and choice.equalization == "all":
             raise ValueError(
-                "openvino.equalization: all (dense convolutions) is computed wrongly by OpenVINO; allowed: none, depthwise"
+                "openvino.equalization: OpenVINO computes all (dense convolutions) wrongly; allowed: none, depthwise"
             )
+        choice = targets.get("paddle")
+        if choice and choice.activations == "uint8":
+            raise ValueError("paddle.activations: Paddle's INT8 programs know symmetric values alone; allowed: int8")
         return targets
 
     @model_validator(mode="after")
@@ -225,8 +230,10 @@ class Recipe(_Part):
 
 def class_labels(recipe: Recipe) -> list[str]:
     """Names of a classifier's classes, in the order of their index; none for other tasks."""
-    topk = (recipe.inference.get("PostProcess") or {}).get("Topk") or {}
-    return [str(label) for label in topk.get("label_list") or []]
+    place: Any = recipe.inference
+    for key in ("PostProcess", "Topk", "label_list"):
+        place = place.get(key) if isinstance(place, dict) else None
+    return [str(label) for label in place] if isinstance(place, list) else []
 
 
 @dataclass(frozen=True)

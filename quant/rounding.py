@@ -24,7 +24,7 @@ POSITIONS = 256
 LARGEST = 2304
 """Most inputs of an output channel: the moments of more take too much memory, nearest rounding remains."""
 
-_DAMPING = 1e-3  # of the mean second moment: keeps the inverse finite for inputs that never move
+_DAMPING = 1e-3  # of the mean variance: keeps the inverse finite for inputs that never move
 
 
 @dataclass
@@ -45,7 +45,8 @@ class Moments:
         """Take in float32[groups, positions, inputs]."""
         self.count += patches.shape[1]
         self.total += patches.sum(axis=1, dtype=np.float64)
-        self.square += np.matmul(patches.transpose(0, 2, 1), patches)
+        exact = patches.astype(np.float64)  # a channel may vary by far less than its mean
+        self.square += np.matmul(exact.transpose(0, 2, 1), exact)
 
     def covariance(self) -> np.ndarray:
         mean = self.total / self.count
@@ -83,10 +84,13 @@ def collect_moments(
     return moments
 
 
-def round_by_moments(graph: Graph, plan: QuantPlan, moments: Mapping[str, Moments]) -> dict[str, IntegerWeight]:
+def round_by_moments(
+    graph: Graph, plan: QuantPlan, moments: Mapping[str, Moments], *, biases_follow: bool
+) -> dict[str, IntegerWeight]:
     """The plan's integer weights, rounded anew on the same scales; those without moments stay as they are.
 
-    A convolution's bias takes up the mean error later on, so there only the covariance counts.
+    Args:
+        biases_follow: the biases of convolutions take up the mean error later on, so there only the covariance counts.
     """
     nodes = {node.output[0]: node for node in graph.nodes if node.output}
     integers = dict(plan.integers)
@@ -102,7 +106,7 @@ def round_by_moments(graph: Graph, plan: QuantPlan, moments: Mapping[str, Moment
             np.expand_dims(scale, _other_axes(exact.ndim, plan.weights[operator.weight].axis)), exact.shape
         )
         steps = _rows(node, wide, attribute(node, "group", 1))[:, :, 0]
-        hessian = found.second_moment() if node.op_type == "MatMul" else found.covariance()
+        hessian = found.covariance() if biases_follow and node.op_type != "MatMul" else found.second_moment()
         noise = plan.activations[operator.activations[0]].scale ** 2 / 12
         values = _round_rows(rows / steps[:, :, None], hessian, noise)
         integers[operator.weight] = IntegerWeight(_unrow(node, values, exact.shape), scale)
@@ -114,8 +118,9 @@ def _round_rows(rows: np.ndarray, hessian: np.ndarray, noise: float) -> np.ndarr
     inputs = rows.shape[2]
     diagonal = np.arange(inputs)
     hessian = hessian.copy()
+    largest = np.abs(hessian).max(axis=(1, 2))[:, None]
     spread = hessian[:, diagonal, diagonal].mean(axis=1, keepdims=True)
-    hessian[:, diagonal, diagonal] += noise + np.maximum(_DAMPING * spread, 1e-12)
+    hessian[:, diagonal, diagonal] += noise + np.maximum(_DAMPING * spread, 1e-9 * largest + 1e-12)
     order = np.argsort(-hessian[:, diagonal, diagonal], axis=1, kind="stable")
     hessian = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None, :], 2)
     upper = np.linalg.cholesky(np.linalg.inv(hessian)).transpose(0, 2, 1)

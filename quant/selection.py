@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from calib_data.registry import FORMATS, DatasetFolder, generated_dataset, resolve_dataset
 from eval.dataset import SPLITS, Dataset, Sample, Split, check_disjoint, pick, picture_of, read_dataset, split, turned
@@ -37,8 +38,11 @@ def select(recipe: Recipe, data: Sequence[str], progress: Progress | None) -> Se
     datasets, unavailable = find_datasets(recipe, data, progress)
     parts: dict[Split, list[Sample]] = {name: [] for name in SPLITS}
     records = {}
+    seen: set[str] = set()
     for dataset in datasets:
-        chosen = split(dataset.samples, recipe.data.splits)
+        fresh = [sample for sample in dataset.samples if sample.id not in seen]
+        seen |= {sample.id for sample in fresh}
+        chosen = split(fresh, recipe.data.splits)
         for purpose in SPLITS:
             parts[purpose] += chosen[purpose]
         records[dataset.folder.name] = DataRecord(
@@ -73,7 +77,8 @@ def find_datasets(
     rotations = recipe.data.rotations
     upright = rotations.of if rotations else None
     if data:
-        return [_read(resolve_dataset(name, recipe.task, progress, upright), recipe) for name in data], {}
+        given = [_read(resolve_dataset(name, recipe.task, progress, upright), recipe) for name in data]
+        return _named_apart(given), {}
     found: list[DatasetFolder] = []
     unavailable = {}
     for name in recipe.data.sets:
@@ -85,6 +90,21 @@ def find_datasets(
         generated = recipe.data.generated
         found = [generated_dataset(generated.kind, generated.samples, generated.seed, progress)]
     return [_read(folder, recipe) for folder in found], unavailable
+
+
+def _named_apart(datasets: Sequence[Dataset]) -> list[Dataset]:
+    """Sets whose folders bear one name get a number, so that each has a row of its own."""
+    taken: Counter[str] = Counter()
+    result = []
+    for dataset in datasets:
+        name = dataset.folder.name
+        taken[name] += 1
+        if taken[name] > 1:
+            name = f"{name}-{taken[name]}"
+            samples = tuple(replace(sample, dataset=name) for sample in dataset.samples)
+            dataset = replace(dataset, folder=replace(dataset.folder, name=name), samples=samples)
+        result.append(dataset)
+    return result
 
 
 def _read(folder: DatasetFolder, recipe: Recipe) -> Dataset:

@@ -104,8 +104,6 @@ def slim_scales(
         InputError: no samples, or an operator that a Paddle program cannot hold.
         RuntimeError: PaddleSlim failed; names the log and its last line.
     """
-    if settings.algo == "min_max":
-        raise InputError("paddleslim.algo = min_max: PaddleSlim writes no scales for it; use hist, avg, abs_max or mse")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="paddleslim-", dir=folder) as name:
         work = Path(name)

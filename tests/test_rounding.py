@@ -40,7 +40,9 @@ def layers() -> dict[str, TinyNet]:
 
 def rounded(graph: Graph, plan: QuantPlan, feeds: list[Feed]) -> QuantPlan:
     result = plan.with_only(set(plan.quantized()), "")
-    result.integers = round_by_moments(graph, plan, collect_moments(graph, plan.operators, feeds, 1, seed=0))
+    result.integers = round_by_moments(
+        graph, plan, collect_moments(graph, plan.operators, feeds, 1, seed=0), biases_follow=True
+    )
     return result
 
 
@@ -125,7 +127,7 @@ def test_layouts_that_are_not_supported_keep_their_rounding() -> None:
     net.op("Conv", up, net.const(net.weights(2, 4, 3, 3)), auto_pad="SAME_UPPER")
     plan = plan_of(net)
     assert collect_moments(net.graph(), plan.operators, [net.feed()], 1, seed=0) == {}
-    again = round_by_moments(net.graph(), plan, {})
+    again = round_by_moments(net.graph(), plan, {}, biases_follow=True)
     assert all(again[name] is plan.integers[name] for name in again)
 
 
