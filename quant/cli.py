@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import sys
 import tempfile
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +25,8 @@ from quant.errors import InputError, Unavailable
 if TYPE_CHECKING:
     from eval.gate import JudgedRow, SkippedRow
     from quant.archive import Progress
-    from quant.pipeline import Options
+    from quant.job import Job, Options
+    from quant.judging import Evaluation
     from quant.recipe import Recipe
 
 INPUT_ERROR, INTERNAL_ERROR, INTERRUPTED = 2, 70, 130
@@ -35,8 +39,6 @@ _STORAGE_ERRORS = (
     errno.EDQUOT,
     errno.ENOTDIR,
     errno.EISDIR,
-    errno.ENOENT,
-    errno.EEXIST,
     errno.EFBIG,
 )
 
@@ -68,7 +70,7 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random c
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of a runtime; all cores by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Find model and data, say what would be done, and stop.")]
 
 
 def main() -> None:
@@ -207,29 +209,23 @@ def run(
 
       quant run PP-OCRv4_mobile_rec --target onnxruntime --data my_lines --set calibration.samples=256
     """
-    from quant.pipeline import run_model, start
+    from quant.job import start
+    from quant.pipeline import run_model
 
     recipes = _recipes(models, everything, overrides, seed, targets)
     with _working(out, threads, model_dir, data, quiet, as_json) as (options, stdout):
-        rows: list[JudgedRow | SkippedRow] = []
-        folders = []
-        for recipe in recipes:
-            try:
-                if dry_run:
-                    _print_dry_run(start(recipe, options), options)
-                    continue
-                finished = run_model(recipe, options)
-            except Unavailable as error:
-                if len(recipes) == 1:
-                    raise
-                rows += _skipped_rows(recipe, error)
-                continue
-            rows += finished.report.rows
-            folders.append((finished.folder, finished.reused))
         if dry_run:
+            _print_dry_runs([_run_outline(start(recipe, options), options) for recipe in recipes], as_json, stdout)
             return 0
-        _write_results_readme(options.results)
-        return _finish(rows, as_json, stdout, folders)
+        outcome = _Outcome()
+        for recipe in recipes:
+            with outcome.collecting(recipe, alone=len(recipes) == 1):
+                finished = run_model(recipe, options)
+                outcome.rows += finished.report.rows
+                outcome.folders.append((finished.folder, finished.reused))
+        if outcome.folders:
+            _write_results_readme(options.results)
+        return _finish(outcome, as_json, stdout)
 
 
 @app.command("eval")
@@ -255,17 +251,18 @@ def evaluate(
 
       quant eval PP-OCRv4_mobile_rec --data my_lines --data more_lines --json
     """
-    from quant.pipeline import evaluate_model, start
+    from quant.judging import evaluate_model, find_evaluation
 
     recipes = _recipes(models, everything, overrides, seed, targets)
     with _working(out, threads, model_dir, data, quiet, as_json) as (options, stdout):
-        rows: list[JudgedRow | SkippedRow] = []
+        if dry_run:
+            _print_dry_runs([_eval_outline(find_evaluation(recipe, options)) for recipe in recipes], as_json, stdout)
+            return 0
+        outcome = _Outcome()
         for recipe in recipes:
-            if dry_run:
-                _print_dry_run(start(recipe, options), options)
-            else:
-                rows += evaluate_model(recipe, options).rows
-        return 0 if dry_run else _finish(rows, as_json, stdout, [])
+            with outcome.collecting(recipe, alone=len(recipes) == 1):
+                outcome.rows += evaluate_model(recipe, options).rows
+        return _finish(outcome, as_json, stdout)
 
 
 @app.command()
@@ -293,15 +290,26 @@ def export(
     manifest = load_manifest(folder)
     if not manifest.intact(folder):
         raise InputError(f"the artifacts in {folder} are damaged; run `quant run {recipe.name}` again")
-    for target in targets or list(manifest.artifacts):
+    wanted = targets or list(manifest.artifacts)
+    places = {target: to / f"{recipe.name}_{target}_int8" for target in wanted}
+    for target, place in places.items():
         if target not in manifest.artifacts:
             raise InputError(f"{folder} has no artifact for target '{target}'; it has {', '.join(manifest.artifacts)}")
-        place = to / f"{recipe.name}_{target}_int8"
         if place.exists():
             raise InputError(f"{place} exists already; remove it or choose another folder with --to")
+    for target, place in places.items():
         with staged(place) as temporary:
             shutil.copytree(folder / target, temporary)
-        print(place)
+        print(f"{place}: {_verdict(folder, target)}")
+
+
+def _verdict(run: Path, target: str) -> str:
+    """What the run's gate said of a target."""
+    from eval.gate import JudgedRow, verdict_text
+    from quant.pipeline import read_report
+
+    rows = [row for row in read_report(run).rows if isinstance(row, JudgedRow) and row.gates and row.target == target]
+    return verdict_text(rows[0]) if rows else "not judged"
 
 
 @app.command()
@@ -348,12 +356,15 @@ def fetch_models(models: Models = None, everything: Everything = False, quiet: Q
 
 @models_app.command("verify")
 def verify_models(models: Models = None, everything: Everything = False, model_dir: ModelDir = None) -> None:
-    """Check that an FP32 model is complete, is what the recipe expects and that Paddle loads it."""
+    """Check that an FP32 model is complete, loads in Paddle, and writes what the recipe's task decodes."""
+    from quant.prepare import check_kind
     from quant.source import check_loadable, resolve_model
+    from quant.task import make_task
 
     for recipe in _recipes(models, everything, None, None, None):
         files = resolve_model(recipe, model_dir)
         check_loadable(files)
+        check_kind(files, make_task(recipe.task, files.inference_yml, recipe.name))
         print(f"{recipe.name}: good, from {files.source}")
         for name, sha256 in files.sha256.items():
             print(f"  {sha256}  {name}")
@@ -385,14 +396,20 @@ def fetch_data(names: Annotated[list[str], typer.Argument(help="Registered sets.
 
 
 @data_app.command("verify")
-def verify_data(names: Annotated[list[str], typer.Argument(help="Registered sets.")]) -> int:
+def verify_data(
+    names: Annotated[list[str], typer.Argument(help="Registered sets or labelled folders.")],
+    task: Annotated[str, typer.Option("--task", help="What labelled folders are for.")] = "text_recognition",
+) -> int:
     """Read sets, decode every picture and name what is broken."""
-    from calib_data.registry import load_entry, resolve_dataset
+    from calib_data.registry import FORMATS, dataset_names, load_entry, resolve_dataset
     from eval.dataset import BrokenPicture, read_dataset, read_image
 
     broken = 0
     for name in names:
-        dataset = read_dataset(resolve_dataset(name, load_entry(name).task))
+        known = load_entry(name).task if name in dataset_names() else task
+        if known not in FORMATS:
+            raise InputError(f"--task {known}: must be one of {', '.join(FORMATS)}")
+        dataset = read_dataset(resolve_dataset(name, known))
         sentences = list(dataset.broken)
         for sample in dataset.samples:
             try:
@@ -423,12 +440,12 @@ def _working(
     out: Path | None, threads: int | None, model_dir: Path | None, data: list[str] | None, quiet: bool, as_json: bool
 ) -> Iterator[tuple[Options, Any]]:
     """Options for the pipeline, and the true standard output: libraries print to stderr meanwhile."""
-    from quant.pipeline import Options
+    from quant.job import Options
 
     warnings.filterwarnings("ignore")
     os.environ.setdefault("FLAGS_enable_pir_api", "0")  # before any import of paddle
     results = _results_dir(out)
-    with _own_stdout(as_json) as stdout, _progress(quiet) as progress:
+    with _own_stdout(as_json) as stdout, _warnings_shown(), _progress(quiet) as progress:
         yield Options(results, threads or os.cpu_count() or 1, progress, model_dir, tuple(data or ())), stdout
 
 
@@ -447,6 +464,20 @@ def _own_stdout(as_json: bool) -> Iterator[Any]:
         finally:
             sys.stdout.flush()
             os.dup2(stdout.fileno(), 1)
+
+
+@contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """What is left out is said on standard error, also with --quiet and whatever libraries do to the root logger."""
+    handler, log = logging.StreamHandler(sys.stderr), logging.getLogger("quant")
+    handler.setFormatter(logging.Formatter("quant: %(message)s"))
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = True
 
 
 @contextmanager
@@ -469,45 +500,91 @@ def _results_dir(out: Path | None) -> Path:
     return (checkout if inside else Path.cwd()) / "results"
 
 
-def _finish(rows: list[JudgedRow | SkippedRow], as_json: bool, stdout: Any, folders: list[tuple[Path, bool]]) -> int:
+@dataclass
+class _Outcome:
+    """Rows of several models, folders written or found unchanged, and whether an input was broken."""
+
+    rows: list[JudgedRow | SkippedRow] = field(default_factory=list)
+    folders: list[tuple[Path, bool]] = field(default_factory=list)
+    broken: bool = False
+
+    @contextmanager
+    def collecting(self, recipe: Recipe, alone: bool) -> Iterator[None]:
+        """What is missing becomes skipped rows; so does what is broken, unless the model was asked for alone."""
+        from quant.judging import skipped_rows
+
+        targets = list(recipe.targets)
+        try:
+            yield
+        except Unavailable as error:
+            self.rows += skipped_rows(recipe, targets, error.reason, error.fix)
+        except InputError as error:
+            if alone:
+                raise
+            self.broken = True
+            fix = f"Mend it, then run the command for {recipe.name} again"
+            self.rows += skipped_rows(recipe, targets, str(error), fix)
+
+
+def _finish(outcome: _Outcome, as_json: bool, stdout: Any) -> int:
     from eval.gate import EvalReport, exit_code
 
     if as_json:
-        stdout.write(EvalReport(rows=rows).to_json())
+        stdout.write(EvalReport(rows=outcome.rows).to_json())
         stdout.flush()
     else:
         from eval.report import print_report
 
-        print_report(rows)
-        for folder, reused in folders:
+        print_report(outcome.rows)
+        for folder, reused in outcome.folders:
             print(f"{'unchanged, nothing to do' if reused else 'written'}: {folder}")
-    return exit_code(rows)
+    return exit_code(outcome.rows) or (INPUT_ERROR if outcome.broken else 0)
 
 
-def _print_dry_run(job: Any, options: Options) -> None:
+def _run_outline(job: Job, options: Options) -> dict[str, Any]:
+    """What `quant run` would do."""
     selection = job.selection
     folder = options.results / job.recipe.name / job.run_name
-    print(f"{job.recipe.name}: FP32 model from {job.files.source}")
-    for name, record in selection.records.items():
-        print(f"  data {name}: calibration {record.calibration}, search {record.search}, report {record.report}")
-    for name, reason in selection.unavailable.items():
-        print(f"  data {name}: not to be had, {reason}")
-    print(
-        f"  used: calibration {len(selection.calibration)}, search {len(selection.search)}, "
-        f"report {len(selection.report)}"
-    )
-    for target, choice in job.recipe.targets.items():
-        print(f"  target {target}: {choice.method}, {choice.activations} activations")
-    print(f"  {'done already' if folder.is_dir() else 'would be written'}: {folder}")
+    return {
+        "model": job.recipe.name,
+        "source": job.files.source,
+        "data": {name: record.model_dump(mode="json") for name, record in selection.records.items()},
+        "unavailable": selection.unavailable,
+        "samples": {
+            "calibration": len(selection.calibration),
+            "search": len(selection.search),
+            "report": len(selection.report),
+        },
+        "targets": {
+            target: f"{choice.method}, {choice.activations} activations"
+            for target, choice in job.recipe.targets.items()
+        },
+        "folder": str(folder),
+        "done": folder.is_dir(),
+    }
 
 
-def _skipped_rows(recipe: Recipe, error: Unavailable) -> list[SkippedRow]:
-    from eval.gate import SkippedRow
+def _eval_outline(found: Evaluation) -> dict[str, Any]:
+    """What `quant eval` would do."""
+    samples = found.job.selection.report
+    return {
+        "model": found.job.recipe.name,
+        "source": found.job.files.source,
+        "data": dict(sorted(Counter(sample.dataset for sample in samples).items())),
+        "samples": {"report": len(samples), "left out, seen before": found.dropped},
+        "targets": {target: "judged" for target in found.job.recipe.targets if target in found.manifest.artifacts},
+        "folder": str(found.folder),
+    }
 
-    return [
-        SkippedRow(model=recipe.name, task=recipe.task, target=target, reason=error.reason, fix=error.fix)
-        for target in recipe.targets
-    ]
+
+def _print_dry_runs(outlines: list[dict[str, Any]], as_json: bool, stdout: Any) -> None:
+    import yaml
+
+    if as_json:
+        stdout.write(json.dumps(outlines, indent=2, ensure_ascii=False) + "\n")
+    else:
+        stdout.write(yaml.safe_dump(outlines, sort_keys=False, allow_unicode=True, width=160))
+    stdout.flush()
 
 
 def _write_results_readme(results: Path) -> None:

@@ -93,7 +93,7 @@ def _run_child(files: ModelFiles, folder: Path, job: dict[str, Any]) -> None:
         cause = lines[-1].strip()[:200] if lines else f"the process ended with {child.returncode}"
         raise InputError(
             f"{files.model}: Paddle cannot load or convert this model ({cause}). "
-            "The file is damaged or no inference model; fetch it again with `quant models fetch`"
+            "It is damaged, or of another kind than the recipe's; fetch it again with `quant models fetch`"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from datetime import UTC, datetime
 from importlib import metadata
@@ -13,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quant.errors import InputError
 from quant.stage import file_digests
+
+log = logging.getLogger(__name__)
 
 PACKAGES = (
     "paddlepaddle",
@@ -50,6 +53,7 @@ class Manifest(BaseModel):
     model: str
     run: str
     created: str = Field(description="UTC, ISO 8601")
+    asked: str = Field(default="", description="when a finished run was asked for again, after another had been made")
     recipe: dict[str, Any]
     recipe_sha256: str
     source: str = Field(description="where the FP32 model came from")
@@ -95,9 +99,16 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def newest_run(results: Path, model: str) -> Path | None:
-    """Folder of a model's newest complete run, or None."""
-    folders = [path.parent for path in (results / model).glob("*/manifest.json")]
-    return max(folders, key=lambda folder: load_manifest(folder).created, default=None)
+    """Folder of the complete run of a model that was made or asked for last, or None; damaged ones are left out."""
+    times = {}
+    for path in sorted((results / model).glob("*/manifest.json")):
+        try:
+            manifest = load_manifest(path.parent)
+        except InputError as error:
+            log.warning("left out: %s", error)
+            continue
+        times[path.parent] = max(manifest.created, manifest.asked)
+    return max(times, key=lambda folder: times[folder], default=None)
 
 
 def newest_runs(results: Path) -> list[Path]:

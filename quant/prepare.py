@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from quant.fold import fold
 from quant.graph import Graph
 from quant.runtime import Feed, onnx_session
 from quant.source import ModelFiles
+from quant.task import TaskAdapter
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,34 @@ def prepare(files: ModelFiles, feeds: list[Feed], tolerance: float, threads: int
     return proof
 
 
+def check_kind(files: ModelFiles, adapter: TaskAdapter) -> None:
+    """Run a model on a grey picture and see whether its outputs are those of the task.
+
+    Raises:
+        InputError: they are not, or the model cannot be imported.
+    """
+    feed = adapter.preprocess(np.full((96, 320, 3), 128, dtype=np.uint8)).inputs
+    with TemporaryDirectory() as work:
+        check_outputs(files, adapter, feed, import_model(files, [feed], Path(work)).reference[0])
+
+
 def read_proof(folder: Path) -> Proof:
     """The proof that `prepare` wrote."""
     return Proof(**json.loads((folder / "proof.json").read_text(encoding="utf-8")))
+
+
+def check_outputs(files: ModelFiles, adapter: TaskAdapter, feed: Feed, outputs: list[np.ndarray]) -> None:
+    """See whether a model's outputs for a feed have the shape that the task decodes; raises InputError if not."""
+    expected = adapter.expected_shape(feed)
+    shapes = [value.shape for value in outputs]
+    fits = len(shapes) == 1 and len(shapes[0]) == len(expected)
+    if not fits or any(want not in (None, size) for want, size in zip(expected, shapes[0], strict=True)):
+        found = " and ".join(str(list(shape)) for shape in shapes)
+        wanted = ", ".join("any" if size is None else str(size) for size in expected)
+        raise InputError(
+            f"{files.model}: it writes {found} where the recipe's task and classes need [{wanted}]: "
+            "this is another model than the recipe's"
+        )
 
 
 def _renamed(imported: Imported, feed: Feed, files: ModelFiles) -> Graph:

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from quant.errors import InputError
 
@@ -27,6 +37,13 @@ RangeMethod = Literal["minmax", "percentile", "mse"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Angle = Literal[0, 90, 180, 270]
+
+METRICS: dict[Task, tuple[str, ...]] = {
+    "text_detection": ("hmean",),
+    "text_recognition": ("line_accuracy",),
+    "image_classification": ("top1",),
+}
+"""Names of the metrics in eval.metric that can judge each task; a table, as eval.metric loads numpy and shapely."""
 
 
 class _Part(BaseModel):
@@ -52,11 +69,12 @@ class Archive(_Part):
     edition: str = Field("", description="which weights, where several were published under one name")
     expect: Expectation | None = Field(None, description="of these weights, where it is not the recipe's")
 
-    @model_validator(mode="after")
-    def _hashes_of_files(self) -> Archive:
-        if self.sha256 and not self.packed:
+    @field_validator("sha256")
+    @classmethod
+    def _hashes_of_files(cls, sha256: Sha256 | None, info: ValidationInfo) -> Sha256 | None:
+        if sha256 and not info.data.get("packed", True):  # absent where packed itself is wrong
             raise ValueError("sha256 is that of an archive; give those of the files where packed is false")
-        return self
+        return sha256
 
 
 class WheelSource(_Part):
@@ -111,11 +129,12 @@ class Rotations(_Part):
     angles: list[Angle] = Field(min_length=2, description="clockwise, in the order of the model's classes")
     min_aspect: float = Field(0, ge=0, description="least width / height of an upright picture")
 
-    @model_validator(mode="after")
-    def _distinct(self) -> Rotations:
-        if len(set(self.angles)) < len(self.angles):
-            raise ValueError("an angle stands twice in angles")
-        return self
+    @field_validator("angles")
+    @classmethod
+    def _distinct(cls, angles: list[Angle]) -> list[Angle]:
+        if len(set(angles)) < len(angles):
+            raise ValueError("an angle stands twice")
+        return angles
 
 
 class Data(_Part):
@@ -180,7 +199,7 @@ class Latency(_Part):
 
 
 class Recipe(_Part):
-    """Facts and choices for one model."""
+    """Facts and choices for one model; `load_recipe` also checks that they fit each other."""
 
     schema_: Literal[1] = Field(alias="schema")
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -199,28 +218,6 @@ class Recipe(_Part):
     latency: Latency
     tolerance: float = Field(gt=0, description="largest difference allowed between original and prepared")
     seed: int = Field(0, ge=0)
-
-    @field_validator("targets")
-    @classmethod
-    def _runtimes_compute_it(cls, targets: dict[TargetName, TargetChoice]) -> dict[TargetName, TargetChoice]:
-        choice = targets.get("openvino")
-        if choice and choice.equalization == "all":
-            raise ValueError(
-                "openvino.equalization: OpenVINO computes all (dense convolutions) wrongly; allowed: none, depthwise"
-            )
-        choice = targets.get("paddle")
-        if choice and choice.activations == "uint8":
-            raise ValueError("paddle.activations: Paddle's INT8 programs know symmetric values alone; allowed: int8")
-        return targets
-
-    @model_validator(mode="after")
-    def _angles_are_classes(self) -> Recipe:
-        rotations, labels = self.data.rotations, class_labels(self)
-        if rotations and len(rotations.angles) != len(labels):
-            raise ValueError(
-                f"data.rotations has {len(rotations.angles)} angles, inference names {len(labels)} classes"
-            )
-        return self
 
     def content_hash(self) -> str:
         """Hex sha256 of everything the recipe says, after merging and overriding."""
@@ -273,19 +270,18 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         name: a model name, see `recipe_names`, or the path of a YAML file.
-        overrides: `key=value` pairs; dots descend into mappings, the value is YAML.
+        overrides: `key=value` pairs; dots descend into mappings and, by index, into lists; the value is YAML.
 
     Raises:
         InputError: no such recipe.
-        RecipeError: the file or an override is wrong; lists every problem.
+        RecipeError: the overrides or what they make of the file is wrong; lists every problem.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else recipes_dir() / f"{name}.yaml"
     if not path.is_file() or (Path(name).name != name and not name.endswith((".yaml", ".yml"))):
         known = ", ".join(recipe_names())
         raise InputError(f"no recipe for model '{name}'. Known models: {known} (see `quant list`)")
     document = _merged(path)
-    for override in overrides:
-        _override(document, override)
+    _apply(overrides, document)
     return _checked(path.name, document)
 
 
@@ -313,7 +309,7 @@ def _merged(path: Path) -> dict[str, Any]:
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, no date (2024-13-45)
         line = " ".join(str(error).split())
         raise RecipeError([RecipeProblem(path.name, "(file)", "unreadable", line)]) from error
     if not isinstance(document, dict):
@@ -330,28 +326,115 @@ def _deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(document: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise InputError(f"--set {override}: write it as key=value, for example --set calibration.samples=64")
+def _apply(overrides: Sequence[str], document: dict[str, Any]) -> None:
+    """Write all overrides into the document, or name every one that cannot be written."""
+    problems: list[RecipeProblem] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        try:
+            if not equals or not key:
+                raise ValueError("write it as key=value, for example --set calibration.samples=64")
+            _write(document, key, _yaml_value(text))
+        except ValueError as error:
+            value = _short(text) if equals else "(missing)"
+            problems.append(RecipeProblem("--set", key or "(missing)", value, str(error)))
+    if problems:
+        raise RecipeError(problems)
+
+
+def _yaml_value(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {key}: '{text}' is not a YAML value") from error
+        return yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: no date, like 2024-13-45
+        raise ValueError("is not a YAML value") from error
+
+
+def _write(document: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     place: Any = document
     for parent in parents:
-        place = place.setdefault(parent, {}) if isinstance(place, dict) else None
-    if not isinstance(place, dict):
-        raise InputError(f"--set {key}: there is no such key; `quant describe MODEL` shows all keys")
-    place[last] = value
+        slot = _slot(place, parent)
+        place = place.setdefault(slot, {}) if isinstance(place, dict) else place[slot]
+    place[_slot(place, last)] = value
+
+
+def _slot(place: Any, part: str) -> str | int:
+    """What a part of a dotted key is in `place`: a key of a mapping, an index of a list."""
+    if isinstance(place, dict):
+        return part
+    if not isinstance(place, list):
+        raise ValueError("there is no such key; `quant describe MODEL` shows all keys")
+    indexes = [str(index) for index in range(len(place))]
+    if part not in indexes:
+        raise ValueError(f"'{part}' must be an index, counted from 0, of a list of length {len(place)}")
+    return int(part)
 
 
 def _checked(file: str, document: dict[str, Any]) -> Recipe:
     try:
-        return Recipe.model_validate(document)
+        recipe = Recipe.model_validate(document)
     except ValidationError as error:
         raise RecipeError([_problem(file, detail) for detail in error.errors()]) from error
+    problems = [RecipeProblem(file, key, _short(value), allowed) for key, value, allowed in _misfits(recipe)]
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+Misfit = tuple[str, Any, str]
+"""Dotted key, value, what is allowed."""
+
+
+def _misfits(recipe: Recipe) -> Iterator[Misfit]:
+    """What is wrong only beside other fields. Outside of pydantic, which would name the first alone, without a key."""
+    yield from _not_json("inference", recipe.inference)
+    yield from _not_computed(recipe.targets)
+    yield from _foreign_sets(recipe)
+    rotations, labels = recipe.data.rotations, class_labels(recipe)
+    if rotations and len(rotations.angles) != len(labels):
+        angles = rotations.angles
+        yield "data.rotations.angles", angles, f"has {len(angles)} angles, inference names {len(labels)} classes"
+    if recipe.metric not in METRICS[recipe.task]:
+        yield "metric", recipe.metric, f"must be one of {', '.join(METRICS[recipe.task])} for {recipe.task}"
+
+
+def _not_json(key: str, value: Any) -> Iterator[Misfit]:
+    """YAML knows values that JSON does not: 2024-01-01 is a date, .inf is infinity, a key may be a number."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _not_json(f"{key}.{name}", item)
+            if not isinstance(name, str):
+                yield f"{key}.{name}", name, "a key must be text; write it in quotes"
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _not_json(f"{key}.{index}", item)
+    elif not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
+        yield key, value, "must be text, a finite number, true, false, null, a list or a mapping; write text in quotes"
+
+
+def _not_computed(targets: dict[TargetName, TargetChoice]) -> Iterator[Misfit]:
+    """Choices that a target's runtime does not compute."""
+    choice = targets.get("openvino")
+    if choice and choice.equalization == "all":
+        said = "OpenVINO computes all (dense convolutions) wrongly; allowed: none, depthwise"
+        yield "targets.openvino.equalization", choice.equalization, said
+    choice = targets.get("paddle")
+    if choice and choice.activations == "uint8":
+        said = "Paddle's INT8 programs know symmetric values alone; allowed: int8"
+        yield "targets.paddle.activations", choice.activations, said
+
+
+def _foreign_sets(recipe: Recipe) -> Iterator[Misfit]:
+    """Sets that are not registered, or serve neither the task nor the one whose pictures are turned."""
+    from calib_data.registry import dataset_names, load_entry  # not above: it imports this module
+
+    rotations, known = recipe.data.rotations, dataset_names()
+    tasks = {recipe.task, rotations.of} if rotations else {recipe.task}
+    # Files of sets are read when they are named here; all of them only where there is something to say.
+    foreign = [name for name in recipe.data.sets if name not in known or load_entry(name).task not in tasks]
+    if foreign:
+        allowed = [name for name in known if load_entry(name).task in tasks]
+        yield "data.sets", foreign, f"must be of {', '.join(allowed)}; folders are given with --data"
 
 
 def _problem(file: str, detail: Any) -> RecipeProblem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,9 @@ from quant.errors import InputError, Unavailable
 from quant.manifest import DataRecord
 from quant.recipe import Recipe, class_labels
 from quant.source import without_places
+
+log = logging.getLogger(__name__)
+NAMED = 5  # broken lines that are named on the terminal; the manifest has all
 
 
 @dataclass(frozen=True)
@@ -111,14 +115,23 @@ def _read(folder: DatasetFolder, recipe: Recipe) -> Dataset:
     """A set as the recipe's task wants it: upright pictures are turned, classes are those of the model."""
     rotations = recipe.data.rotations
     if rotations and folder.format == FORMATS[rotations.of]:
-        return turned(read_dataset(folder), rotations)
+        return turned(_read_lines(folder), rotations)
     known = class_labels(recipe)
     if folder.classes and len(folder.classes) != len(known):
         raise InputError(
             f"the data set {folder.name} has the classes {', '.join(folder.classes)}, "
             f"the model {recipe.name} has {', '.join(known)}; give another set"
         )
-    return read_dataset(folder)
+    return _read_lines(folder)
+
+
+def _read_lines(folder: DatasetFolder) -> Dataset:
+    dataset = read_dataset(folder)
+    if count := len(dataset.broken):
+        named = "; ".join(dataset.broken[:NAMED])
+        more = "" if count <= NAMED else f"; and {count - NAMED} more, see `quant data verify`"
+        log.warning("%s: %d broken label lines or pictures are left out: %s%s", folder.name, count, named, more)
+    return dataset
 
 
 def unused(datasets: Sequence[Dataset], used: Collection[str]) -> tuple[list[Sample], int]:

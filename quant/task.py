@@ -89,6 +89,10 @@ class TaskAdapter(Protocol):
         """Args: outputs: the model's outputs for one prepared picture; context: from `Prepared`."""
         ...
 
+    def expected_shape(self, inputs: Mapping[str, FloatArray]) -> tuple[int | None, ...]:
+        """Shape of the output for these inputs, None where any size will do: it tells foreign models apart."""
+        ...
+
 
 class TextDetection:
     """DB text detection. Input x [1, 3, H, W] with H and W multiples of 32, output [1, 1, H, W] in 0..1."""
@@ -143,6 +147,10 @@ class TextDetection:
             [np.asarray(polygon, dtype=np.int32) for polygon in polygons[0]], [float(score) for score in scores[0]]
         )
 
+    def expected_shape(self, inputs: Mapping[str, FloatArray]) -> tuple[int | None, ...]:
+        height, width = inputs[INPUT_NAME].shape[2:]
+        return 1, 1, height, width
+
 
 class TextRecognition:
     """CTC text line recognition. Input x [1, 3, 48, W], output [1, T, characters + 2], softmax."""
@@ -173,6 +181,7 @@ class TextRecognition:
         self._resize = OCRReisizeNormImg(rec_image_shape=image_shape)
         self._to_batch = ToBatch()
         self._decode = CTCLabelDecode(character_list=[str(character) for character in characters])
+        self._classes = len(characters) + 2  # the blank before, the space behind
 
     def preprocess(self, image: Image) -> Prepared:
         """Context: None."""
@@ -183,6 +192,9 @@ class TextRecognition:
     def postprocess(self, outputs: list[FloatArray], context: Any) -> TextPrediction:
         texts, scores = self._decode(outputs)
         return TextPrediction(texts[0], float(scores[0]))
+
+    def expected_shape(self, inputs: Mapping[str, FloatArray]) -> tuple[int | None, ...]:
+        return 1, None, self._classes
 
 
 class ImageClassification:
@@ -229,6 +241,9 @@ class ImageClassification:
     def postprocess(self, outputs: list[FloatArray], context: Any) -> ClassPrediction:
         indexes, scores, names = self._decode(outputs, topk=1)
         return ClassPrediction(int(indexes[0][0]), str(names[0][0]), float(scores[0][0]), self._classes)
+
+    def expected_shape(self, inputs: Mapping[str, FloatArray]) -> tuple[int | None, ...]:
+        return 1, self._classes
 
 
 _TASKS: dict[str, Callable[[Mapping[str, Any], str], TaskAdapter]] = {

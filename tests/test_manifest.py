@@ -94,6 +94,14 @@ def test_the_newest_run_is_the_one_that_was_made_last(tmp_path: Path) -> None:
     assert newest_runs(tmp_path) == [newest]
 
 
+def test_a_damaged_run_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = run_in(tmp_path, "aaaa", "2026-03-01T00:00:00+00:00")
+    (tmp_path / "m" / "bbbb").mkdir()
+    (tmp_path / "m" / "bbbb" / "manifest.json").write_text("{}", encoding="utf-8")
+    assert newest_run(tmp_path, "m") == good
+    assert "bbbb" in caplog.text
+
+
 def test_facts_of_this_machine() -> None:
     assert {"python", "numpy", "onnx", "paddlepaddle"} <= set(versions())
     assert processor()["cores"] >= 1

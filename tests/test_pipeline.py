@@ -21,10 +21,12 @@ from tiny_models import TinyNet
 
 from eval.dataset import read_image
 from eval.gate import JudgedRow, SkippedRow
-from quant import pipeline
+from quant import export, judging, pipeline
 from quant.errors import InputError, Unavailable
-from quant.manifest import Manifest, load_manifest, processor
-from quant.pipeline import Finished, Options, evaluate_model, run_model, start
+from quant.job import Options, start
+from quant.judging import evaluate_model
+from quant.manifest import Manifest, load_manifest, newest_run, processor
+from quant.pipeline import Finished, run_model
 from quant.plan import load_plan
 from quant.program import write_program
 from quant.recipe import Recipe, limited_to, load_recipe
@@ -39,6 +41,7 @@ LINES = 40
 TARGETS = ["onnxruntime", "openvino", "paddle"]
 ONNX_TARGETS = ["onnxruntime", "openvino"]
 TIMINGS = {"fp32_ms", "fp32_prepared_ms", "int8_ms", "speedup"}
+OWN = {*TIMINGS, "run"}
 RECIPE: dict[str, Any] = {
     "base": "text_recognition",
     "name": NAME,
@@ -201,8 +204,8 @@ def judged(finished: Finished) -> list[JudgedRow]:
     return rows
 
 
-def without_timings(finished: Finished, *targets: str) -> list[dict[str, Any]]:
-    return [row.model_dump(exclude=TIMINGS) for row in judged(finished) if row.target in targets]
+def comparable(finished: Finished, *targets: str) -> list[dict[str, Any]]:
+    return [row.model_dump(exclude=OWN) for row in judged(finished) if row.target in targets]
 
 
 def skipped(rows: list[JudgedRow | SkippedRow]) -> dict[str, SkippedRow]:
@@ -403,7 +406,7 @@ def test_stopped_in_every_stage_it_goes_on_and_does_nothing_twice(
     assert Counter(built) == {**dict.fromkeys(once, 1), "artifact": 2, "evaluation": 2}
     assert [path.name for path in (tmp_path / "results" / NAME).iterdir()] == [finished.folder.name]
     # It never was in one piece, shares nothing with the first run, and is the same.
-    assert without_timings(finished, *ONNX_TARGETS) == without_timings(first.finished, *ONNX_TARGETS)
+    assert comparable(finished, *ONNX_TARGETS) == comparable(first.finished, *ONNX_TARGETS)
     for target in ONNX_TARGETS:
         assert model_bytes(finished.folder / target) == model_bytes(first.folder / target)
         assert file_digests(finished.folder / target) == file_digests(first.folder / target)
@@ -432,6 +435,51 @@ def test_no_model(place: Place, tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
+def test_a_target_whose_runtime_is_missing_is_skipped(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def openvino_missing(target: Any, folder: Path, threads: int) -> Any:
+        if target == "openvino":
+            raise Unavailable("the runtime of target 'openvino' is not installed", "install it")
+        return open_session(target, folder, threads)
+
+    monkeypatch.setenv("QUANT_CACHE", str(tmp_path / "cache"))
+    for module in (judging, export):
+        monkeypatch.setattr(module, "open_session", openvino_missing)
+    finished = run_model(limited_to(place.recipe, ONNX_TARGETS), place.options(results=tmp_path / "results"))
+    assert {row.target for row in finished.report.rows if isinstance(row, JudgedRow)} == {"onnxruntime"}
+    rows = skipped([row for row in finished.report.rows if isinstance(row, SkippedRow)])
+    assert "not installed" in rows["openvino"].reason
+    assert list(load_manifest(finished.folder).artifacts) == ["onnxruntime"]
+    with pytest.raises(Unavailable, match="not installed"):
+        run_model(limited_to(place.recipe, ["openvino"]), place.options(results=tmp_path / "alone"))
+    assert not list((tmp_path / "alone" / NAME).iterdir())
+
+
+def test_a_model_of_another_kind(place: Place, tmp_path: Path) -> None:
+    """It has the task's input, and outputs that the task's dictionary cannot decode."""
+    other = write_model(tmp_path / "model", colour_reader())
+    described = (other / "inference.yml").read_text(encoding="utf-8")
+    (other / "inference.yml").write_text(described.replace("- g\n", "- g\n  - y\n"), encoding="utf-8")
+    with pytest.raises(InputError, match=r"it writes \[1, \d+, 5\] where .* need \[1, any, 6\].*another model"):
+        run_model(place.recipe, place.options(results=tmp_path / "results", model_dir=other))
+    assert not list((tmp_path / "results" / NAME).iterdir())
+
+
+def test_a_run_asked_for_again_is_the_newest(place: Place, first: First, tmp_path: Path) -> None:
+    options = place.options(results=tmp_path)
+    older = run_model(place.onnx_recipe, options)
+    manifest = load_manifest(older.folder)
+    manifest.model_copy(update={"created": "2026-01-01T00:00:00+00:00"}).save(older.folder)
+    newer = run_model(limited_to(place.recipe, ["openvino"]), options)
+    assert newest_run(tmp_path, NAME) == newer.folder
+    notes = (newer.folder / "manifest.json").read_bytes()
+    assert run_model(limited_to(place.recipe, ["openvino"]), options).reused
+    assert (newer.folder / "manifest.json").read_bytes() == notes, "it is the newest already"
+    assert run_model(place.onnx_recipe, options).reused
+    assert newest_run(tmp_path, NAME) == older.folder
+
+
 # --- FP32 against the newest run -------------------------------------------------------------------
 
 
@@ -448,16 +496,17 @@ def test_the_run_is_judged_on_its_own_report_split(place: Place, first: First, b
     assert built == [], "it was judged when the run was made"
 
 
-def test_samples_that_calibration_or_search_saw_are_left_out(place: Place, first: First, tmp_path: Path) -> None:
+def test_samples_that_calibration_or_search_saw_are_left_out(
+    place: Place, first: First, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     mine = Path(shutil.copytree(place.root / "data" / "iiit5k_rec", tmp_path / "mine"))
     write_lines(mine, 5, 2, 55)
     manifest = load_manifest(first.folder)
     digests = {name: digest[:16] for name, digest in file_digests(mine).items() if name.endswith(".png")}
     seen = {*manifest.calibration_ids, *manifest.search_ids} & set(digests.values())
     assert seen
-    place.said.clear()
     report = evaluate_model(place.onnx_recipe, place.options(data=(str(mine),)))
-    assert f"samples left out because calibration or search saw them: {len(seen)}" in place.said
+    assert f"left out because calibration or search saw them: {len(seen)} samples" in caplog.messages
     rows = [row for row in report.rows if isinstance(row, JudgedRow)]
     assert [(row.dataset, row.samples) for row in rows] == [
         (name, LINES + 5 - len(seen)) for name in ("pooled", "mine")
@@ -474,15 +523,17 @@ def test_nothing_is_left_where_calibration_saw_everything(place: Place, first: F
         evaluate_model(place.onnx_recipe, place.options(data=(str(mine),)))
 
 
-def test_a_broken_picture_is_named_and_left_out(place: Place, first: First, tmp_path: Path) -> None:
+def test_a_broken_picture_is_named_and_left_out(
+    place: Place, first: First, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     mine = write_lines(tmp_path / "mine", 4, 2, 66)
     head = (mine / "66-0.png").read_bytes()[:45]
     (mine / "66-0.png").write_bytes(head)
     for _ in range(2):  # also when the outcomes come from a stored stage
-        place.said.clear()
+        caplog.clear()
         report = evaluate_model(place.onnx_recipe, place.options(data=(str(mine),)))
         assert [row.samples for row in report.rows if isinstance(row, JudgedRow)] == [3, 3]
-        (sentence,) = [what for what in place.said if what.startswith("left out: ")]
+        (sentence,) = [message for message in caplog.messages if message.startswith("left out: ")]
         assert str(mine / "66-0.png") in sentence
 
 
@@ -518,7 +569,7 @@ def test_a_runtime_that_is_not_installed(
     def missing(target: str, folder: Path, threads: int) -> None:
         raise Unavailable(f"the runtime of target '{target}' is not installed", "install it")
 
-    monkeypatch.setattr(pipeline, "open_session", missing)
+    monkeypatch.setattr(judging, "open_session", missing)
     mine = write_lines(tmp_path / "mine", 4, 2, 88)
     rows = skipped(evaluate_model(place.onnx_recipe, place.options(data=(str(mine),))).rows)
     assert (rows["onnxruntime"].reason, rows["onnxruntime"].fix) == (

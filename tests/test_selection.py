@@ -85,3 +85,19 @@ def test_angles_have_to_be_the_classes_of_the_model() -> None:
         load_recipe(LINES, ["data.rotations.angles=[0, 90, 180]"])
     with pytest.raises(RecipeError, match="an angle stands twice"):
         load_recipe(LINES, ["data.rotations.angles=[0, 0]"])
+
+
+def test_folders_of_one_name_are_told_apart_and_share_no_sample(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = (upright_lines(tmp_path / place / "pooled", count) for place, count in (("a", 30), ("b", 40)))
+    with (tmp_path / "b" / "pooled" / "label.txt").open("a") as labels:
+        labels.write("images/none.png\ttext\n")
+    chosen = select(load_recipe("PP-OCRv4_mobile_rec"), [one, other], None)
+    first, second = "folder-pooled", "folder-pooled-2"
+    assert list(chosen.records) == [first, second]
+    counts = {name: r.calibration + r.search + r.report for name, r in chosen.records.items()}
+    assert counts == {first: 30, second: 10}, "the other thirty pictures of the second folder are those of the first"
+    assert {sample.dataset for sample in chosen.report} == {first, second}
+    (said,) = caplog.messages
+    assert said.startswith("folder-pooled: 1 broken label lines") and "none.png" in said

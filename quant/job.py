@@ -1,0 +1,157 @@
+"""What every stage starts from: the recipe, the model, the samples, and the prepared FP32 model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import onnx
+
+from eval.dataset import Sample
+from eval.evaluation import readable
+from quant.archive import Progress
+from quant.errors import InputError
+from quant.graph import Graph
+from quant.manifest import versions
+from quant.prepare import check_outputs, prepare
+from quant.recipe import Recipe
+from quant.runtime import Feed, onnx_session
+from quant.selection import Selection, select
+from quant.source import SHIPPED_FILES, ModelFiles, cache_dir, resolve_model
+from quant.stage import StageStore, code_digest, digest
+from quant.task import TaskAdapter, make_task
+
+PROOF_PICTURES = 3
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says beside the recipe."""
+
+    results: Path
+    threads: int
+    progress: Progress
+    model_dir: Path | None = None
+    data: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run starts from."""
+
+    recipe: Recipe
+    options: Options
+    files: ModelFiles
+    selection: Selection
+    store: StageStore
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What every stage of the model depends on."""
+        return {
+            "model": self.files.sha256,
+            "inference": digest(self.files.inference_yml),
+            "threads": self.options.threads,
+            "versions": versions(),
+            "task": self.recipe.task,
+        }
+
+    @property
+    def adapter(self) -> TaskAdapter:
+        return make_task(self.recipe.task, self.files.inference_yml, self.recipe.name)
+
+    @property
+    def run_name(self) -> str:
+        selection = self.selection
+        splits = (selection.calibration, selection.search, selection.report)
+        return digest(
+            {
+                **self.key,
+                "code": code_digest(),
+                "recipe": self.recipe.content_hash(),
+                "samples": [sample_ids(split) for split in splits],
+                "labels": labels_digest([*selection.search, *selection.report]),
+            }
+        )[:12]
+
+
+def start(recipe: Recipe, options: Options) -> Job:
+    """Find the model and the data of a run."""
+    files = resolve_model(recipe, options.model_dir, options.progress)
+    selection = select(recipe, options.data, options.progress)
+    return Job(recipe, options, files, selection, StageStore(cache_dir() / "stages"))
+
+
+def prepared_stage(job: Job) -> Path:
+    """Stage: the folded FP32 model in `prepared`, the model as shipped in both formats in `shipped`, and the proof."""
+
+    def build(folder: Path) -> None:
+        feeds = first_feeds(job, job.selection.calibration or job.selection.report, PROOF_PICTURES)
+        job.options.progress(f"{job.recipe.name}: importing and folding", 0, 1)
+        prepare(job.files, feeds, job.recipe.tolerance, job.options.threads, folder)
+        session = onnx_session(folder / "imported.onnx", job.options.threads)
+        check_outputs(job.files, job.adapter, feeds[0], session.run(feeds[0]))
+        shipped, prepared = folder / "shipped", folder / "prepared"
+        for old, new in (("imported.onnx", shipped), ("prepared.onnx", prepared)):
+            new.mkdir()
+            (folder / old).rename(new / "inference.onnx")
+        for source, name in zip((job.files.model, job.files.params), SHIPPED_FILES[job.files.format], strict=True):
+            shutil.copyfile(source, shipped / name)
+        shutil.rmtree(folder / "import")
+        job.options.progress(f"{job.recipe.name}: importing and folding", 1, 1)
+
+    return job.store.result("prepared", {**job.key, "tolerance": job.recipe.tolerance}, build)
+
+
+def prepared_graph(job: Job) -> Graph:
+    return Graph(onnx.load(prepared_stage(job) / "prepared" / "inference.onnx"))
+
+
+def calibration_feeds(job: Job, what: str, limit: int | None = None) -> Iterator[Feed]:
+    samples = job.selection.calibration[:limit]
+    pictures = readable(samples, job.adapter, [])
+    for _, prepared in tracked(pictures, job.options.progress, f"{job.recipe.name}: {what}", len(samples)):
+        yield prepared.inputs
+
+
+def first_feeds(job: Job, samples: Sequence[Sample], count: int) -> list[Feed]:
+    """The first pictures that can be read."""
+    feeds = [prepared.inputs for _, prepared in islice(readable(samples, job.adapter, []), count)]
+    if not feeds:
+        raise InputError(f"none of {len(samples)} pictures can be read, first {samples[0].image}; give another --data")
+    return feeds
+
+
+def tracked(items: Iterable[Item], progress: Progress, what: str, total: int) -> Iterator[Item]:
+    """Report every item that has been worked on."""
+    progress(what, 0, total)
+    for done, item in enumerate(items, start=1):
+        yield item
+        progress(what, done, total)
+
+
+def counted(progress: Progress, what: str, total: int) -> Callable[[], None]:
+    """A callable that reports one more of `total`."""
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(what, done, total)
+
+    progress(what, 0, total)
+    return step
+
+
+def sample_ids(samples: Sequence[Sample]) -> list[str]:
+    return [sample.id for sample in samples]
+
+
+def labels_digest(samples: Sequence[Sample]) -> str:
+    """Hash of sets and labels: a label that was mended is another input."""
+    return digest([(sample.dataset, str(sample.label)) for sample in samples])

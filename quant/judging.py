@@ -1,0 +1,197 @@
+"""Artifacts judged on their own runtimes against the FP32 model as shipped: for a run, and for `quant eval`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.benchmark import interleaved_latency
+from eval.dataset import Sample, by_shape, picture_of
+from eval.evaluation import compare, judged_rows, load_outcomes
+from eval.gate import EvalReport, JudgedRow, SkippedRow
+from eval.metric import make_metric
+from quant.errors import InputError, Unavailable
+from quant.job import Job, Options, counted, labels_digest, prepared_graph, prepared_stage, sample_ids
+from quant.manifest import Manifest, load_manifest, newest_run, versions
+from quant.plan import QuantPlan, load_plan
+from quant.recipe import Recipe, TargetName
+from quant.runtime import Session, model_files, open_session, streams, target_format
+from quant.selection import Selection, find_datasets, select, unused
+from quant.source import cache_dir, resolve_model
+from quant.stage import StageStore, file_digests
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The newest run of a model and the samples that it is to be judged on.
+
+    Attributes:
+        dropped: how many samples are left out because calibration or search saw them.
+    """
+
+    folder: Path
+    manifest: Manifest
+    job: Job
+    dropped: int
+
+
+def evaluate_model(recipe: Recipe, options: Options) -> EvalReport:
+    """FP32 against the newest run's artifacts: a row per set, and the pooled row of every target.
+
+    What cannot be had becomes a skipped row.
+
+    Raises:
+        InputError: a set is broken, or the run has seen every sample of it.
+    """
+    try:
+        found = find_evaluation(recipe, options)
+    except Unavailable as error:
+        return EvalReport(rows=skipped_rows(recipe, list(recipe.targets), error.reason, error.fix))
+    folder, samples = found.folder, found.job.selection.report
+    rows: list[JudgedRow | SkippedRow] = []
+    for target in recipe.targets:
+        if target in found.manifest.artifacts:
+            plan = load_plan(folder / "plans" / target)
+            rows += judge_target(found.job, target, plan, folder / target, samples, folder.name)
+        else:
+            fix = f"Run `quant run {recipe.name}`"
+            rows += skipped_rows(recipe, [target], "the newest run has no such target", fix)
+    return EvalReport(rows=rows)
+
+
+def find_evaluation(recipe: Recipe, options: Options) -> Evaluation:
+    """The newest run, its FP32 model, and samples that neither calibration nor search saw.
+
+    With `options.data` those are all samples of these sets, else the report split of the recipe's sets.
+
+    Raises:
+        Unavailable: no run, or not of this model; the model or a set cannot be had.
+        InputError: a set is broken, or the run has seen every sample of it.
+    """
+    folder = newest_run(options.results, recipe.name)
+    if folder is None:
+        command = f"Run `quant run {recipe.name}` (or `make quant MODEL={recipe.name}`)"
+        raise Unavailable("not quantized yet", command)
+    manifest, again = load_manifest(folder), f"Run `quant run {recipe.name}` again"
+    if not manifest.intact(folder):
+        raise Unavailable(f"the artifacts in {folder} are damaged", again)
+    samples, dropped = _unseen(recipe, options, {*manifest.calibration_ids, *manifest.search_ids})
+    files = resolve_model(recipe, options.model_dir, options.progress)
+    if set(files.sha256.values()) != set(manifest.model_sha256.values()):
+        raise Unavailable(f"the newest run is of another FP32 model than {files.source}", again)
+    job = Job(recipe, options, files, Selection([], [], samples, {}, {}), StageStore(cache_dir() / "stages"))
+    return Evaluation(folder, manifest, job, dropped)
+
+
+def _unseen(recipe: Recipe, options: Options, used: set[str]) -> tuple[list[Sample], int]:
+    if not options.data:
+        report = select(recipe, (), options.progress).report
+        seen = {picture_of(sample_id) for sample_id in used}
+        kept = [sample for sample in report if sample.picture not in seen]
+        return kept, len(report) - len(kept)
+    datasets, _ = find_datasets(recipe, options.data, options.progress)
+    samples, dropped = unused(datasets, used)
+    if dropped:
+        log.warning("left out because calibration or search saw them: %d samples", dropped)
+    if not samples:
+        raise InputError("every sample was used for calibration or search; give another set with --data")
+    return samples, dropped
+
+
+def judge_target(
+    job: Job, target: TargetName, plan: QuantPlan, artifact: Path, samples: Sequence[Sample], run: str
+) -> list[JudgedRow | SkippedRow]:
+    """Judge one artifact on its own runtime against the FP32 model as shipped on the same runtime."""
+    recipe, metric = job.recipe, make_metric(job.recipe.metric)
+    try:
+        stored = _judged_stage(job, target, artifact, samples)
+        outcomes = load_outcomes(stored / "outcomes.npz")
+        for sentence in outcomes.broken:
+            log.warning("left out: %s", sentence)
+        facts = _facts(job, target, plan, artifact, _read_json(stored / "latency.json"))
+        return judged_rows(recipe, target, outcomes, metric, {**facts, "run": run})
+    except Unavailable as error:
+        return skipped_rows(recipe, [target], error.reason, error.fix)
+
+
+def _judged_stage(job: Job, target: TargetName, artifact: Path, samples: Sequence[Sample]) -> Path:
+    """Stage: outcomes of every sample, and latencies."""
+    recipe, threads = job.recipe, job.options.threads
+    shipped = prepared_stage(job) / "shipped"
+    key = {
+        "artifact": file_digests(artifact),
+        "fp32": job.files.sha256,
+        "target": target,
+        "samples": sample_ids(samples),
+        "labels": labels_digest(samples),
+        "metric": recipe.metric,
+        "datasets": [s.dataset for s in samples],
+        "latency": recipe.latency.model_dump(),
+        "threads": threads,
+        "versions": versions(),
+    }
+
+    def build(folder: Path) -> None:
+        advance = counted(job.options.progress, f"{recipe.name}: evaluating {target}", len(samples))
+        workers, each = streams(target, threads)
+
+        def open_pair() -> tuple[Session, Session]:
+            return open_session(target, shipped, each), open_session(target, artifact, each)
+
+        outcomes = compare(open_pair, by_shape(samples), job.adapter, make_metric(recipe.metric), workers, advance)
+        outcomes.save(folder / "outcomes.npz")
+        latency = _latency(job, target, artifact)
+        (folder / "latency.json").write_text(json.dumps(latency), encoding="utf-8")
+
+    return job.store.result("evaluation", key, build)
+
+
+def _latency(job: Job, target: TargetName, artifact: Path) -> dict[str, float]:
+    """Median milliseconds of FP32 as shipped, FP32 prepared (ONNX targets) and INT8."""
+    prepared, threads = prepared_stage(job), job.options.threads
+    folders = {"fp32": prepared / "shipped", "int8": artifact}
+    sessions = {name: open_session(target, folder, threads) for name, folder in folders.items()}
+    feed = {name: _noise(job.recipe) for name in prepared_graph(job).inputs}
+    if target_format(target) == "onnx":
+        sessions["fp32_prepared"] = open_session(target, prepared / "prepared", threads)
+    return interleaved_latency(sessions, feed, job.recipe.latency.runs)
+
+
+def _noise(recipe: Recipe) -> np.ndarray:
+    return np.random.default_rng(recipe.seed).uniform(-1, 1, recipe.latency.shape).astype(np.float32)
+
+
+def _facts(job: Job, target: TargetName, plan: QuantPlan, artifact: Path, latency: dict[str, float]) -> dict[str, Any]:
+    sizes = {
+        place: sum(path.stat().st_size for path in model_files(folder, target_format(target)))
+        for place, folder in (("fp32", prepared_stage(job) / "shipped"), ("int8", artifact))
+    }
+    return {
+        "coverage": plan.coverage(),
+        "method": plan.method,
+        "fp32_bytes": sizes["fp32"],
+        "int8_bytes": sizes["int8"],
+        "latency_shape": job.recipe.latency.shape,
+        "fp32_ms": latency["fp32"],
+        "fp32_prepared_ms": latency.get("fp32_prepared"),
+        "int8_ms": latency["int8"],
+        "speedup": latency["fp32"] / latency["int8"],
+    }
+
+
+def skipped_rows(recipe: Recipe, targets: Sequence[TargetName], reason: str, fix: str) -> list[JudgedRow | SkippedRow]:
+    return [
+        SkippedRow(model=recipe.name, task=recipe.task, target=target, reason=reason, fix=fix) for target in targets
+    ]
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -1,0 +1,215 @@
+"""The plan of one target: calibrate or ask PaddleSlim, equalize, round, correct, then climb the ladder."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+
+from eval.dataset import Sample
+from eval.evaluation import readable
+from eval.metric import make_metric
+from eval.statistics import estimate_drop
+from quant.calibration import collect_statistics, count_work, load_statistics, save_statistics
+from quant.equalization import Equalizer, equalize, load_equalizers, make_equalizers, save_equalizers
+from quant.graph import Graph
+from quant.job import (
+    Job,
+    calibration_feeds,
+    counted,
+    first_feeds,
+    labels_digest,
+    prepared_graph,
+    prepared_stage,
+    sample_ids,
+    tracked,
+)
+from quant.ladder import SearchScore, climb
+from quant.observer import make_range_method
+from quant.plan import Operator, QuantPlan, quantizable_operators
+from quant.ptq import activation_tensors, correct_biases, make_plan, with_damages
+from quant.recipe import EqualizationScope, TargetChoice
+from quant.rounding import collect_moments, round_by_moments
+from quant.runtime import Feed, Session, onnx_session
+from quant.sensitivity import measure_damages, output_error
+from quant.simulation import simulated_model
+from quant.stage import file_digests
+
+
+def planned_stage(job: Job, choice: TargetChoice) -> Path:
+    """Stage: the plan that the ladder chose, with `ladder.json`."""
+    recipe = job.recipe
+    key = {
+        **job.key,
+        "choice": choice.model_dump(),
+        "calibration": recipe.calibration.model_dump(),
+        "ladder": recipe.ladder.model_dump(),
+        "slim": recipe.paddleslim.model_dump(),
+        "gate": recipe.gate.model_dump(),
+        "samples": [sample_ids(job.selection.calibration), sample_ids(job.selection.search)],
+        "labels": labels_digest(job.selection.search),
+        "latency": recipe.latency.model_dump(),
+        "metric": recipe.metric,
+        "seed": recipe.seed,
+    }
+
+    def build(folder: Path) -> None:
+        graph = prepared_graph(job)
+        equalizers = _equalizers(job, graph, choice.equalization)
+        equalized = equalize(graph, equalizers, equalizers)
+        plan = _base_plan(job, equalized, choice)
+        plan.equalizers = equalizers
+        if recipe.calibration.rounding == "second_moment":
+            feeds = calibration_feeds(job, "rounding weights", recipe.calibration.rounding_samples)
+            moments = collect_moments(equalized, plan.operators, feeds, job.options.threads, recipe.seed)
+            plan.integers = round_by_moments(equalized, plan, moments, biases_follow=recipe.calibration.bias_correction)
+            plan.notes.append(f"weights rounded by second moments: {', '.join(sorted(moments))}")
+        if recipe.calibration.bias_correction:
+            feeds = calibration_feeds(job, "correcting biases")
+            plan.bias_shifts = correct_biases(equalized, plan, feeds, job.options.threads)
+        plan.operators = with_damages(plan.operators, _damages(job, graph, plan))
+        minimum = recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage
+        chosen, rungs = climb(plan, recipe.ladder, recipe.gate, minimum, _SearchJudge(job, graph))
+        chosen.save(folder)
+        (folder / "ladder.json").write_text(json.dumps([r.document() for r in rungs], sort_keys=True), encoding="utf-8")
+
+    return job.store.result("plan", key, build)
+
+
+def _equalizers(job: Job, graph: Graph, scope: EqualizationScope) -> dict[str, Equalizer]:
+    """Stage: the equalizers of a scope."""
+
+    def build(folder: Path) -> None:
+        feeds = calibration_feeds(job, "equalizing channels")
+        save_equalizers(make_equalizers(graph, scope, feeds, job.options.threads), folder)
+
+    key = {**job.key, "samples": sample_ids(job.selection.calibration), "scope": scope}
+    return load_equalizers(job.store.result("equalization", key, build))
+
+
+def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
+    """Everything in INT8: ranges by our own calibration or by PaddleSlim."""
+    recipe = job.recipe
+    operators = _operators(job, graph)
+    prepared_sha256 = file_digests(prepared_stage(job) / "prepared")["inference.onnx"]
+    if choice.method == "paddleslim":
+        from quant.slim import load_scales, slim_plan, slim_scales
+
+        samples = job.selection.calibration[: recipe.paddleslim.samples]
+        key = {
+            **job.key,
+            "slim": recipe.paddleslim.model_dump(),
+            "samples": sample_ids(samples),
+            "equalized": [choice.equalization, sample_ids(job.selection.calibration)],
+        }
+
+        def build(folder: Path) -> None:
+            feeds = (prepared.inputs for _, prepared in readable(samples, job.adapter, []))
+            what = f"{recipe.name}: PaddleSlim PTQ"
+            advance = partial(job.options.progress, what)
+            slim_scales(graph, feeds, recipe.paddleslim, folder, advance).save(folder)
+
+        scales = load_scales(job.store.result("slim", key, build))
+        return slim_plan(
+            graph,
+            operators,
+            scales,
+            model=recipe.name,
+            target="",
+            dtype=choice.activations,
+            prepared_sha256=prepared_sha256,
+        )
+    statistics = load_statistics(_calibrated(job, graph, operators, choice.equalization) / "statistics.npz")
+    method = make_range_method(recipe.calibration.range, recipe.calibration.percentile)
+    return make_plan(
+        graph,
+        operators,
+        statistics,
+        method,
+        model=recipe.name,
+        dtype=choice.activations,
+        prepared_sha256=prepared_sha256,
+    )
+
+
+def _calibrated(job: Job, graph: Graph, operators: list[Operator], scope: EqualizationScope) -> Path:
+    """Stage: histograms of every activation that may be quantized."""
+
+    def build(folder: Path) -> None:
+        tensors = activation_tensors(operators)
+        feeds = calibration_feeds(job, "calibrating")
+        save_statistics(collect_statistics(graph, tensors, feeds, job.options.threads), folder / "statistics.npz")
+
+    key = {**job.key, "samples": sample_ids(job.selection.calibration), "equalized": scope}
+    return job.store.result("calibration", key, build)
+
+
+def _damages(job: Job, graph: Graph, plan: QuantPlan) -> dict[str, float]:
+    recipe = job.recipe
+    feeds = first_feeds(job, job.selection.search, recipe.ladder.damage_samples)
+    advance = counted(job.options.progress, f"{recipe.name}: damage per operator", len(plan.quantized()))
+    return measure_damages(graph, plan, feeds, job.options.threads, advance)
+
+
+@dataclass(frozen=True)
+class _SearchJudge:
+    """Judges plans on the search split, in simulation on onnxruntime."""
+
+    job: Job
+    graph: Graph
+
+    def error(self, plan: QuantPlan) -> float:
+        feeds, exact = self._exact
+        return output_error(self._session(plan, self.job.options.threads), feeds, exact)
+
+    def score(self, plan: QuantPlan) -> SearchScore:
+        recipe = self.job.recipe
+        what = f"{recipe.name}: search split, coverage {plan.coverage():.3f}"
+        scores = _search_scores(self.job, self._session(plan, 1), what)
+        exact = np.load(_exact_search_scores(self.job, self.graph) / "scores.npy", allow_pickle=False)
+        estimate = estimate_drop(make_metric(recipe.metric), exact, scores, seed=recipe.seed)
+        return SearchScore(estimate.drop, estimate.relative_drop, estimate.discordance, estimate.samples)
+
+    @cached_property
+    def _exact(self) -> tuple[list[Feed], list[list[np.ndarray]]]:
+        feeds = first_feeds(self.job, self.job.selection.search, self.job.recipe.ladder.error_samples)
+        session = onnx_session(self.graph.to_model(), self.job.options.threads)
+        return feeds, [session.run(feed) for feed in feeds]
+
+    def _session(self, plan: QuantPlan, threads: int) -> Session:
+        return onnx_session(simulated_model(self.graph, plan), threads)
+
+
+def _exact_search_scores(job: Job, graph: Graph) -> Path:
+    """Stage: the prepared FP32 model on the search split; every plan is compared with it."""
+
+    def build(folder: Path) -> None:
+        session = onnx_session(graph.to_model(), 1)
+        scores = _search_scores(job, session, f"{job.recipe.name}: FP32 on the search split")
+        np.save(folder / "scores.npy", scores)
+
+    search = job.selection.search
+    key = {**job.key, "samples": sample_ids(search), "labels": labels_digest(search), "metric": job.recipe.metric}
+    return job.store.result("search", {**key, "tolerance": job.recipe.tolerance}, build)
+
+
+def _search_scores(job: Job, session: Session, what: str) -> np.ndarray:
+    """Counts of the metric for each readable picture of the search split; the session serves several threads."""
+    search, adapter, metric = job.selection.search, job.adapter, make_metric(job.recipe.metric)
+
+    def score(sample: Sample) -> list[np.ndarray]:
+        pictures = (prepared for _, prepared in readable([sample], adapter, []))
+        return [metric.score(adapter.postprocess(session.run(p.inputs), p.context), sample.label) for p in pictures]
+
+    with ThreadPoolExecutor(job.options.threads) as pool:
+        scores = tracked(pool.map(score, search), job.options.progress, what, len(search))
+        return np.array([counts for found in scores for counts in found])
+
+
+def _operators(job: Job, graph: Graph) -> list[Operator]:
+    feed = {name: np.zeros(job.recipe.latency.shape, dtype=np.float32) for name in graph.inputs}
+    return quantizable_operators(graph, count_work(graph, feed, job.options.threads).macs)
