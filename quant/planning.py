@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from eval.dataset import Sample
 from eval.evaluation import readable
 from eval.metric import make_metric
 from eval.statistics import estimate_drop
-from quant.bias import sequential_biases
 from quant.calibration import collect_statistics, count_work, load_statistics, save_statistics
 from quant.equalization import Equalizer, equalize, load_equalizers, make_equalizers, save_equalizers
 from quant.graph import Graph
@@ -64,32 +63,21 @@ def planned_stage(job: Job, choice: TargetChoice) -> Path:
         equalized = equalize(graph, equalizers, equalizers)
         plan = _base_plan(job, equalized, choice)
         plan.equalizers = equalizers
-        biases = recipe.calibration.bias_correction != "none"
         if recipe.calibration.rounding == "second_moment":
             feeds = calibration_feeds(job, "rounding weights", recipe.calibration.rounding_samples)
             moments = collect_moments(equalized, plan.operators, feeds, job.options.threads, recipe.seed)
-            plan.integers = round_by_moments(equalized, plan, moments, biases_follow=biases)
+            plan.integers = round_by_moments(equalized, plan, moments, biases_follow=recipe.calibration.bias_correction)
             plan.notes.append(f"weights rounded by second moments: {', '.join(sorted(moments))}")
-        if biases:
+        if recipe.calibration.bias_correction:
             feeds = calibration_feeds(job, "correcting biases")
             plan.bias_shifts = correct_biases(equalized, plan, feeds, job.options.threads)
         plan.operators = with_damages(plan.operators, _damages(job, graph, plan))
         minimum = recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage
-        judge, refine = _SearchJudge(job, graph), partial(_with_full_biases, job, graph)
-        chosen, rungs = climb(plan, recipe.ladder, recipe.gate, minimum, judge, refine)
+        chosen, rungs = climb(plan, recipe.ladder, recipe.gate, minimum, _SearchJudge(job, graph))
         chosen.save(folder)
         (folder / "ladder.json").write_text(json.dumps([r.document() for r in rungs], sort_keys=True), encoding="utf-8")
 
     return job.store.result("plan", key, build)
-
-
-def _with_full_biases(job: Job, graph: Graph, plan: QuantPlan) -> QuantPlan:
-    """The plan with biases that fit the operators that it quantizes, and one another."""
-    if job.recipe.calibration.bias_correction != "full":
-        return plan
-    feeds = first_feeds(job, job.selection.calibration, job.recipe.calibration.bias_samples)
-    advance = counted(job.options.progress, f"{job.recipe.name}: correcting biases", len(plan.quantized()))
-    return replace(plan, bias_shifts=sequential_biases(graph, plan, feeds, job.options.threads, advance))
 
 
 def _equalizers(job: Job, graph: Graph, scope: EqualizationScope) -> dict[str, Equalizer]:
