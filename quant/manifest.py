@@ -118,7 +118,7 @@ def newest_runs(results: Path) -> list[Path]:
 
 
 def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="microseconds")  # the newest of two runs in a second must be told
 
 
 def versions() -> dict[str, str]:
