@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from eval.gate import POOLED
 from quant.archive import Progress, install, staged
 from quant.errors import InputError, Unavailable
 from quant.recipe import Sha256, Task
@@ -18,6 +19,9 @@ from quant.source import cache_dir, search_path
 
 LabelFormat = Literal["det_label", "rec_label", "cls_label"]
 GeneratedKind = Literal["text_lines", "text_pages", "document_pages"]
+
+GENERATED = "generated-"
+"""What the names of generated sets begin with."""
 
 FORMATS: dict[Task, LabelFormat] = {
     "text_detection": "det_label",
@@ -169,7 +173,7 @@ def _own(folder: Path, tasks: list[Task]) -> DatasetFolder:
             labels = (folder / "train.txt",)
     source, licence = f"the folder {folder}", "the user's own"
     name = folder.name
-    if name == "pooled" or name.startswith("generated-"):  # these words mean something in the diff table
+    if name == POOLED or name.startswith(GENERATED):  # these words mean something in the diff table
         name = f"folder-{name}"
     return DatasetFolder(name, folder, labels, folder, label_format, source, licence, classes)
 
@@ -266,7 +270,7 @@ def generated_dataset(kind: GeneratedKind, samples: int, seed: int, progress: Pr
     fonts = generator.fonts_fingerprint(generator.find_fonts())
     facts = [kind, samples, seed, generator.GENERATOR_VERSION, fonts]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-    folder = cached_dir(f"generated-{kind}-{digest}")
+    folder = cached_dir(f"{GENERATED}{kind}-{digest}")
     if not folder.is_dir():
         write = getattr(generator, f"write_{kind}")
         what = f"generating {kind.replace('_', ' ')}"
@@ -285,4 +289,4 @@ def generated_dataset(kind: GeneratedKind, samples: int, seed: int, progress: Pr
     label_format: LabelFormat = "rec_label" if kind == "text_lines" else "det_label"
     source = f"the built-in generator (seed {seed})"
     labels = (folder / "label.txt",)
-    return DatasetFolder(f"generated-{kind}", folder, labels, folder, label_format, source, "generated, no terms")
+    return DatasetFolder(f"{GENERATED}{kind}", folder, labels, folder, label_format, source, "generated, no terms")

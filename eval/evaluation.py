@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from calib_data.registry import GENERATED
 from eval.dataset import BrokenPicture, Sample, picture_of, read_sample
 from eval.gate import POOLED, Evidence, JudgedRow, SkippedRow, judge
 from eval.metric import Metric
@@ -18,8 +19,6 @@ from eval.statistics import estimate_drop, samples_needed
 from quant.errors import InputError, Unavailable
 from quant.recipe import Recipe, TargetName
 from quant.runtime import Feed, Session, target_format
-
-GENERATED = "generated-"
 
 
 class Prepared(Protocol):

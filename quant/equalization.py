@@ -86,9 +86,7 @@ def save_equalizers(equalizers: Mapping[str, Equalizer], folder: Path) -> None:
     """Write equalizers.safetensors, the same bytes for the same equalizers."""
     from safetensors.numpy import save_file
 
-    parts = {f"{name}:factor": equalizer.factor for name, equalizer in equalizers.items()}
-    parts |= {f"{name}:centre": equalizer.centre for name, equalizer in equalizers.items()}
-    save_file({name: np.ascontiguousarray(parts[name]) for name in sorted(parts)}, folder / _FILE)
+    save_file(equalizer_tensors(equalizers), folder / _FILE)
 
 
 def load_equalizers(folder: Path) -> dict[str, Equalizer]:
@@ -96,8 +94,21 @@ def load_equalizers(folder: Path) -> dict[str, Equalizer]:
     from safetensors.numpy import load_file
 
     parts = load_file(folder / _FILE)
-    names = [key.removesuffix(":factor") for key in parts if key.endswith(":factor")]
-    return {name: Equalizer(parts[f"{name}:factor"], parts[f"{name}:centre"]) for name in sorted(names)}
+    return read_equalizers(parts, sorted(key.removesuffix(":factor") for key in parts if key.endswith(":factor")))
+
+
+def equalizer_tensors(equalizers: Mapping[str, Equalizer]) -> dict[str, np.ndarray]:
+    """Equalizers as they are stored, `<operator>:factor` and `<operator>:centre`."""
+    tensors = {}
+    for name in sorted(equalizers):
+        tensors[f"{name}:factor"] = np.ascontiguousarray(equalizers[name].factor)
+        tensors[f"{name}:centre"] = np.ascontiguousarray(equalizers[name].centre)
+    return tensors
+
+
+def read_equalizers(tensors: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, Equalizer]:
+    """The inverse of `equalizer_tensors` for some operators; raises KeyError where one is missing."""
+    return {name: Equalizer(tensors[f"{name}:factor"], tensors[f"{name}:centre"]) for name in names}
 
 
 def _rewrite(graph: Graph, node: NodeProto, equalizer: Equalizer) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from eval.benchmark import interleaved_latency
-from eval.dataset import Sample, by_shape, picture_of
+from eval.dataset import Sample, by_shape
 from eval.evaluation import compare, judged_rows, load_outcomes
 from eval.gate import EvalReport, JudgedRow, SkippedRow
 from eval.metric import make_metric
@@ -93,12 +93,9 @@ def find_evaluation(recipe: Recipe, options: Options) -> Evaluation:
 
 def _unseen(recipe: Recipe, options: Options, used: set[str]) -> tuple[list[Sample], int]:
     if not options.data:
-        report = select(recipe, (), options.progress).report
-        seen = {picture_of(sample_id) for sample_id in used}
-        kept = [sample for sample in report if sample.picture not in seen]
-        return kept, len(report) - len(kept)
+        return unused(select(recipe, (), options.progress).report, used)
     datasets, _ = find_datasets(recipe, options.data, options.progress)
-    samples, dropped = unused(datasets, used)
+    samples, dropped = unused((sample for dataset in datasets for sample in dataset.samples), used)
     if dropped:
         log.warning("left out because calibration or search saw them: %d samples", dropped)
     if not samples:
@@ -116,7 +113,7 @@ def judge_target(
         outcomes = load_outcomes(stored / "outcomes.npz")
         for sentence in outcomes.broken:
             log.warning("left out: %s", sentence)
-        facts = _facts(job, target, plan, artifact, _read_json(stored / "latency.json"))
+        facts = _facts(job, target, plan, artifact, json.loads((stored / "latency.json").read_text(encoding="utf-8")))
         return judged_rows(recipe, target, outcomes, metric, {**facts, "run": run})
     except Unavailable as error:
         return skipped_rows(recipe, [target], error.reason, error.fix)
@@ -191,7 +188,3 @@ def skipped_rows(recipe: Recipe, targets: Sequence[TargetName], reason: str, fix
     return [
         SkippedRow(model=recipe.name, task=recipe.task, target=target, reason=reason, fix=fix) for target in targets
     ]
-
-
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))

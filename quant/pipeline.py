@@ -10,7 +10,6 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from eval.gate import EvalReport, JudgedRow, SkippedRow
 from quant.archive import staged
@@ -97,7 +96,7 @@ def quantize(job: Job, target: TargetName) -> Quantized:
     """Plan and artifact of one target; targets with equal choices share their plan."""
     choice = job.recipe.targets[target]
     planned = planned_stage(job, choice)
-    rungs = [load_rung(document) for document in _read_json(planned / "ladder.json")]
+    rungs = [load_rung(document) for document in json.loads((planned / "ladder.json").read_text(encoding="utf-8"))]
     plan = load_plan(planned)
     plan.target = target
     graph = prepared_graph(job)
@@ -153,8 +152,3 @@ def _write_run(job: Job, quantized: dict[TargetName, Quantized], report: EvalRep
         versions=versions(),
         processor=processor(),
     ).save(folder)
-
-
-def _read_json(file: Path) -> list[dict[str, Any]]:
-    value: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
-    return value

@@ -7,14 +7,14 @@ On disk: `plan.json` (schema below) and `plan.safetensors` (integer weights and 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from quant.equalization import Equalizer, equalize
+from quant.equalization import Equalizer, equalize, equalizer_tensors, read_equalizers
 from quant.errors import InputError
 from quant.graph import Graph, attribute
 
@@ -127,19 +127,7 @@ class QuantPlan:
             keep = op.quantized and op.name in names
             change = {} if keep or not op.quantized else {"reason": reason}
             operators.append(op.model_copy(update={"quantized": keep, **change}))
-        return QuantPlan(
-            self.model,
-            self.target,
-            self.method,
-            self.prepared_sha256,
-            operators,
-            self.activations,
-            self.weights,
-            self.integers,
-            self.bias_shifts,
-            list(self.notes),
-            self.equalizers,
-        )
+        return replace(self, operators=operators, notes=list(self.notes))
 
     def document(self) -> dict[str, object]:
         """The JSON form."""
@@ -170,9 +158,8 @@ class QuantPlan:
             tensors[f"{name}:scale"] = np.ascontiguousarray(self.integers[name].scale)
         for name in sorted(set(self.bias_shifts) & set(self.quantized())):
             tensors[f"{name}:bias_shift"] = np.ascontiguousarray(self.bias_shifts[name])
-        for name in sorted(set(self.equalizers) & set(self.quantized())):
-            tensors[f"{name}:factor"] = np.ascontiguousarray(self.equalizers[name].factor)
-            tensors[f"{name}:centre"] = np.ascontiguousarray(self.equalizers[name].centre)
+        used = self.quantized()
+        tensors |= equalizer_tensors({name: e for name, e in self.equalizers.items() if name in used})
         save_file(tensors, folder / "plan.safetensors")
         text = json.dumps(self.document(), indent=1, sort_keys=True)
         (folder / "plan.json").write_text(text + "\n", encoding="utf-8")
@@ -189,9 +176,7 @@ def load_plan(folder: Path) -> QuantPlan:
         tensors = load_file(folder / "plan.safetensors")
         integers = {w.tensor: IntegerWeight(tensors[w.tensor], tensors[f"{w.tensor}:scale"]) for w in document.weights}
         bias_shifts = {name: tensors[f"{name}:bias_shift"] for name in document.bias_shifts}
-        equalizers = {
-            name: Equalizer(tensors[f"{name}:factor"], tensors[f"{name}:centre"]) for name in document.equalized
-        }
+        equalizers = read_equalizers(tensors, document.equalized)
     except (OSError, ValidationError, SafetensorError, UnicodeDecodeError, KeyError) as error:
         raise InputError(f"{folder}: no readable plan ({error.__class__.__name__}); run `quant run` again") from error
     return QuantPlan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from calib_data.registry import FORMATS, DatasetFolder, generated_dataset, resolve_dataset
@@ -134,9 +134,9 @@ def _read_lines(folder: DatasetFolder) -> Dataset:
     return dataset
 
 
-def unused(datasets: Sequence[Dataset], used: Collection[str]) -> tuple[list[Sample], int]:
+def unused(samples: Iterable[Sample], used: Collection[str]) -> tuple[list[Sample], int]:
     """All samples but those made from a picture whose samples `used` names, and how many were dropped."""
     pictures = {picture_of(sample_id) for sample_id in used}
-    samples = list({sample.id: sample for dataset in datasets for sample in dataset.samples}.values())
-    kept = [sample for sample in samples if sample.picture not in pictures]
-    return kept, len(samples) - len(kept)
+    different = {sample.id: sample for sample in samples}.values()
+    kept = [sample for sample in different if sample.picture not in pictures]
+    return kept, len(different) - len(kept)

@@ -65,7 +65,7 @@ def test_no_rotation_of_a_picture_that_was_used_is_judged(tmp_path: Path) -> Non
     first, second = datasets[0].samples[:2]
     assert first.picture == second.picture
     for used in (first, second):
-        kept, dropped = unused(datasets, {used.id})
+        kept, dropped = unused((sample for dataset in datasets for sample in dataset.samples), {used.id})
         assert dropped == 2 and first not in kept and second not in kept
 
 

@@ -371,11 +371,11 @@ def test_a_loader_that_crashes_or_hangs(folder: Path, monkeypatch: pytest.Monkey
         check_loadable(files)
 
 
-def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANT_CACHE", "~/elsewhere")
     assert cache_dir() == Path.home() / "elsewhere"
     monkeypatch.delenv("QUANT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/tmp/xdg")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_dir().name == "paddle-quant"
 
 
