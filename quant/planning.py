@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -30,8 +31,15 @@ from quant.job import (
 )
 from quant.ladder import SearchScore, climb
 from quant.observer import make_range_method
-from quant.plan import Operator, QuantPlan, quantizable_operators
-from quant.ptq import activation_tensors, correct_biases, make_plan, with_damages
+from quant.plan import Operator, QuantPlan, load_plan, quantizable_operators
+from quant.ptq import (
+    activation_tensors,
+    correct_biases,
+    make_plan,
+    observed_outputs,
+    stored_outputs,
+    with_damages,
+)
 from quant.recipe import EqualizationScope, TargetChoice
 from quant.rounding import collect_moments, round_by_moments
 from quant.runtime import Feed, Session, onnx_session
@@ -41,6 +49,24 @@ from quant.stage import file_digests
 
 
 def planned_stage(job: Job, choice: TargetChoice) -> Path:
+    """Stage: the plan of a target, with `ladder.json`.
+
+    Targets that differ in placement alone share one search, on the plan whose outputs are stored too: what passes
+    there passes without.
+    """
+    if choice.method == "paddleslim" or choice.placement == "outputs":
+        return _searched_stage(job, choice)
+    searched = _searched_stage(job, choice.model_copy(update={"placement": "outputs"}))
+
+    def build(folder: Path) -> None:
+        plan = replace(load_plan(searched), outputs={})
+        _with_biases(job, prepared_graph(job), plan).save(folder)
+        shutil.copyfile(searched / "ladder.json", folder / "ladder.json")
+
+    return job.store.result("placement", {**job.key, "plan": file_digests(searched)}, build)
+
+
+def _searched_stage(job: Job, choice: TargetChoice) -> Path:
     """Stage: the plan that the ladder chose, with `ladder.json`."""
     recipe = job.recipe
     key = {
@@ -68,16 +94,29 @@ def planned_stage(job: Job, choice: TargetChoice) -> Path:
             moments = collect_moments(equalized, plan.operators, feeds, job.options.threads, recipe.seed)
             plan.integers = round_by_moments(equalized, plan, moments, biases_follow=recipe.calibration.bias_correction)
             plan.notes.append(f"weights rounded by second moments: {', '.join(sorted(moments))}")
-        if recipe.calibration.bias_correction:
-            feeds = calibration_feeds(job, "correcting biases")
-            plan.bias_shifts = correct_biases(equalized, plan, feeds, job.options.threads)
+        plan = _with_biases(job, graph, plan)
         plan.operators = with_damages(plan.operators, _damages(job, graph, plan))
         minimum = recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage
-        chosen, rungs = climb(plan, recipe.ladder, recipe.gate, minimum, _SearchJudge(job, graph))
+        # Where outputs are stored, what a convolution reads depends on its neighbours: their biases follow.
+        refine = partial(_with_biases, job, graph) if plan.outputs else _as_it_is
+        chosen, rungs = climb(plan, recipe.ladder, recipe.gate, minimum, _SearchJudge(job, graph), refine)
         chosen.save(folder)
         (folder / "ladder.json").write_text(json.dumps([r.document() for r in rungs], sort_keys=True), encoding="utf-8")
 
     return job.store.result("plan", key, build)
+
+
+def _as_it_is(plan: QuantPlan) -> QuantPlan:
+    return plan
+
+
+def _with_biases(job: Job, graph: Graph, plan: QuantPlan) -> QuantPlan:
+    """The plan with biases that fit the operators that it quantizes."""
+    if not job.recipe.calibration.bias_correction:
+        return plan
+    feeds = calibration_feeds(job, "correcting biases", job.recipe.calibration.bias_samples)
+    equalized = equalize(graph, plan.equalizers, plan.quantized())
+    return replace(plan, bias_shifts=correct_biases(equalized, plan, feeds, job.options.threads))
 
 
 def _equalizers(job: Job, graph: Graph, scope: EqualizationScope) -> dict[str, Equalizer]:
@@ -123,9 +162,11 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
             dtype=choice.activations,
             prepared_sha256=prepared_sha256,
         )
-    statistics = load_statistics(_calibrated(job, graph, operators, choice.equalization) / "statistics.npz")
+    observed, outputs = observed_outputs(graph, operators) if choice.placement == "outputs" else (graph, {})
+    tensors = [*activation_tensors(operators), *outputs.values()]
+    statistics = load_statistics(_calibrated(job, observed, tensors, choice) / "statistics.npz")
     method = make_range_method(recipe.calibration.range, recipe.calibration.percentile)
-    return make_plan(
+    plan = make_plan(
         graph,
         operators,
         statistics,
@@ -134,17 +175,23 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
         dtype=choice.activations,
         prepared_sha256=prepared_sha256,
     )
+    plan.outputs = stored_outputs(outputs, statistics, method, choice.activations)
+    return plan
 
 
-def _calibrated(job: Job, graph: Graph, operators: list[Operator], scope: EqualizationScope) -> Path:
-    """Stage: histograms of every activation that may be quantized."""
+def _calibrated(job: Job, graph: Graph, tensors: list[str], choice: TargetChoice) -> Path:
+    """Stage: histograms of every tensor that may be quantized."""
 
     def build(folder: Path) -> None:
-        tensors = activation_tensors(operators)
         feeds = calibration_feeds(job, "calibrating")
         save_statistics(collect_statistics(graph, tensors, feeds, job.options.threads), folder / "statistics.npz")
 
-    key = {**job.key, "samples": sample_ids(job.selection.calibration), "equalized": scope}
+    key = {
+        **job.key,
+        "samples": sample_ids(job.selection.calibration),
+        "equalized": choice.equalization,
+        "placement": choice.placement,
+    }
     return job.store.result("calibration", key, build)
 
 
