@@ -15,6 +15,7 @@ from eval.dataset import Sample
 from eval.evaluation import readable
 from eval.metric import make_metric
 from eval.statistics import estimate_drop
+from quant.bias import sequential_biases
 from quant.calibration import collect_statistics, count_work, load_statistics, save_statistics
 from quant.equalization import Equalizer, equalize, load_equalizers, make_equalizers, save_equalizers
 from quant.graph import Graph
@@ -60,7 +61,7 @@ def planned_stage(job: Job, choice: TargetChoice) -> Path:
 
     def build(folder: Path) -> None:
         plan = replace(load_plan(searched), outputs={})
-        _with_biases(job, prepared_graph(job), plan).save(folder)
+        _with_full_biases(job, prepared_graph(job), plan).save(folder)
         shutil.copyfile(searched / "ladder.json", folder / "ladder.json")
 
     return job.store.result("placement", {**job.key, "plan": file_digests(searched)}, build)
@@ -89,34 +90,32 @@ def _searched_stage(job: Job, choice: TargetChoice) -> Path:
         equalized = equalize(graph, equalizers, equalizers)
         plan = _base_plan(job, equalized, choice)
         plan.equalizers = equalizers
+        biases = recipe.calibration.bias_correction != "none"
         if recipe.calibration.rounding == "second_moment":
             feeds = calibration_feeds(job, "rounding weights", recipe.calibration.rounding_samples)
             moments = collect_moments(equalized, plan.operators, feeds, job.options.threads, recipe.seed)
-            plan.integers = round_by_moments(equalized, plan, moments, biases_follow=recipe.calibration.bias_correction)
+            plan.integers = round_by_moments(equalized, plan, moments, biases_follow=biases)
             plan.notes.append(f"weights rounded by second moments: {', '.join(sorted(moments))}")
-        plan = _with_biases(job, graph, plan)
+        if biases:
+            feeds = calibration_feeds(job, "correcting biases")
+            plan.bias_shifts = correct_biases(equalized, plan, feeds, job.options.threads)
         plan.operators = with_damages(plan.operators, _damages(job, graph, plan))
         minimum = recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage
-        # Where outputs are stored, what a convolution reads depends on its neighbours: their biases follow.
-        refine = partial(_with_biases, job, graph) if plan.outputs else _as_it_is
-        chosen, rungs = climb(plan, recipe.ladder, recipe.gate, minimum, _SearchJudge(job, graph), refine)
+        judge, refine = _SearchJudge(job, graph), partial(_with_full_biases, job, graph)
+        chosen, rungs = climb(plan, recipe.ladder, recipe.gate, minimum, judge, refine)
         chosen.save(folder)
         (folder / "ladder.json").write_text(json.dumps([r.document() for r in rungs], sort_keys=True), encoding="utf-8")
 
     return job.store.result("plan", key, build)
 
 
-def _as_it_is(plan: QuantPlan) -> QuantPlan:
-    return plan
-
-
-def _with_biases(job: Job, graph: Graph, plan: QuantPlan) -> QuantPlan:
-    """The plan with biases that fit the operators that it quantizes."""
-    if not job.recipe.calibration.bias_correction:
+def _with_full_biases(job: Job, graph: Graph, plan: QuantPlan) -> QuantPlan:
+    """The plan with biases that fit the operators that it quantizes, and one another."""
+    if job.recipe.calibration.bias_correction != "full":
         return plan
-    feeds = calibration_feeds(job, "correcting biases", job.recipe.calibration.bias_samples)
-    equalized = equalize(graph, plan.equalizers, plan.quantized())
-    return replace(plan, bias_shifts=correct_biases(equalized, plan, feeds, job.options.threads))
+    feeds = first_feeds(job, job.selection.calibration, job.recipe.calibration.bias_samples)
+    advance = counted(job.options.progress, f"{job.recipe.name}: correcting biases", len(plan.quantized()))
+    return replace(plan, bias_shifts=sequential_biases(graph, plan, feeds, job.options.threads, advance))
 
 
 def _equalizers(job: Job, graph: Graph, scope: EqualizationScope) -> dict[str, Equalizer]:
