@@ -19,6 +19,7 @@ import numpy as np
 from onnx import NodeProto, helper
 
 from quant.errors import InputError
+from quant.flow import LARGEST_STEP
 from quant.graph import Graph, attribute
 from quant.recipe import EqualizationScope
 from quant.runtime import Feed, onnx_session
@@ -138,12 +139,15 @@ def _equalizer(graph: Graph, node: NodeProto, reach: _Reach) -> Equalizer | None
     largest = np.maximum(reach.high - centre, centre - reach.low)
     if largest.max() <= 0:
         return None
-    factor = largest = np.maximum(largest, FLOOR * largest.max())
+    largest = np.maximum(largest, FLOOR * largest.max())
+    # Steps that 8 bits hold exactly: integer kernels multiply with the factors of depthwise convolutions.
+    factor = np.rint(LARGEST_STEP * largest / largest.max()) / LARGEST_STEP
     if not _is_depthwise(graph, node):
         weights = np.abs(weight).max(axis=(0, 2, 3))
         weights = np.maximum(weights, FLOOR * max(float(weights.max()), _SMALLEST))
         factor = largest**STRENGTH / weights ** (1 - STRENGTH)
-    return Equalizer((factor / np.exp(np.log(factor).mean())).astype(np.float32), centre.astype(np.float32))
+        factor = factor / np.exp(np.log(factor).mean())
+    return Equalizer(factor.astype(np.float32), centre.astype(np.float32))
 
 
 def _in_scope(graph: Graph, node: NodeProto, scope: EqualizationScope) -> bool:

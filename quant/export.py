@@ -12,12 +12,14 @@ import yaml
 from onnx import ModelProto, NodeProto, helper
 
 from quant.errors import InputError
+from quant.flow import GATE_READ_SCALE, GATE_SCALE, GATE_ZERO
 from quant.graph import Graph
-from quant.plan import ActivationQuantizer, QuantPlan, corrected_graph
+from quant.placement import place
+from quant.plan import IntegerWeight, QuantPlan, corrected_graph
 from quant.recipe import TargetName
 from quant.runtime import Feed, onnx_session, open_session, target_format
 from quant.sensitivity import picture_errors
-from quant.simulation import simulated_model
+from quant.simulation import rounded_constant, simulated_model
 
 _ROUNDING = 2e-3  # relative; different kernels may round single values to the neighbouring step
 # Early values that round the other way move everything behind them: in a noisy plan two runtimes are two draws of
@@ -44,23 +46,7 @@ def export_artifact(
 
 def quantized_model(graph: Graph, plan: QuantPlan, inference_yml: Mapping[str, Any]) -> ModelProto:
     """The prepared graph with Q/DQ pairs on activations and INT8 weights with DQ (ONNX opset 13 and later)."""
-    result = corrected_graph(graph, plan)
-    operators = plan.quantized()
-    rewired: dict[str, str] = {}
-    for node in list(result.nodes):
-        operator = operators.get(node.output[0]) if node.output else None
-        if operator is None:
-            continue
-        for index, name in enumerate(node.input):
-            if name in operator.activations:
-                if name not in rewired:
-                    rewired[name] = _insert_quantizer(result, node, plan.activations[name])
-                node.input[index] = rewired[name]
-            elif name == operator.weight:
-                if name not in rewired:
-                    rewired[name] = _insert_weight(result, node, name, plan)
-                node.input[index] = rewired[name]
-    result.prune()
+    result = place(graph, plan, QdqWriter())
     model = result.to_model()
     characters = _characters(inference_yml)
     if characters:  # RapidOCR reads the dictionary from the model's metadata
@@ -95,28 +81,54 @@ def check_artifact(
     return difference
 
 
-def _insert_quantizer(graph: Graph, before: NodeProto, quantizer: ActivationQuantizer) -> str:
-    name = quantizer.tensor
-    scale = graph.add_constant(f"{name}_scale", np.asarray(quantizer.scale, dtype=np.float32))
-    zero = graph.add_constant(f"{name}_zero_point", np.asarray(quantizer.zero_point, dtype=quantizer.dtype))
-    quantized, real = graph.fresh_name(f"{name}_quantized"), graph.fresh_name(f"{name}_dequantized")
-    for kind, source, result in (
-        ("QuantizeLinear", name, quantized),
-        ("DequantizeLinear", quantized, real),
-    ):
-        graph.insert_before(before, helper.make_node(kind, [source, scale, zero], [result], name=result))
-    return real
+class QdqWriter:
+    """Quantization as Q/DQ nodes (see `quant.placement.Writer`)."""
 
+    def rounded(self, graph: Graph, before: NodeProto, tensor: str, scale: float, zero_point: int, dtype: str) -> str:
+        quantized = self._quantize(graph, before, tensor, scale, zero_point, dtype)
+        return self._read(graph, before, quantized, np.asarray(scale), np.asarray(zero_point, dtype=dtype), 1)
 
-def _insert_weight(graph: Graph, before: NodeProto, name: str, plan: QuantPlan) -> str:
-    weight = plan.integers[name]
-    values = graph.add_constant(f"{name}_int8", weight.values)
-    scale = graph.add_constant(f"{name}_scale", weight.scale)
-    zero = graph.add_constant(f"{name}_zero_point", np.zeros(weight.scale.shape, dtype=np.int8))
-    real = graph.fresh_name(f"{name}_dequantized")
-    node = helper.make_node("DequantizeLinear", [values, scale, zero], [real], name=real, axis=plan.weights[name].axis)
-    graph.insert_before(before, node)
-    return real
+    def constant(self, graph: Graph, before: NodeProto, stem: str, values: np.ndarray) -> str:
+        integers, scale, zero_point = rounded_constant(values)
+        stored = graph.add_constant(stem, integers)
+        return self._read(graph, before, stored, np.asarray(scale), np.asarray(zero_point, dtype=np.uint8), 1)
+
+    def gate(self, graph: Graph, before: NodeProto, tensor: str) -> str:
+        quantized = self._quantize(graph, before, tensor, GATE_SCALE, GATE_ZERO, "uint8")
+        return self._read(graph, before, quantized, np.asarray(GATE_READ_SCALE), np.asarray(0, dtype=np.uint8), 1)
+
+    def weight(self, graph: Graph, before: NodeProto, name: str, weight: IntegerWeight, axis: int) -> str:
+        stored = graph.add_constant(f"{name}_int8", weight.values)
+        return self._read(graph, before, stored, weight.scale, np.zeros(weight.scale.shape, dtype=np.int8), axis)
+
+    def bias(self, graph: Graph, before: NodeProto, name: str, scale: np.ndarray) -> str:
+        limits = np.iinfo(np.int32)
+        integers = np.clip(np.rint(graph.constants[name] / scale.astype(np.float64)), limits.min, limits.max)
+        stored = graph.add_constant(f"{name}_int32", integers.astype(np.int32))
+        return self._read(graph, before, stored, scale, np.zeros(scale.shape, dtype=np.int32), 0)
+
+    def _quantize(self, graph: Graph, before: NodeProto, tensor: str, scale: float, zero_point: int, dtype: str) -> str:
+        numbers = [
+            graph.add_constant(f"{tensor}_scale", np.asarray(scale, dtype=np.float32)),
+            graph.add_constant(f"{tensor}_zero_point", np.asarray(zero_point, dtype=dtype)),
+        ]
+        name = graph.fresh_name(f"{tensor}_quantized")
+        graph.insert_before(before, helper.make_node("QuantizeLinear", [tensor, *numbers], [name], name=name))
+        return name
+
+    def _read(
+        self, graph: Graph, before: NodeProto, stored: str, scale: np.ndarray, zero_point: np.ndarray, axis: int
+    ) -> str:
+        numbers = [
+            graph.add_constant(f"{stored}_scale", scale.astype(np.float32)),
+            graph.add_constant(f"{stored}_zero_point", zero_point),
+        ]
+        name = graph.fresh_name(f"{stored}_dequantized")
+        node = helper.make_node("DequantizeLinear", [stored, *numbers], [name], name=name)
+        if scale.ndim:
+            node.attribute.append(helper.make_attribute("axis", axis))
+        graph.insert_before(before, node)
+        return name
 
 
 def _characters(inference_yml: Mapping[str, Any]) -> list[str]:

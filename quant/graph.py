@@ -121,7 +121,7 @@ class Graph:
         inputs = [i for i in self._model.graph.input if i.name in self.inputs]
         outputs = list(self._output_infos)
         outputs += [onnx.ValueInfoProto(name=n) for n in extra_outputs if n not in self.outputs]
-        initializers = [numpy_helper.from_array(np.ascontiguousarray(v), n) for n, v in self.constants.items()]
+        initializers = [numpy_helper.from_array(np.asarray(v, order="C"), n) for n, v in self.constants.items()]
         graph = helper.make_graph(self.nodes, self._model.graph.name, inputs, outputs, initializers)
         model = helper.make_model(graph, opset_imports=self._model.opset_import)
         model.ir_version = self._model.ir_version

@@ -6,6 +6,7 @@ weights): most of the damage sits in cheap early convolutions, so much accuracy 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -65,13 +66,19 @@ class Judge(Protocol):
 
 
 def climb(
-    plan: QuantPlan, ladder: Ladder, gate: Gate, min_coverage: float, judge: Judge
+    plan: QuantPlan,
+    ladder: Ladder,
+    gate: Gate,
+    min_coverage: float,
+    judge: Judge,
+    refine: Callable[[QuantPlan], QuantPlan] = lambda candidate: candidate,
 ) -> tuple[QuantPlan, list[Rung]]:
     """The first plan that passes on the search split, or the best one.
 
     Args:
         plan: with the damage of each quantized operator noted.
         judge: runs a plan's simulation on the search split.
+        refine: fits a candidate to the operators that are left in INT8.
 
     Returns:
         The chosen plan and all rungs tried, in order.
@@ -81,6 +88,7 @@ def climb(
         candidate = revert_to(plan, limit, ladder.min_weights)
         if tried and candidate.quantized().keys() == tried[-1][0].quantized().keys():
             continue
+        candidate = refine(candidate)
         rung = _try(candidate, len(plan.quantized()) - len(candidate.quantized()), ladder, gate, judge)
         tried.append((candidate, rung))
         if rung.passed:

@@ -74,6 +74,7 @@ class _PlanDocument(_Part):
     weights: list[WeightQuantizer]
     bias_shifts: list[str] = Field(description="operators whose bias is corrected")
     equalized: list[str] = Field(default=[], description="operators whose input channels are equalized")
+    outputs: dict[str, ActivationQuantizer] = Field(default={}, description="outputs that are stored in 8 bits")
     notes: list[str] = []
 
 
@@ -88,6 +89,9 @@ class QuantPlan:
         bias_shifts: float32[C] by operator name, added to the bias while the operator is quantized.
         notes: remarks for people.
         equalizers: by operator name, of its input channels while the operator is quantized.
+        outputs: quantizers of outputs that are stored in 8 bits, by the operator's name, or by that of an inner
+            tensor of a chain (see `quant.flow`). `tensor` says what was calibrated: the output itself, or
+            `<name>_scaled`, the output times the reader's equalization.
     """
 
     model: str
@@ -101,6 +105,7 @@ class QuantPlan:
     bias_shifts: dict[str, np.ndarray]
     notes: list[str]
     equalizers: dict[str, Equalizer] = field(default_factory=dict)
+    outputs: dict[str, ActivationQuantizer] = field(default_factory=dict)
 
     def coverage(self) -> float:
         """Share of multiply-accumulates in INT8, 0..1."""
@@ -143,6 +148,7 @@ class QuantPlan:
             weights=[used_weights[name] for name in sorted(used_weights)],
             bias_shifts=sorted(set(self.bias_shifts) & set(self.quantized())),
             equalized=sorted(set(self.equalizers) & set(self.quantized())),
+            outputs={name: self.outputs[name] for name in sorted(self.outputs)},
             notes=self.notes,
         )
         return document.model_dump(mode="json", by_alias=True)
@@ -191,6 +197,7 @@ def load_plan(folder: Path) -> QuantPlan:
         bias_shifts,
         document.notes,
         equalizers,
+        document.outputs,
     )
 
 

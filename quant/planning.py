@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from eval.dataset import Sample
 from eval.evaluation import readable
 from eval.metric import make_metric
 from eval.statistics import estimate_drop
+from quant.bias import sequential_biases
 from quant.calibration import collect_statistics, count_work, load_statistics, save_statistics
 from quant.equalization import Equalizer, equalize, load_equalizers, make_equalizers, save_equalizers
 from quant.graph import Graph
@@ -30,8 +32,15 @@ from quant.job import (
 )
 from quant.ladder import SearchScore, climb
 from quant.observer import make_range_method
-from quant.plan import Operator, QuantPlan, quantizable_operators
-from quant.ptq import activation_tensors, correct_biases, make_plan, with_damages
+from quant.plan import Operator, QuantPlan, load_plan, quantizable_operators
+from quant.ptq import (
+    activation_tensors,
+    correct_biases,
+    make_plan,
+    observed_outputs,
+    stored_outputs,
+    with_damages,
+)
 from quant.recipe import EqualizationScope, TargetChoice
 from quant.rounding import collect_moments, round_by_moments
 from quant.runtime import Feed, Session, onnx_session
@@ -41,6 +50,24 @@ from quant.stage import file_digests
 
 
 def planned_stage(job: Job, choice: TargetChoice) -> Path:
+    """Stage: the plan of a target, with `ladder.json`.
+
+    Targets that differ in placement alone share one search, on the plan whose outputs are stored too: what passes
+    there passes without.
+    """
+    if choice.method == "paddleslim" or choice.placement == "outputs":
+        return _searched_stage(job, choice)
+    searched = _searched_stage(job, choice.model_copy(update={"placement": "outputs"}))
+
+    def build(folder: Path) -> None:
+        plan = replace(load_plan(searched), outputs={})
+        _with_full_biases(job, prepared_graph(job), plan).save(folder)
+        shutil.copyfile(searched / "ladder.json", folder / "ladder.json")
+
+    return job.store.result("placement", {**job.key, "plan": file_digests(searched)}, build)
+
+
+def _searched_stage(job: Job, choice: TargetChoice) -> Path:
     """Stage: the plan that the ladder chose, with `ladder.json`."""
     recipe = job.recipe
     key = {
@@ -63,21 +90,32 @@ def planned_stage(job: Job, choice: TargetChoice) -> Path:
         equalized = equalize(graph, equalizers, equalizers)
         plan = _base_plan(job, equalized, choice)
         plan.equalizers = equalizers
+        biases = recipe.calibration.bias_correction != "none"
         if recipe.calibration.rounding == "second_moment":
             feeds = calibration_feeds(job, "rounding weights", recipe.calibration.rounding_samples)
             moments = collect_moments(equalized, plan.operators, feeds, job.options.threads, recipe.seed)
-            plan.integers = round_by_moments(equalized, plan, moments, biases_follow=recipe.calibration.bias_correction)
+            plan.integers = round_by_moments(equalized, plan, moments, biases_follow=biases)
             plan.notes.append(f"weights rounded by second moments: {', '.join(sorted(moments))}")
-        if recipe.calibration.bias_correction:
+        if biases:
             feeds = calibration_feeds(job, "correcting biases")
             plan.bias_shifts = correct_biases(equalized, plan, feeds, job.options.threads)
         plan.operators = with_damages(plan.operators, _damages(job, graph, plan))
         minimum = recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage
-        chosen, rungs = climb(plan, recipe.ladder, recipe.gate, minimum, _SearchJudge(job, graph))
+        judge, refine = _SearchJudge(job, graph), partial(_with_full_biases, job, graph)
+        chosen, rungs = climb(plan, recipe.ladder, recipe.gate, minimum, judge, refine)
         chosen.save(folder)
         (folder / "ladder.json").write_text(json.dumps([r.document() for r in rungs], sort_keys=True), encoding="utf-8")
 
     return job.store.result("plan", key, build)
+
+
+def _with_full_biases(job: Job, graph: Graph, plan: QuantPlan) -> QuantPlan:
+    """The plan with biases that fit the operators that it quantizes, and one another."""
+    if job.recipe.calibration.bias_correction != "full":
+        return plan
+    feeds = first_feeds(job, job.selection.calibration, job.recipe.calibration.bias_samples)
+    advance = counted(job.options.progress, f"{job.recipe.name}: correcting biases", len(plan.quantized()))
+    return replace(plan, bias_shifts=sequential_biases(graph, plan, feeds, job.options.threads, advance))
 
 
 def _equalizers(job: Job, graph: Graph, scope: EqualizationScope) -> dict[str, Equalizer]:
@@ -123,9 +161,11 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
             dtype=choice.activations,
             prepared_sha256=prepared_sha256,
         )
-    statistics = load_statistics(_calibrated(job, graph, operators, choice.equalization) / "statistics.npz")
+    observed, outputs = observed_outputs(graph, operators) if choice.placement == "outputs" else (graph, {})
+    tensors = [*activation_tensors(operators), *outputs.values()]
+    statistics = load_statistics(_calibrated(job, observed, tensors, choice) / "statistics.npz")
     method = make_range_method(recipe.calibration.range, recipe.calibration.percentile)
-    return make_plan(
+    plan = make_plan(
         graph,
         operators,
         statistics,
@@ -134,17 +174,23 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
         dtype=choice.activations,
         prepared_sha256=prepared_sha256,
     )
+    plan.outputs = stored_outputs(outputs, statistics, method, choice.activations)
+    return plan
 
 
-def _calibrated(job: Job, graph: Graph, operators: list[Operator], scope: EqualizationScope) -> Path:
-    """Stage: histograms of every activation that may be quantized."""
+def _calibrated(job: Job, graph: Graph, tensors: list[str], choice: TargetChoice) -> Path:
+    """Stage: histograms of every tensor that may be quantized."""
 
     def build(folder: Path) -> None:
-        tensors = activation_tensors(operators)
         feeds = calibration_feeds(job, "calibrating")
         save_statistics(collect_statistics(graph, tensors, feeds, job.options.threads), folder / "statistics.npz")
 
-    key = {**job.key, "samples": sample_ids(job.selection.calibration), "equalized": scope}
+    key = {
+        **job.key,
+        "samples": sample_ids(job.selection.calibration),
+        "equalized": choice.equalization,
+        "placement": choice.placement,
+    }
     return job.store.result("calibration", key, build)
 
 

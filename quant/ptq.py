@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, helper
 
 from quant.calibration import Statistics
+from quant.flow import Chain, find_chains, observed, write_chain
 from quant.graph import Graph
 from quant.observer import RangeMethod
+from quant.placement import active_chains, numbers_of
 from quant.plan import (
+    ActivationQuantizer,
     Operator,
     QuantPlan,
     WeightQuantizer,
@@ -19,7 +22,10 @@ from quant.plan import (
     weight_axis,
 )
 from quant.runtime import Feed, onnx_session
-from quant.simulation import insert_rounding, make_quantizer
+from quant.simulation import FloatWriter, make_quantizer
+
+LEAST_WORK = 0.002
+"""Smallest share of all multiply-accumulates for which an output is stored in 8 bits."""
 
 
 def activation_tensors(operators: Iterable[Operator]) -> list[str]:
@@ -57,6 +63,44 @@ def make_plan(
     return QuantPlan(model, "", "ptq", prepared_sha256, operators, activations, weights, integers, {}, [])
 
 
+def observed_outputs(graph: Graph, operators: Iterable[Operator]) -> tuple[Graph, dict[str, str]]:
+    """Which convolution outputs are worth storing in 8 bits, and a graph with the tensors to calibrate for them.
+
+    Not those of cheap operators, which gain nothing, nor those that convolutions read as they are: these have
+    quantizers already.
+
+    Returns:
+        The graph, and the tensor to observe for each output (and each product in a chain, see `quant.flow`).
+    """
+    listed = list(operators)
+    total = sum(op.macs for op in listed) or 1
+    readers = graph.consumers()
+    read = {name for op in listed if op.quantized for name in op.activations}
+    writers = [
+        op.name
+        for op in listed
+        if op.quantized and op.op_type == "Conv" and op.weight is not None and op.macs >= LEAST_WORK * total
+        if op.name not in read and op.name not in graph.outputs and readers[op.name]
+    ]
+    return observed(graph, find_chains(graph), writers)
+
+
+def stored_outputs(
+    tensors: Mapping[str, str], statistics: Statistics, method: RangeMethod, dtype: str
+) -> dict[str, ActivationQuantizer]:
+    """Quantizers of stored outputs.
+
+    Args:
+        tensors: what was observed, from `observed_outputs`.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        low, high = method.choose(statistics[tensor], symmetric=dtype == "int8")
+        scaled = tensor.startswith(f"{name}_scaled")
+        found[name] = make_quantizer(f"{name}_scaled" if scaled else name, low, high, dtype)
+    return found
+
+
 def correct_biases(graph: Graph, plan: QuantPlan, feeds: Iterable[Feed], threads: int) -> dict[str, np.ndarray]:
     """Mean output error of every quantized convolution, per channel, given its FP32 input.
 
@@ -68,7 +112,8 @@ def correct_biases(graph: Graph, plan: QuantPlan, feeds: Iterable[Feed], threads
         float32[C] by operator name, for Conv and ConvTranspose.
     """
     paired = graph.copy()
-    twins = [_add_twin(paired, node, plan) for node in list(paired.nodes) if _correctable(node, plan)]
+    chains = active_chains(graph, plan)
+    twins = [_add_twin(paired, node, plan, chains) for node in list(paired.nodes) if _correctable(node, plan)]
     tensors = [name for pair in twins for name in pair]
     session = onnx_session(paired.to_model(tensors), threads)
     sums = {exact: np.zeros(1) for exact, _ in twins}
@@ -87,18 +132,34 @@ def _correctable(node: NodeProto, plan: QuantPlan) -> bool:
     return operator is not None and operator.op_type != "MatMul" and operator.weight is not None
 
 
-def _add_twin(graph: Graph, node: NodeProto, plan: QuantPlan) -> tuple[str, str]:
+def _add_twin(graph: Graph, node: NodeProto, plan: QuantPlan, chains: Mapping[str, Chain]) -> tuple[str, str]:
     """Put a quantized copy of a convolution beside it; returns both output names."""
     operator = plan.quantized()[node.output[0]]
     assert operator.weight is not None
     twin = NodeProto()
     twin.CopyFrom(node)
     twin.output[0] = twin.name = graph.fresh_name(f"{node.output[0]}_twin")
-    twin.input[0] = insert_rounding(graph, node, plan.activations[operator.activations[0]])
+    source = operator.activations[0]
+    quantizer = plan.outputs.get(source) or plan.activations[source]
+    if chain := chains.get(operator.name):
+        source, quantizer = _chain_twin(graph, node, plan, chain), plan.activations[source]
+    twin.input[0] = FloatWriter().rounded(graph, node, source, *numbers_of(quantizer))
     values = dequantize_weight(plan.integers[operator.weight], plan.weights[operator.weight].axis)
     twin.input[1] = graph.add_constant(f"{operator.weight}_twin", values)
     graph.insert_before(node, twin)
     return node.output[0], twin.output[0]
+
+
+def _chain_twin(graph: Graph, before: NodeProto, plan: QuantPlan, chain: Chain) -> str:
+    """What integers make of a chain whose convolution wrote exact values."""
+    source = chain.writer
+    if chain.factor is not None:
+        factor = graph.add_constant(f"{source}_factor", chain.factor.reshape(1, -1, 1, 1))
+        name = graph.fresh_name(f"{source}_scaled")
+        graph.insert_before(before, helper.make_node("Mul", [source, factor], [name], name=name))
+        source = name
+    numbers = {name: numbers_of(quantizer) for name, quantizer in plan.outputs.items()}
+    return write_chain(graph, before, chain, source, numbers, FloatWriter())
 
 
 def with_damages(operators: list[Operator], damages: Mapping[str, float]) -> list[Operator]:

@@ -32,6 +32,8 @@ SCHEMA_VERSION = 1
 Task = Literal["text_detection", "text_recognition", "image_classification"]
 TargetName = Literal["onnxruntime", "openvino", "paddle"]
 MethodName = Literal["ptq", "paddleslim"]
+Placement = Literal["inputs", "outputs"]
+BiasCorrection = Literal["none", "fast", "full"]
 EqualizationScope = Literal["none", "depthwise", "all"]
 RangeMethod = Literal["minmax", "percentile", "mse"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -152,7 +154,10 @@ class Calibration(_Part):
         "second_moment", description="of weights; second_moment minds what the layer's inputs do together"
     )
     rounding_samples: int = Field(48, ge=1, description="calibration pictures that the moments are taken from")
-    bias_correction: bool = Field(True, description="make quantized convolutions right on average")
+    bias_correction: BiasCorrection = Field(
+        "full", description="of convolutions, on average; fast: as if all before were exact; full: front to back"
+    )
+    bias_samples: int = Field(32, ge=1, description="calibration pictures for bias_correction: full, kept in memory")
 
 
 class Ladder(_Part):
@@ -182,6 +187,9 @@ class TargetChoice(_Part):
     activations: Literal["uint8", "int8"] = Field("uint8", description="uint8 asymmetric, int8 symmetric")
     equalization: EqualizationScope = Field(
         "depthwise", description="convolutions whose input channels are evened out; all: dense ones are centred too"
+    )
+    placement: Placement = Field(
+        "inputs", description="what convolutions are given in INT8; outputs: what they write, too, for integer kernels"
     )
     min_coverage: float | None = Field(None, ge=0, le=1, description="overrides ladder.min_coverage")
 

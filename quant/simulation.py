@@ -8,53 +8,73 @@ from __future__ import annotations
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
+from quant.flow import GATE_READ_SCALE, GATE_SCALE, GATE_ZERO
 from quant.graph import Graph
 from quant.observer import affine_parameters
-from quant.plan import ActivationQuantizer, QuantPlan, corrected_graph, dequantize_weight
+from quant.placement import place
+from quant.plan import ActivationQuantizer, IntegerWeight, QuantPlan, dequantize_weight
 
 
 def simulated_model(prepared: Graph, plan: QuantPlan) -> ModelProto:
     """The prepared graph in which quantized tensors are rounded and clipped in float32."""
-    graph = corrected_graph(prepared, plan)
-    quantized = plan.quantized()
-    rounded: dict[str, str] = {}
-    for node in list(graph.nodes):
-        operator = quantized.get(node.output[0]) if node.output else None
-        if operator is None:
+    return place(prepared, plan, FloatWriter()).to_model()
+
+
+class FloatWriter:
+    """Quantization as float arithmetic (see `quant.placement.Writer`). Biases stay as they are."""
+
+    def rounded(self, graph: Graph, before: NodeProto, tensor: str, scale: float, zero_point: int, dtype: str) -> str:
+        return _rounded(graph, before, tensor, (scale, zero_point, dtype), (scale, zero_point))
+
+    def constant(self, graph: Graph, before: NodeProto, stem: str, values: np.ndarray) -> str:
+        integers, scale, zero_point = rounded_constant(values)
+        return graph.add_constant(stem, (integers.astype(np.float32) - zero_point) * np.float32(scale))
+
+    def gate(self, graph: Graph, before: NodeProto, tensor: str) -> str:
+        return _rounded(graph, before, tensor, (GATE_SCALE, GATE_ZERO, "uint8"), (GATE_READ_SCALE, 0))
+
+    def weight(self, graph: Graph, before: NodeProto, name: str, weight: IntegerWeight, axis: int) -> str:
+        return graph.add_constant(f"{name}_simulated", dequantize_weight(weight, axis))
+
+    def bias(self, graph: Graph, before: NodeProto, name: str, scale: np.ndarray) -> str:
+        return name
+
+
+def rounded_constant(values: np.ndarray) -> tuple[np.ndarray, float, int]:
+    """A constant in U8: integers, scale, zero point."""
+    scale, zero_point, low, high = affine_parameters(float(values.min()), float(values.max()), symmetric=False)
+    integers = np.clip(np.rint(values / np.float32(scale)) + zero_point, low, high)
+    return integers.astype(np.uint8), scale, zero_point
+
+
+def _rounded(
+    graph: Graph, before: NodeProto, tensor: str, written: tuple[float, int, str], read: tuple[float, int]
+) -> str:
+    """Nodes that round and clip as one quantizer does, and read the integers on another scale."""
+    (scale, zero_point, dtype), (read_scale, read_zero_point) = written, read
+    smallest, largest = integer_limits(dtype)
+    values = {
+        "scale": scale,
+        "low": smallest - zero_point,
+        "high": largest - zero_point,
+        "move": zero_point - read_zero_point,
+        "read_scale": read_scale,
+    }
+    number = {key: graph.add_constant(f"{tensor}_{key}", np.asarray(v, dtype=np.float32)) for key, v in values.items()}
+    steps = [("Div", ["scale"]), ("Round", []), ("Clip", ["low", "high"]), ("Add", ["move"]), ("Mul", ["read_scale"])]
+    for kind, keys in steps:
+        if kind == "Add" and not values["move"]:
             continue
-        for index, name in enumerate(node.input):
-            if name in operator.activations:
-                if name not in rounded:
-                    rounded[name] = insert_rounding(graph, node, plan.activations[name])
-                node.input[index] = rounded[name]
-            elif name == operator.weight:
-                values = dequantize_weight(plan.integers[name], plan.weights[name].axis)
-                node.input[index] = graph.add_constant(f"{name}_simulated", values)
-    return graph.to_model()
+        name = graph.fresh_name(f"{tensor}_sim")
+        node = helper.make_node(kind, [tensor, *(number[key] for key in keys)], [name], name=name)
+        graph.insert_before(before, node)
+        tensor = name
+    return tensor
 
 
-def insert_rounding(graph: Graph, before: NodeProto, quantizer: ActivationQuantizer) -> str:
-    """Insert nodes that round and clip a tensor as its quantizer does; returns the rounded tensor."""
-    smallest, largest = integer_limits(quantizer)
-    scale = graph.add_constant(f"{quantizer.tensor}_scale", np.asarray(quantizer.scale, dtype=np.float32))
-    low = graph.add_constant(f"{quantizer.tensor}_low", np.asarray(smallest - quantizer.zero_point, dtype=np.float32))
-    high = graph.add_constant(f"{quantizer.tensor}_high", np.asarray(largest - quantizer.zero_point, dtype=np.float32))
-    names = [graph.fresh_name(f"{quantizer.tensor}_sim") for _ in range(4)]
-    steps = [
-        helper.make_node("Div", [quantizer.tensor, scale], [names[0]]),
-        helper.make_node("Round", [names[0]], [names[1]]),
-        helper.make_node("Clip", [names[1], low, high], [names[2]]),
-        helper.make_node("Mul", [names[2], scale], [names[3]]),
-    ]
-    for step in steps:
-        step.name = step.output[0]
-        graph.insert_before(before, step)
-    return names[3]
-
-
-def integer_limits(quantizer: ActivationQuantizer) -> tuple[int, int]:
+def integer_limits(dtype: str) -> tuple[int, int]:
     """Smallest and largest integer of a quantizer; S8 is symmetric in meaning but clips at -128."""
-    return (0, 255) if quantizer.dtype == "uint8" else (-128, 127)
+    return (0, 255) if dtype == "uint8" else (-128, 127)
 
 
 def make_quantizer(tensor: str, low: float, high: float, dtype: str) -> ActivationQuantizer:

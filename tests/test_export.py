@@ -176,7 +176,7 @@ def test_the_same_plan_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def _weight_scale(model: onnx.ModelProto) -> None:
-    _change(model, "c0_scale", lambda value: value * np.float32(3))
+    _change(model, "_scale", lambda value: value * np.float32(3))
 
 
 def _activation_scale(model: onnx.ModelProto) -> None:

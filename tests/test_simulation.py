@@ -13,8 +13,9 @@ from test_plan import plan_of
 from tiny_models import TinyNet, run, small_detector, small_recognizer
 
 from quant.graph import Graph
+from quant.placement import numbers_of
 from quant.plan import ActivationQuantizer, QuantPlan
-from quant.simulation import insert_rounding, integer_limits, make_quantizer, simulated_model
+from quant.simulation import FloatWriter, integer_limits, make_quantizer, simulated_model
 
 Array = np.ndarray[Any, Any]
 
@@ -32,7 +33,7 @@ def rounding_of(quantizer: ActivationQuantizer) -> Graph:
     net.op("Identity", "x")
     graph = net.graph()
     last = graph.nodes[-1]
-    last.input[0] = insert_rounding(graph, last, quantizer)
+    last.input[0] = FloatWriter().rounded(graph, last, "x", *numbers_of(quantizer))
     return graph
 
 
@@ -51,7 +52,7 @@ def test_rounding_is_quantize_then_dequantize(values: list[float], low: float, h
     np.testing.assert_array_equal(
         found, (integers - quantizer.zero_point).astype(np.float32) * np.float32(quantizer.scale)
     )
-    smallest, largest = integer_limits(quantizer)
+    smallest, largest = integer_limits(quantizer.dtype)
     assert smallest <= integers.min() <= integers.max() <= largest
     inside = (data >= low) & (data <= high)
     assert np.all(np.abs(found - data)[inside] <= 1.01 * quantizer.scale)
@@ -90,7 +91,7 @@ def test_a_convolution_agrees_with_integer_arithmetic(dtype: str) -> None:
     expected = products * (quantizer.scale * stored.scale.astype(np.float64)).reshape(1, -1, 1, 1)
     found = run(simulated_model(net.graph(), plan), feed)[0]
     np.testing.assert_allclose(found, expected + bias.reshape(1, -1, 1, 1), atol=1e-5)
-    assert integers_of(feed["x"], quantizer).max() == integer_limits(quantizer)[1], "some values are clipped"
+    assert integers_of(feed["x"], quantizer).max() == integer_limits(quantizer.dtype)[1], "some values are clipped"
 
 
 def test_a_plan_without_operators_is_the_prepared_graph() -> None:

@@ -1,0 +1,116 @@
+"""Where a plan's quantizers stand in the graph; simulation and export write the same places in different forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+from onnx import NodeProto
+
+from quant.flow import Chain, find_chains, scale_writer, write_chain
+from quant.flow import Writer as FlowWriter
+from quant.graph import Graph
+from quant.plan import ActivationQuantizer, IntegerWeight, Operator, QuantPlan, corrected_graph
+
+
+class Writer(FlowWriter, Protocol):
+    """Writes quantization into a graph: as float arithmetic, or as Q/DQ nodes. Every method returns a tensor name."""
+
+    def weight(self, graph: Graph, before: NodeProto, name: str, weight: IntegerWeight, axis: int) -> str:
+        """A weight in S8 per channel."""
+        ...
+
+    def bias(self, graph: Graph, before: NodeProto, name: str, scale: np.ndarray) -> str:
+        """A bias in 32 bits, on a scale for each channel."""
+        ...
+
+
+def place(prepared: Graph, plan: QuantPlan, writer: Writer) -> Graph:
+    """The prepared graph with everything that the plan quantizes.
+
+    Raises:
+        ValueError: the plan is of another graph.
+    """
+    graph = corrected_graph(prepared, plan)
+    chains = active_chains(graph, plan)
+    integers = _scaled_integers(plan, chains)
+    for chain in chains.values():
+        scale_writer(graph, chain)
+    stored = _stored(plan, chains)
+    quantized, done = plan.quantized(), {}
+    for node in list(graph.nodes):
+        operator = quantized.get(node.output[0]) if node.output else None
+        for index, name in enumerate(node.input):
+            quantizer = stored.get(name) or _read_by(operator, plan, name)
+            if quantizer is not None:
+                if name not in done:
+                    source = name
+                    if node.output[0] in chains:
+                        chain = chains[node.output[0]]
+                        numbers = {key: numbers_of(output) for key, output in plan.outputs.items()}
+                        source = write_chain(graph, node, chain, chain.writer, numbers, writer)
+                    done[name] = writer.rounded(graph, node, source, *numbers_of(quantizer))
+                node.input[index] = done[name]
+            elif operator is not None and name == operator.weight:
+                node.input[index] = writer.weight(graph, node, name, integers[name], plan.weights[name].axis)
+        if operator is not None and plan.outputs and node.op_type == "Conv" and len(node.input) > 2:
+            node.input[2] = writer.bias(graph, node, node.input[2], _bias_scale(operator, plan, stored, integers))
+    graph.prune()
+    return graph
+
+
+def active_chains(graph: Graph, plan: QuantPlan) -> dict[str, Chain]:
+    """Chains by reader that the plan lets flow in integers: both ends quantized, the writer's output stored."""
+    if not plan.outputs:
+        return {}
+    names = plan.quantized()
+    return {
+        chain.reader: chain
+        for chain in find_chains(graph)
+        if chain.writer in names
+        and chain.reader in names
+        and chain.writer in plan.outputs
+        and (plan.outputs[chain.writer].tensor == chain.writer) == (chain.factor is None)
+        and (not chain.shift or chain.product in plan.outputs)
+    }
+
+
+def _stored(plan: QuantPlan, chains: Mapping[str, Chain]) -> dict[str, ActivationQuantizer]:
+    """Outputs that all readers read in 8 bits, beside those of active chains.
+
+    What was calibrated for the scaled output of an equalized chain says nothing about the plain one.
+    """
+    free = set(plan.quantized()) - {chain.writer for chain in chains.values()}
+    return {name: quantizer for name, quantizer in plan.outputs.items() if name in free and quantizer.tensor == name}
+
+
+def _read_by(operator: Operator | None, plan: QuantPlan, name: str) -> ActivationQuantizer | None:
+    return plan.activations[name] if operator is not None and name in operator.activations else None
+
+
+def _scaled_integers(plan: QuantPlan, chains: Mapping[str, Chain]) -> dict[str, IntegerWeight]:
+    """Integer weights whose scales make the writers of equalized chains write `factor * x`."""
+    integers = dict(plan.integers)
+    for chain in chains.values():
+        weight = plan.quantized()[chain.writer].weight
+        if chain.factor is not None and weight is not None:
+            scale = (integers[weight].scale * chain.factor).astype(np.float32)
+            integers[weight] = IntegerWeight(integers[weight].values, scale)
+    return integers
+
+
+def _bias_scale(
+    operator: Operator,
+    plan: QuantPlan,
+    stored: Mapping[str, ActivationQuantizer],
+    integers: Mapping[str, IntegerWeight],
+) -> np.ndarray:
+    assert operator.weight is not None
+    name = operator.activations[0]
+    return integers[operator.weight].scale * np.float32((stored.get(name) or plan.activations[name]).scale)
+
+
+def numbers_of(quantizer: ActivationQuantizer) -> tuple[float, int, str]:
+    """Scale, zero point and dtype."""
+    return quantizer.scale, quantizer.zero_point, quantizer.dtype
