@@ -26,7 +26,11 @@ GATE_SCALE, GATE_ZERO = 6 / 256, 128
 GATE_READ_SCALE = 1 / 255.5
 """Scale on which its integers are the gate of hard-swish: between 1/256, exact at -3, and 1/255, exact above 3."""
 
+HARD_SWISH_END = -3.0
+"""Where hard-swish ends: below it is 0."""
+
 LARGEST_STEP = 255
+"""Equalization factors of chains are n / LARGEST_STEP."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def observed(graph: Graph, chains: Collection[Chain], writers: Collection[str]) 
     for name in writers:
         first, tensor = readers[name][0], name
         if all(reader.op_type == "HardSwish" for reader in readers[name]):
-            least = result.add_constant(f"{name}_least", np.asarray(-3, dtype=np.float32))
+            least = result.add_constant(f"{name}_least", np.asarray(HARD_SWISH_END, dtype=np.float32))
             tensor = _insert(result, first, "Max", [tensor, least], f"{name}_clipped")  # hard-swish is 0 below -3
         chain = by_writer.get(name)
         if chain is not None and chain.factor is not None:

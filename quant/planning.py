@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -18,6 +17,7 @@ from eval.statistics import estimate_drop
 from quant.bias import sequential_biases
 from quant.calibration import collect_statistics, count_work, load_statistics, save_statistics
 from quant.equalization import Equalizer, equalize, load_equalizers, make_equalizers, save_equalizers
+from quant.flow import find_chains
 from quant.graph import Graph
 from quant.job import (
     Job,
@@ -32,7 +32,7 @@ from quant.job import (
 )
 from quant.ladder import SearchScore, climb
 from quant.observer import make_range_method
-from quant.plan import Operator, QuantPlan, load_plan, quantizable_operators
+from quant.plan import Operator, QuantPlan, quantizable_operators
 from quant.ptq import (
     activation_tensors,
     correct_biases,
@@ -41,7 +41,7 @@ from quant.ptq import (
     stored_outputs,
     with_damages,
 )
-from quant.recipe import EqualizationScope, TargetChoice
+from quant.recipe import TargetChoice
 from quant.rounding import collect_moments, round_by_moments
 from quant.runtime import Feed, Session, onnx_session
 from quant.sensitivity import measure_damages, output_error
@@ -50,24 +50,6 @@ from quant.stage import file_digests
 
 
 def planned_stage(job: Job, choice: TargetChoice) -> Path:
-    """Stage: the plan of a target, with `ladder.json`.
-
-    Targets that differ in placement alone share one search, on the plan whose outputs are stored too: what passes
-    there passes without.
-    """
-    if choice.method == "paddleslim" or choice.placement == "outputs":
-        return _searched_stage(job, choice)
-    searched = _searched_stage(job, choice.model_copy(update={"placement": "outputs"}))
-
-    def build(folder: Path) -> None:
-        plan = replace(load_plan(searched), outputs={})
-        _with_full_biases(job, prepared_graph(job), plan).save(folder)
-        shutil.copyfile(searched / "ladder.json", folder / "ladder.json")
-
-    return job.store.result("placement", {**job.key, "plan": file_digests(searched)}, build)
-
-
-def _searched_stage(job: Job, choice: TargetChoice) -> Path:
     """Stage: the plan that the ladder chose, with `ladder.json`."""
     recipe = job.recipe
     key = {
@@ -86,7 +68,7 @@ def _searched_stage(job: Job, choice: TargetChoice) -> Path:
 
     def build(folder: Path) -> None:
         graph = prepared_graph(job)
-        equalizers = _equalizers(job, graph, choice.equalization)
+        equalizers = _equalizers(job, graph, choice)
         equalized = equalize(graph, equalizers, equalizers)
         plan = _base_plan(job, equalized, choice)
         plan.equalizers = equalizers
@@ -118,13 +100,15 @@ def _with_full_biases(job: Job, graph: Graph, plan: QuantPlan) -> QuantPlan:
     return replace(plan, bias_shifts=sequential_biases(graph, plan, feeds, job.options.threads, advance))
 
 
-def _equalizers(job: Job, graph: Graph, scope: EqualizationScope) -> dict[str, Equalizer]:
-    """Stage: the equalizers of a scope."""
+def _equalizers(job: Job, graph: Graph, choice: TargetChoice) -> dict[str, Equalizer]:
+    """Stage: the equalizers that fit a scope and a placement."""
 
     def build(folder: Path) -> None:
+        chains = find_chains(graph) if choice.placement == "outputs" else []
         feeds = calibration_feeds(job, "equalizing channels")
-        save_equalizers(make_equalizers(graph, scope, feeds, job.options.threads), folder)
+        save_equalizers(make_equalizers(graph, choice.equalization, feeds, job.options.threads, chains), folder)
 
+    scope = [choice.equalization, choice.placement]
     key = {**job.key, "samples": sample_ids(job.selection.calibration), "scope": scope}
     return load_equalizers(job.store.result("equalization", key, build))
 
