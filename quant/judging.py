@@ -17,6 +17,7 @@ from eval.evaluation import compare, judged_rows, load_outcomes
 from eval.gate import EvalReport, JudgedRow, SkippedRow
 from eval.metric import make_metric
 from quant.errors import InputError, Unavailable
+from quant.execution import executed_coverage
 from quant.job import Job, Options, counted, labels_digest, prepared_graph, prepared_stage, sample_ids
 from quant.manifest import Manifest, load_manifest, newest_run, versions
 from quant.plan import QuantPlan, load_plan
@@ -109,18 +110,21 @@ def judge_target(
     """Judge one artifact on its own runtime against the FP32 model as shipped on the same runtime."""
     recipe, metric = job.recipe, make_metric(job.recipe.metric)
     try:
-        stored = _judged_stage(job, target, artifact, samples)
+        stored = _judged_stage(job, target, plan, artifact, samples)
         outcomes = load_outcomes(stored / "outcomes.npz")
         for sentence in outcomes.broken:
             log.warning("left out: %s", sentence)
-        facts = _facts(job, target, plan, artifact, json.loads((stored / "latency.json").read_text(encoding="utf-8")))
-        return judged_rows(recipe, target, outcomes, metric, {**facts, "run": run})
+        latency, execution = (
+            json.loads((stored / f"{name}.json").read_text(encoding="utf-8")) for name in ("latency", "execution")
+        )
+        facts = {**_facts(job, target, plan, artifact, latency), **execution, "run": run}
+        return judged_rows(recipe, target, outcomes, metric, facts)
     except Unavailable as error:
         return skipped_rows(recipe, [target], error.reason, error.fix)
 
 
-def _judged_stage(job: Job, target: TargetName, artifact: Path, samples: Sequence[Sample]) -> Path:
-    """Stage: outcomes of every sample, and latencies."""
+def _judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path, samples: Sequence[Sample]) -> Path:
+    """Stage: outcomes of every sample, latencies, and what the runtime executes in integers."""
     recipe, threads = job.recipe, job.options.threads
     shipped = prepared_stage(job) / "shipped"
     key = {
@@ -147,6 +151,8 @@ def _judged_stage(job: Job, target: TargetName, artifact: Path, samples: Sequenc
         outcomes.save(folder / "outcomes.npz")
         latency = _latency(job, target, artifact)
         (folder / "latency.json").write_text(json.dumps(latency), encoding="utf-8")
+        execution = {"executed_coverage": executed_coverage(target, artifact, plan)}
+        (folder / "execution.json").write_text(json.dumps(execution), encoding="utf-8")
 
     return job.store.result("evaluation", key, build)
 

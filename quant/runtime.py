@@ -103,20 +103,24 @@ class _OnnxRuntime:
         return list(self._session.run(list(outputs), feed)) if outputs else []  # onnxruntime reads [] as "all"
 
 
+def openvino_settings(threads: int) -> dict[str, str | int]:
+    """How every OpenVINO model is compiled here."""
+    return {
+        # Without the hint OpenVINO computes in bf16 where the processor can: no FP32 baseline then.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        # By default every new picture size is remembered: 1.1 GB after 150 line widths instead of 0.3.
+        "CPU_RUNTIME_CACHE_CAPACITY": "100",
+    }
+
+
 class _OpenVino:
     def __init__(self, file: Path, threads: int) -> None:
         import openvino
 
-        # Without the hint OpenVINO computes in bf16 where the processor can: no FP32 baseline then.
-        settings = {
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads,
-            # By default every new picture size is remembered: 1.1 GB after 150 line widths instead of 0.3.
-            "CPU_RUNTIME_CACHE_CAPACITY": "100",
-        }
         core = openvino.Core()
-        self._compiled = core.compile_model(core.read_model(str(file)), "CPU", settings)
+        self._compiled = core.compile_model(core.read_model(str(file)), "CPU", openvino_settings(threads))
         self._request = self._compiled.create_infer_request()
 
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]:

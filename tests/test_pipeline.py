@@ -23,6 +23,7 @@ from eval.dataset import read_image
 from eval.gate import JudgedRow, SkippedRow
 from quant import export, judging, pipeline
 from quant.errors import InputError, Unavailable
+from quant.execution import executed_coverage
 from quant.job import Options, start
 from quant.judging import evaluate_model
 from quant.manifest import Manifest, load_manifest, newest_run, processor
@@ -265,6 +266,8 @@ def test_every_target_has_an_artifact_its_plan_and_its_rows(first: First, target
         assert (row.fp32, row.int8, row.drop, row.discordance) == (100, 100, 0, 0)
         assert row.gate.passed and row.gate.evidence == "real"
         assert (row.coverage, row.method) == (plan.coverage(), plan.method)
+        assert row.executed_coverage == executed_coverage(target, first.folder / target, plan)
+        assert (row.executed_coverage is None) == (target == "paddle")
         assert row.int8_bytes == sum((first.folder / target / name).stat().st_size for name in files)
         assert row.format == target_format(target)
 
