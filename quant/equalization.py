@@ -21,8 +21,8 @@ from onnx import NodeProto, helper
 from quant.errors import InputError
 from quant.flow import HARD_SWISH_END, LARGEST_STEP, Chain
 from quant.graph import Graph, attribute
-from quant.recipe import EqualizationScope
 from quant.runtime import Feed, onnx_session
+from quant.target import EqualizationScope
 
 STRENGTH = 0.5
 """SmoothQuant's alpha: the share of the imbalance that moves from activations to weights."""

@@ -19,8 +19,8 @@ from typing import Any
 import onnx
 
 from quant.plan import QuantPlan
-from quant.recipe import TargetName
 from quant.runtime import Feed, openvino_settings
+from quant.target import TargetName
 
 _INTEGER_TYPES = ("u8", "i8")
 _OPENVINO_KERNELS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")

@@ -125,6 +125,13 @@ def write_chain(
     return _insert(graph, before, "Add", [product, shift], f"{chain.activation}_moved")
 
 
+def write_inverse(graph: Graph, before: NodeProto, chain: Chain, source: str) -> str:
+    """Give back x where `factor * x` was stored and what reads it is in FP32."""
+    assert chain.factor is not None
+    back = graph.add_constant(f"{chain.activation}_inverse", (1 / chain.factor).reshape(1, -1, 1, 1).astype(np.float32))
+    return _insert(graph, before, "Mul", [source, back], f"{chain.activation}_natural")
+
+
 def observed(graph: Graph, chains: Collection[Chain], writers: Collection[str]) -> tuple[Graph, dict[str, str]]:
     """A graph with the tensors that have to be calibrated for stored outputs.
 

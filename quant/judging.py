@@ -21,11 +21,12 @@ from quant.execution import executed_coverage
 from quant.job import Job, Options, counted, labels_digest, prepared_graph, prepared_stage, sample_ids
 from quant.manifest import Manifest, load_manifest, newest_run, versions
 from quant.plan import QuantPlan, load_plan
-from quant.recipe import Recipe, TargetName
+from quant.recipe import Recipe
 from quant.runtime import Session, model_files, open_session, streams, target_format
 from quant.selection import Selection, find_datasets, select, unused
 from quant.source import cache_dir, resolve_model
 from quant.stage import StageStore, file_digests
+from quant.target import TARGETS, TargetName
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,10 @@ def judge_target(
 ) -> list[JudgedRow | SkippedRow]:
     """Judge one artifact on its own runtime against the FP32 model as shipped on the same runtime."""
     recipe, metric = job.recipe, make_metric(job.recipe.metric)
+    if not TARGETS[target].executed:
+        reason = f"no runtime of {target} here; the artifact's structure was checked when it was exported"
+        fix = f"Build an engine of its inference.onnx on a machine with {target}, for example with trtexec"
+        return skipped_rows(recipe, [target], reason, fix)
     try:
         stored = _judged_stage(job, target, plan, artifact, samples)
         outcomes = load_outcomes(stored / "outcomes.npz")

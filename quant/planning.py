@@ -79,7 +79,8 @@ def planned_stage(job: Job, choice: TargetChoice) -> Path:
             plan.integers = round_by_moments(equalized, plan, moments, biases_follow=biases)
             plan.notes.append(f"weights rounded by second moments: {', '.join(sorted(moments))}")
         if biases:
-            feeds = calibration_feeds(job, "correcting biases")
+            limit = recipe.calibration.bias_samples if recipe.calibration.bias_correction == "full" else None
+            feeds = calibration_feeds(job, "correcting biases", limit)
             plan.bias_shifts = correct_biases(equalized, plan, feeds, job.options.threads)
         plan.operators = with_damages(plan.operators, _damages(job, graph, plan))
         minimum = recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage

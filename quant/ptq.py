@@ -24,9 +24,6 @@ from quant.plan import (
 from quant.runtime import Feed, onnx_session
 from quant.simulation import FloatWriter, make_quantizer
 
-LEAST_WORK = 0.002
-"""Smallest share of all multiply-accumulates for which an output is stored in 8 bits."""
-
 
 def activation_tensors(operators: Iterable[Operator]) -> list[str]:
     """Tensors that have to be calibrated, in graph order."""
@@ -64,25 +61,29 @@ def make_plan(
 
 
 def observed_outputs(graph: Graph, operators: Iterable[Operator]) -> tuple[Graph, dict[str, str]]:
-    """Which convolution outputs are worth storing in 8 bits, and a graph with the tensors to calibrate for them.
+    """Which convolution outputs are stored in 8 bits, and a graph with the tensors to calibrate for them.
 
-    Not those of cheap operators, which gain nothing, nor those that convolutions read as they are: these have
-    quantizers already.
+    All but those of pooled maps (one value a channel), which gain nothing, and those that convolutions read as they
+    are: these have quantizers already.
 
     Returns:
         The graph, and the tensor to observe for each output (and each product in a chain, see `quant.flow`).
     """
     listed = list(operators)
-    total = sum(op.macs for op in listed) or 1
     readers = graph.consumers()
     read = {name for op in listed if op.quantized for name in op.activations}
     writers = [
         op.name
         for op in listed
-        if op.quantized and op.op_type == "Conv" and op.weight is not None and op.macs >= LEAST_WORK * total
+        if op.quantized and op.op_type == "Conv" and op.weight is not None and not _is_pooled(graph, op.name)
         if op.name not in read and op.name not in graph.outputs and readers[op.name]
     ]
     return observed(graph, find_chains(graph), writers)
+
+
+def _is_pooled(graph: Graph, tensor: str) -> bool:
+    shape = graph.shape(tensor)
+    return shape is not None and len(shape) == 4 and shape[2:] == (1, 1)
 
 
 def stored_outputs(

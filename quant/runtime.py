@@ -11,8 +11,8 @@ import numpy as np
 from onnx import ModelProto
 
 from quant.errors import InputError, Unavailable
-from quant.recipe import TargetName
 from quant.source import SHIPPED_FILES
+from quant.target import TARGETS, ArtifactFormat, TargetName
 
 Feed = dict[str, np.ndarray]
 
@@ -29,9 +29,9 @@ class Session(Protocol):
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]: ...
 
 
-def target_format(target: str) -> str:
-    """Format of a target's artifact: `onnx` or `paddle`."""
-    return "paddle" if target == "paddle" else "onnx"
+def target_format(target: TargetName) -> ArtifactFormat:
+    """Format of a target's artifact."""
+    return TARGETS[target].format
 
 
 def model_files(folder: Path, kind: str) -> list[Path]:
@@ -72,7 +72,7 @@ def streams(target: TargetName, threads: int) -> tuple[int, int]:
     One-thread sessions side by side are fastest for onnxruntime (15 % on two cores). OpenVINO loses 28 % by them, and
     Paddle crashes now and then when two predictors of one process run at the same time.
     """
-    return (threads, 1) if target == "onnxruntime" else (1, threads)
+    return (threads, 1) if TARGETS[target].side_by_side else (1, threads)
 
 
 def onnx_session(model: ModelProto | Path, threads: int) -> Session:

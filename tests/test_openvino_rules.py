@@ -37,7 +37,7 @@ def distance(net: TinyNet, plan: QuantPlan, folder: Path) -> float:
 
 def rounded(values: np.ndarray, quantizer: ActivationQuantizer) -> np.ndarray:
     """Quantized and read back."""
-    steps = np.clip(np.rint(values / quantizer.scale) + quantizer.zero_point, *integer_limits(quantizer))
+    steps = np.clip(np.rint(values / quantizer.scale) + quantizer.zero_point, *integer_limits(quantizer.dtype))
     return np.asarray((steps - quantizer.zero_point) * quantizer.scale)
 
 
