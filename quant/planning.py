@@ -15,7 +15,7 @@ from eval.evaluation import readable
 from eval.metric import make_metric
 from eval.statistics import estimate_drop
 from quant.bias import sequential_biases
-from quant.calibration import collect_statistics, count_work, load_statistics, save_statistics
+from quant.calibration import Statistics, collect_statistics, count_work, load_statistics, save_statistics
 from quant.equalization import Equalizer, equalize, load_equalizers, make_equalizers, save_equalizers
 from quant.flow import find_chains
 from quant.graph import Graph
@@ -31,7 +31,7 @@ from quant.job import (
     tracked,
 )
 from quant.ladder import SearchScore, climb
-from quant.observer import make_range_method
+from quant.observer import candidate_methods, make_range_method
 from quant.plan import Operator, QuantPlan, quantizable_operators
 from quant.ptq import (
     activation_tensors,
@@ -41,6 +41,7 @@ from quant.ptq import (
     stored_outputs,
     with_damages,
 )
+from quant.ranges import PerTensor
 from quant.recipe import TargetChoice
 from quant.rounding import collect_moments, round_by_moments
 from quant.runtime import Feed, Session, onnx_session
@@ -78,6 +79,8 @@ def planned_stage(job: Job, choice: TargetChoice) -> Path:
             moments = collect_moments(equalized, plan.operators, feeds, job.options.threads, recipe.seed)
             plan.integers = round_by_moments(equalized, plan, moments, biases_follow=biases)
             plan.notes.append(f"weights rounded by second moments: {', '.join(sorted(moments))}")
+        if recipe.calibration.range == "per_tensor" and choice.method == "ptq":
+            plan = _with_best_ranges(job, equalized, plan, choice)
         if biases:
             limit = recipe.calibration.bias_samples if recipe.calibration.bias_correction == "full" else None
             feeds = calibration_feeds(job, "correcting biases", limit)
@@ -146,9 +149,7 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
             dtype=choice.activations,
             prepared_sha256=prepared_sha256,
         )
-    observed, outputs = observed_outputs(graph, operators) if choice.placement == "outputs" else (graph, {})
-    tensors = [*activation_tensors(operators), *outputs.values()]
-    statistics = load_statistics(_calibrated(job, observed, tensors, choice) / "statistics.npz")
+    statistics, outputs = _statistics(job, graph, operators, choice)
     method = make_range_method(recipe.calibration.range, recipe.calibration.percentile)
     plan = make_plan(
         graph,
@@ -163,18 +164,38 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
     return plan
 
 
+def _with_best_ranges(job: Job, graph: Graph, plan: QuantPlan, choice: TargetChoice) -> QuantPlan:
+    """The plan with the range of each tensor that hurts its readers least."""
+    calibration = job.recipe.calibration
+    statistics, outputs = _statistics(job, graph, plan.operators, choice)
+    method = PerTensor(tuple(candidate_methods(calibration.percentile)))
+    feeds = first_feeds(job, job.selection.calibration, calibration.range_samples)
+    return method.refine(graph, plan, statistics, outputs, feeds, job.options.threads)
+
+
+def _statistics(
+    job: Job, graph: Graph, operators: list[Operator], choice: TargetChoice
+) -> tuple[Statistics, dict[str, str]]:
+    """Histograms of every tensor that may be quantized, and which of them belong to stored outputs."""
+    observed, outputs = observed_outputs(graph, operators) if choice.placement == "outputs" else (graph, {})
+    tensors = [*activation_tensors(operators), *outputs.values()]
+    return load_statistics(_calibrated(job, observed, tensors, choice) / "statistics.npz"), outputs
+
+
 def _calibrated(job: Job, graph: Graph, tensors: list[str], choice: TargetChoice) -> Path:
     """Stage: histograms of every tensor that may be quantized."""
+    momentum, threads = job.recipe.calibration.momentum, job.options.threads
 
     def build(folder: Path) -> None:
         feeds = calibration_feeds(job, "calibrating")
-        save_statistics(collect_statistics(graph, tensors, feeds, job.options.threads), folder / "statistics.npz")
+        save_statistics(collect_statistics(graph, tensors, feeds, threads, momentum), folder / "statistics.npz")
 
     key = {
         **job.key,
         "samples": sample_ids(job.selection.calibration),
         "equalized": choice.equalization,
         "placement": choice.placement,
+        "momentum": momentum,
     }
     return job.store.result("calibration", key, build)
 

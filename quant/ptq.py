@@ -46,11 +46,7 @@ def make_plan(
         method: chooses each tensor's range.
         dtype: `uint8` (asymmetric) or `int8` (symmetric) activations.
     """
-    symmetric = dtype == "int8"
-    activations = {}
-    for name in activation_tensors(operators):
-        low, high = method.choose(statistics[name], symmetric=symmetric)
-        activations[name] = make_quantizer(name, low, high, dtype)
+    activations = read_activations(operators, statistics, method, dtype)
     weights, integers = {}, {}
     for op in operators:
         if op.quantized and op.weight is not None:
@@ -58,6 +54,17 @@ def make_plan(
             weights[op.weight] = WeightQuantizer(tensor=op.weight, axis=axis)
             integers[op.weight] = quantize_weight(graph.constants[op.weight], axis)
     return QuantPlan(model, "", "ptq", prepared_sha256, operators, activations, weights, integers, {}, [])
+
+
+def read_activations(
+    operators: Iterable[Operator], statistics: Statistics, method: RangeMethod, dtype: str
+) -> dict[str, ActivationQuantizer]:
+    """Quantizers of what quantized operators read, by tensor name."""
+    found = {}
+    for name in activation_tensors(operators):
+        low, high = method.choose(statistics[name], symmetric=dtype == "int8")
+        found[name] = make_quantizer(name, low, high, dtype)
+    return found
 
 
 def observed_outputs(graph: Graph, operators: Iterable[Operator]) -> tuple[Graph, dict[str, str]]:
@@ -143,7 +150,7 @@ def _add_twin(graph: Graph, node: NodeProto, plan: QuantPlan, chains: Mapping[st
     source = operator.activations[0]
     quantizer = plan.outputs.get(source) or plan.activations[source]
     if chain := chains.get(operator.name):
-        source, quantizer = _chain_twin(graph, node, plan, chain), plan.activations[source]
+        source, quantizer = chain_twin(graph, node, plan, chain), plan.activations[source]
     twin.input[0] = FloatWriter().rounded(graph, node, source, *numbers_of(quantizer))
     values = dequantize_weight(plan.integers[operator.weight], plan.weights[operator.weight].axis)
     twin.input[1] = graph.add_constant(f"{operator.weight}_twin", values)
@@ -151,7 +158,7 @@ def _add_twin(graph: Graph, node: NodeProto, plan: QuantPlan, chains: Mapping[st
     return node.output[0], twin.output[0]
 
 
-def _chain_twin(graph: Graph, before: NodeProto, plan: QuantPlan, chain: Chain) -> str:
+def chain_twin(graph: Graph, before: NodeProto, plan: QuantPlan, chain: Chain) -> str:
     """What integers make of a chain whose convolution wrote exact values."""
     source = chain.writer
     if chain.factor is not None:

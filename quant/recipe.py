@@ -33,7 +33,7 @@ SCHEMA_VERSION = 1
 Task = Literal["text_detection", "text_recognition", "image_classification"]
 MethodName = Literal["ptq", "paddleslim"]
 BiasCorrection = Literal["none", "fast", "full"]
-RangeMethod = Literal["minmax", "percentile", "mse"]
+RangeMethod = Literal["minmax", "percentile", "mse", "entropy", "moving_average", "per_tensor"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Angle = Literal[0, 90, 180, 270]
@@ -146,8 +146,14 @@ class Data(_Part):
 
 class Calibration(_Part):
     samples: int = Field(ge=1, description="pictures taken from the calibration split")
-    range: RangeMethod
-    percentile: float = Field(99.999, gt=50, le=100, description="values kept by range: percentile, in percent")
+    range: RangeMethod = Field(description="how ranges of activations are chosen; per_tensor: what hurts readers least")
+    percentile: float = Field(
+        99.999, gt=50, le=100, description="values kept by range: percentile, in percent; per_tensor's first candidate"
+    )
+    momentum: Fraction = Field(
+        0.9, description="of range: moving_average; what is kept of the pictures before, in the order of the pictures"
+    )
+    range_samples: int = Field(16, ge=1, description="calibration pictures that range: per_tensor compares on")
     rounding: Literal["nearest", "second_moment"] = Field(
         "second_moment", description="of weights; second_moment minds what the layer's inputs do together"
     )
