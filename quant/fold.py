@@ -1,4 +1,4 @@
-"""Exact graph simplifications: batch norm and affine operators go into the weights beside them.
+"""Exact graph simplifications: affine operators go into the weights beside them, slow operators get a faster form.
 
 PP-LCNetV3 carries a learnable `s*x + b` after each convolution and each activation. Left in the
 graph they cost time and spoil activation ranges. Every pass keeps the outputs equal up to
@@ -7,12 +7,15 @@ float rounding; `quant.prepare` proves it on real inputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from onnx import NodeProto, helper
 
 from quant.graph import Graph, Shape, attribute
+
+Pass = Callable[[Graph], int]
 
 _LINEAR = ("Conv", "ConvTranspose", "MatMul")
 
@@ -31,21 +34,32 @@ def fold(graph: Graph) -> dict[str, int]:
     Returns:
         Number of changes by pass name.
     """
-    passes = {
+    folds: dict[str, Pass] = {
         "identity": remove_identities,
         "batch_norm": split_batch_norms,
         "affine_chain": merge_affine_chains,
         "affine_into_producer": fold_into_producers,
         "scale_into_consumer": fold_into_consumers,
     }
-    changes = dict.fromkeys(passes, 0)
-    while True:
-        found = {name: apply(graph) for name, apply in passes.items()}
-        for name, count in found.items():
-            changes[name] += count
-        if not any(found.values()):
-            graph.prune()
-            return changes
+    rewrites: dict[str, Pass] = {
+        "transposed_conv": rewrite_transposed_convs,
+        "activation_before_upsampling": move_activations_before_upsampling,
+        "gate_of_residual": rewrite_gated_residuals,
+    }
+    changes = dict.fromkeys([*folds, *rewrites], 0)
+    # A rewrite may part what a fold would have joined, so rewrites wait until no fold finds work.
+    while _apply(graph, folds, changes) or _apply(graph, rewrites, changes):
+        pass
+    graph.prune()
+    return changes
+
+
+def _apply(graph: Graph, passes: dict[str, Pass], changes: dict[str, int]) -> bool:
+    """Run each pass once, add to the number of changes, and say whether there were any."""
+    found = {name: apply(graph) for name, apply in passes.items()}
+    for name, count in found.items():
+        changes[name] += count
+    return any(found.values())
 
 
 def remove_identities(graph: Graph) -> int:
@@ -152,6 +166,73 @@ def fold_into_consumers(graph: Graph) -> int:
     return count
 
 
+def rewrite_transposed_convs(graph: Graph) -> int:
+    """Write a ConvTranspose to one channel whose windows do not overlap as a 1x1 Conv and DepthToSpace.
+
+    With kernel = stride = k, every input pixel makes a k x k block of its own, by as many products as a
+    1x1 Conv with k * k outputs needs (Shi et al., "Real-Time Single Image and Video Super-Resolution Using
+    an Efficient Sub-Pixel Convolutional Neural Network", 2016). OpenVINO has a fast kernel for that Conv,
+    in integers too, where it runs a ConvTranspose to one channel in floats. With more channels nothing is gained.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        if node.op_type != "ConvTranspose" or not _makes_blocks_of_one_channel(graph, node):
+            continue
+        weight, output = graph.constants[node.input[1]], node.output[0]
+        channels, size = weight.shape[0], weight.shape[2]
+        pixels = weight.transpose(1, 2, 3, 0).reshape(size * size, channels, 1, 1)
+        inputs = [node.input[0], graph.add_constant(f"{node.input[1]}_pixels", np.ascontiguousarray(pixels))]
+        if len(node.input) > 2:
+            bias = np.repeat(graph.constants[node.input[2]], size * size)
+            inputs.append(graph.add_constant(f"{node.input[2]}_pixels", bias))
+        blocks = graph.fresh_name(f"{output}_pixels")
+        conv = helper.make_node("Conv", inputs, [blocks], name=blocks, kernel_shape=[1, 1])
+        graph.insert_before(node, conv)
+        upsampling = helper.make_node("DepthToSpace", [blocks], [output], name=output, blocksize=size, mode="CRD")
+        graph.insert_before(node, upsampling)
+        graph.remove(node)
+        count += 1
+    return count
+
+
+def move_activations_before_upsampling(graph: Graph) -> int:
+    """Let an activation behind DepthToSpace act before it: there it joins the Conv, and no pass over pixels is left."""
+    count = 0
+    for node in list(graph.nodes):
+        upsampling = graph.producers().get(node.input[0]) if node.op_type in ("Relu", "Sigmoid") else None
+        if upsampling is None or upsampling.op_type != "DepthToSpace" or not _only_use(graph, node.input[0]):
+            continue
+        data = upsampling.input[0]
+        active = graph.fresh_name(f"{node.output[0]}_pixels")
+        graph.insert_before(upsampling, helper.make_node(node.op_type, [data], [active], name=active))
+        graph.copy_shape(data, active)
+        # Under its old output name would now stand other values: it writes the activation's.
+        upsampling.input[0], upsampling.output[0], upsampling.name = active, node.output[0], node.output[0]
+        graph.remove(node)
+        count += 1
+    return count
+
+
+def rewrite_gated_residuals(graph: Graph) -> int:
+    """Write `x + x * gate` as `x * (gate + 1)`: the addition costs one number per channel, not per pixel."""
+    count = 0
+    for node in list(graph.nodes):
+        found = _gated_residual(graph, node)
+        if found is None:
+            continue
+        data, gate, product = found
+        one = graph.add_constant(f"{gate}_one", np.ones(1, dtype=np.float32))
+        raised = graph.fresh_name(f"{gate}_raised")
+        graph.insert_before(product, helper.make_node("Add", [gate, one], [raised], name=raised))
+        graph.copy_shape(gate, raised)
+        output = node.output[0]
+        graph.insert_before(node, helper.make_node("Mul", [data, raised], [output], name=output))
+        graph.remove(product)
+        graph.remove(node)
+        count += 1
+    return count
+
+
 def read_affine(graph: Graph, node: NodeProto | None) -> Affine | None:
     """The affine map of a Mul, Add, Sub or Div by a constant scalar or per-channel vector, else None."""
     if node is None or node.op_type not in ("Mul", "Add", "Sub", "Div"):
@@ -219,6 +300,33 @@ def _replace_by_affine(graph: Graph, node: NodeProto, affine: Affine) -> None:
         graph.copy_shape(data, result)
         data = result
     graph.remove(node)
+
+
+def _makes_blocks_of_one_channel(graph: Graph, node: NodeProto) -> bool:
+    """Whether a ConvTranspose makes a square block of one channel from each pixel, and nothing else."""
+    if not _foldable_producer(graph, node) or _padded(node):
+        return False
+    shape = graph.constants[node.input[1]].shape
+    if len(shape) != 4 or shape[1] != 1 or shape[2] != shape[3] or shape[2] == 1:
+        return False
+    widened = any(attribute(node, "output_padding", [])) or attribute(node, "output_shape") is not None
+    dense = all(step == 1 for step in attribute(node, "dilations", []))
+    return not widened and dense and tuple(attribute(node, "strides", [1, 1])) == shape[2:]
+
+
+def _gated_residual(graph: Graph, node: NodeProto) -> tuple[str, str, NodeProto] | None:
+    """x, the gate [N, C, 1, 1] and the Mul of `x + x * gate`, if nothing else reads the product."""
+    for product in map(graph.producers().get, node.input if node.op_type == "Add" else ()):
+        if product is None or product.op_type != "Mul" or not _only_use(graph, product.output[0]):
+            continue
+        (data,) = set(node.input) - {product.output[0]} or {""}
+        if data not in product.input or any(map(graph.is_constant, product.input)):
+            continue  # an affine operator, which the folds keep as Mul and Add
+        gate = product.input[1 - list(product.input).index(data)]
+        shape = graph.shape(gate)
+        if shape is not None and len(shape) == 4 and shape[2:] == (1, 1):
+            return data, gate, product
+    return None
 
 
 def _beside(graph: Graph, data: str, value: np.ndarray) -> np.ndarray:

@@ -479,6 +479,13 @@ def _pool(kind: str) -> OpWriter:
     return write
 
 
+def _write_depth_to_space(builder: ProgramBuilder, node: NodeProto) -> None:
+    """`pixel_shuffle` takes the channels of a block one after the other, as mode CRD does."""
+    if attribute(node, "mode", "DCR") != "CRD":
+        raise unsupported(node, "only mode CRD is supported")
+    _unary("pixel_shuffle", upscale_factor=attribute(node, "blocksize"), data_format="NCHW")(builder, node)
+
+
 def _write_resize(builder: ProgramBuilder, node: NodeProto) -> None:
     """Only what all kernels do alike: Paddle's oneDNN kernels ignore `align_corners` and `align_mode`.
 
@@ -696,6 +703,7 @@ _WRITERS: dict[str, OpWriter] = {
     "Concat": _write_concat,
     "Conv": _write_conv,
     "ConvTranspose": _write_conv_transpose,
+    "DepthToSpace": _write_depth_to_space,
     "Div": _write_div,
     "Erf": _unary("erf"),
     "Exp": _unary("exp"),

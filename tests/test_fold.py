@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -286,6 +287,175 @@ def test_batch_norm_after_a_convolution_over_one_axis() -> None:
     folded(net)
 
 
+# --- faster forms ----------------------------------------------------------------------------------
+
+
+def transposed(net: TinyNet, size: int, channels: int = 4, out: int = 1, *, bias: bool = True, **changed: Any) -> str:
+    """A ConvTranspose with kernel = stride, unless attributes are changed."""
+    group = changed.get("group", 1)
+    inputs = ["x", net.const(net.weights(channels, out // group, size, size))]
+    if bias:
+        inputs.append(net.const(net.weights(out)))
+    attributes = {"strides": [size, size], "kernel_shape": [size, size], "pads": [0] * 4, **changed}
+    return net.op("ConvTranspose", *inputs, **attributes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.tuples(*(st.integers(1, 6) for _ in range(4))),
+    st.integers(2, 4),
+    st.booleans(),
+    st.sampled_from(["", "Sigmoid", "Relu"]),
+    st.integers(0, 1000),
+)
+def test_a_transposed_convolution_to_one_channel_becomes_a_pointwise_one(
+    shape: tuple[int, ...], size: int, bias: bool, activation: str, seed: int
+) -> None:
+    net = TinyNet(shape, seed, free=(0, 2, 3))
+    y = transposed(net, size, shape[1], bias=bias)
+    if activation:
+        y = net.op(activation, y)
+    net.op("Tanh", y, name="out")
+    after = folded(net)
+    assert kinds(after) == ["Conv", *([activation] if activation else []), "DepthToSpace", "Tanh"]
+    assert after.constants[after.nodes[0].input[1]].shape == (size * size, shape[1], 1, 1)
+    found, expected = (run(graph.to_model(), net.feed(seed))[0] for graph in (after, net.graph()))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_what_stands_around_a_transposed_convolution_to_one_channel_is_folded_into_it() -> None:
+    net = TinyNet((1, 4, 3, 3))
+    net.op("Add", "x", net.const(net.weights(1, 4, 1, 1)), name="shifted")
+    weight = net.const(net.weights(4, 1, 2, 2))
+    y = net.op("ConvTranspose", "shifted", weight, strides=[2, 2])
+    net.op("Sigmoid", net.op("Mul", net.batch_norm(y, 1), net.const([0.7])), name="map")
+    assert kinds(folded(net)) == ["Conv", "Sigmoid", "DepthToSpace"]
+
+
+@pytest.mark.parametrize(
+    ("out", "changed"),
+    [
+        (3, {}),
+        (4, {"group": 4}),
+        (1, {"pads": [1, 1, 1, 1]}),
+        (1, {"pads": [0, 0, 0, 1]}),
+        (1, {"output_padding": [1, 1]}),
+        (1, {"output_shape": [8, 8]}),
+        (1, {"auto_pad": "SAME_UPPER", "pads": None}),
+        (1, {"strides": [1, 1]}),
+        (1, {"strides": [3, 3]}),
+        (1, {"strides": [2, 1]}),
+        (1, {"dilations": [2, 2]}),
+    ],
+)
+def test_other_transposed_convolutions_stay(out: int, changed: dict[str, Any]) -> None:
+    net = TinyNet((1, 4, 4, 4))
+    net.op("Sigmoid", transposed(net, 2, out=out, **changed))
+    assert kinds(folded(net)) == ["ConvTranspose", "Sigmoid"]
+
+
+def test_a_transposed_convolution_that_is_not_square_or_has_computed_weights_stays() -> None:
+    net = TinyNet((1, 4, 4, 4))
+    net.op("ConvTranspose", "x", net.const(net.weights(4, 1, 2, 3)), strides=[2, 3])
+    assert kinds(folded(net)) == ["ConvTranspose"]
+
+    net = TinyNet((4, 1, 2, 2))
+    net.op("ConvTranspose", net.op("Reshape", "x", net.const(np.array([1, 4, 2, 2]))), "x", strides=[2, 2])
+    assert kinds(folded(net)) == ["Reshape", "ConvTranspose"]
+
+
+def test_an_activation_stays_behind_an_upsampling_that_is_read_twice_or_an_output() -> None:
+    net = TinyNet((1, 4, 3, 3))
+    y = transposed(net, 2)
+    net.op("Add", net.op("Relu", y), y)
+    assert kinds(folded(net)) == ["Conv", "DepthToSpace", "Relu", "Add"]
+
+    net = TinyNet((1, 4, 3, 3))
+    y = transposed(net, 2)
+    assert kinds(folded(net, net.op("Sigmoid", y), y)) == ["Conv", "DepthToSpace", "Sigmoid"]
+
+    net = TinyNet((1, 4, 3, 3))
+    net.op("Softmax", transposed(net, 2), axis=-1)
+    assert kinds(folded(net)) == ["Conv", "DepthToSpace", "Softmax"]
+
+
+def gate(net: TinyNet, data: str, channels: int) -> str:
+    pooled = net.conv(net.op("GlobalAveragePool", data), channels, channels, kernel=1, pad=0)
+    return net.op("HardSigmoid", pooled, alpha=1 / 6, beta=0.5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.tuples(*(st.integers(1, 6) for _ in range(4))), st.booleans(), st.booleans(), st.integers(0, 1000))
+def test_a_gate_with_residual_takes_the_residual_in(
+    shape: tuple[int, ...], gate_first: bool, product_first: bool, seed: int
+) -> None:
+    net = TinyNet(shape, seed, free=(0, 2, 3))
+    data = net.op("Tanh", "x")
+    factors = [data, gate(net, data, shape[1])]
+    product = net.op("Mul", *(factors[::-1] if gate_first else factors))
+    net.op("Add", *([product, data] if product_first else [data, product]), name="out")
+    after = folded(net)
+    assert kinds(after) == ["Tanh", "GlobalAveragePool", "Conv", "HardSigmoid", "Add", "Mul"]
+    assert after.shape(after.nodes[-1].input[1]) == (None, shape[1], 1, 1)  # the addition is on the gate
+    found, expected = (run(graph.to_model(), net.feed(seed))[0] for graph in (after, net.graph()))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def _product_read_twice(net: TinyNet) -> tuple[str, ...]:
+    product = net.op("Mul", "x", gate(net, "x", 4))
+    return (net.op("Mul", net.op("Add", "x", product), product),)
+
+
+def _product_is_an_output(net: TinyNet) -> tuple[str, ...]:
+    product = net.op("Mul", "x", gate(net, "x", 4))
+    return net.op("Add", "x", product), product
+
+
+def _residual_of_another_tensor(net: TinyNet) -> tuple[str, ...]:
+    return (net.op("Add", net.op("Relu", "x"), net.op("Mul", "x", gate(net, "x", 4))),)
+
+
+def _gate_for_every_pixel(net: TinyNet) -> tuple[str, ...]:
+    return (net.op("Add", "x", net.op("Mul", "x", net.op("Sigmoid", net.conv("x", 4, 4)))),)
+
+
+def _product_added_to_itself(net: TinyNet) -> tuple[str, ...]:
+    product = net.op("Mul", "x", gate(net, "x", 4))
+    return (net.op("Add", product, product),)
+
+
+def _gate_as_residual(net: TinyNet) -> tuple[str, ...]:
+    factor = gate(net, "x", 4)
+    return (net.op("Add", factor, net.op("Mul", "x", factor)),)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        _product_read_twice,
+        _product_is_an_output,
+        _residual_of_another_tensor,
+        _gate_for_every_pixel,
+        _product_added_to_itself,
+        _gate_as_residual,
+    ],
+    ids=lambda case: case.__name__.strip("_"),
+)
+def test_other_gates_stay(case: Callable[[TinyNet], tuple[str, ...]]) -> None:
+    net = TinyNet((2, 4, 4, 4))
+    outputs = case(net)
+    assert kinds(folded(net, *outputs)) == kinds(net.graph(*outputs))
+
+
+@pytest.mark.parametrize("constant_first", [True, False])
+def test_constants_in_the_form_of_a_gated_residual_stay_affine(constant_first: bool) -> None:
+    net = TinyNet((1, 4, 1, 1))
+    pair = ["x", net.const(net.weights(1, 4, 1, 1))]
+    first, second = pair[::-1] if constant_first else pair
+    net.op("Tanh", net.op("Add", first, net.op("Mul", first, second)))
+    assert kinds(folded(net)) == ["Mul", "Add", "Tanh"]
+
+
 # --- random chains ---------------------------------------------------------------------------------
 
 
@@ -303,7 +473,7 @@ STEPS = st.builds(
     Step,
     st.sampled_from(
         ["conv", "depthwise", "grouped", "transpose", "matmul", "norm", "affine", "affine", "affine", "affine", "swish",
-         "branch", "output", "square", "identity", "flatten"]
+         "branch", "output", "square", "identity", "flatten", "upsample", "gate"]
     ),
     st.sampled_from(["scalar", "one", "full", "channel", "channel3", "columns"]),
     st.integers(0, 3),
@@ -326,6 +496,12 @@ def build(steps: list[Step], seed: int) -> tuple[TinyNet, tuple[str, ...]]:
         elif step.kind == "transpose" and picture and shape[2] < 8:
             name = net.conv_transpose(name, shape[1], 4, bias=step.flag)
             shape = [shape[0], 4, 2 * shape[2], 2 * shape[3]]
+        elif step.kind == "upsample" and picture and shape[2] < 8:
+            name = net.conv_transpose(name, shape[1], 1, bias=step.flag)
+            name = net.op("Sigmoid", name) if step.number else name
+            shape = [shape[0], 1, 2 * shape[2], 2 * shape[3]]
+        elif step.kind == "gate" and picture:
+            name = net.op("Add", name, net.op("Mul", name, net.op("Sigmoid", net.op("GlobalAveragePool", name))))
         elif step.kind == "matmul":
             name = net.matmul(name, shape[-1], 6)
             shape = [*shape[:-1], 6]
@@ -364,6 +540,8 @@ def test_random_chains_keep_their_values(steps: list[Step], seed: int) -> None:
     before = net.graph(*outputs)
     after = folded(net, *outputs)
     assert kinds(after).count("HardSwish") == kinds(before).count("HardSwish")
+    for node in after.nodes:  # all that is left has more than one output channel
+        assert node.op_type != "ConvTranspose" or after.constants[node.input[1]].shape[1] > 1
     producers, readers = after.producers(), after.consumers()
     for node in after.nodes:
         source = producers.get(node.input[0]) if node.op_type == "BatchNormalization" else None

@@ -188,6 +188,10 @@ OPERATORS: dict[str, Build] = {
     "mean of rows": unary("ReduceMean", axes=[2], keepdims=0),
     "mean of pixels": unary("ReduceMean", axes=[2, 3]),
     "nearest": resized("nearest", "asymmetric"),
+    "depth to space": unary("DepthToSpace", blocksize=2, mode="CRD"),
+    "depth to space of several channels": lambda net: net.op(
+        "DepthToSpace", net.conv("x", 4, 27), blocksize=3, mode="CRD"
+    ),
     "bilinear": resized("linear", "half_pixel"),
     "bilinear to size": resized("linear", "half_pixel", sizes=True),
     "concat": lambda net: net.op("Concat", "x", net.op("Relu", "x"), axis=1),
@@ -230,7 +234,19 @@ def test_an_operator_computes_what_onnxruntime_computes(name: str, tmp_path: Pat
             np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("net", [small_detector(), small_recognizer()], ids=["detector", "recognizer"])
+def upsampling_detector() -> TinyNet:
+    """Ends in the form that folding gives a transposed convolution to one channel."""
+    net = TinyNet((1, 3, 8, 8), seed=4, free=(0, 2, 3))
+    pixels = net.conv(net.op("Relu", net.conv("x", 3, 8)), 8, 4, kernel=1, pad=0)
+    net.op("DepthToSpace", net.op("Sigmoid", pixels), blocksize=2, mode="CRD", name="map")
+    return net
+
+
+@pytest.mark.parametrize(
+    "net",
+    [small_detector(), upsampling_detector(), small_recognizer()],
+    ids=["detector", "upsampling detector", "recognizer"],
+)
 @pytest.mark.parametrize(("onednn", "new_ir"), MODES)
 def test_a_plan_computes_what_its_simulation_computes(net: TinyNet, onednn: bool, new_ir: bool, tmp_path: Path) -> None:
     graph, plan = net.graph(), plan_of(net, "int8")
@@ -368,6 +384,10 @@ UNSUPPORTED: dict[str, tuple[Build, str]] = {
     ),
     "nearest to a size": (resized("nearest", "asymmetric", sizes=True), "Resize.*means different things"),
     "bilinear between corners": (resized("linear", "align_corners"), "Resize.*align_corners"),
+    "blocks before channels": (
+        lambda net: net.op("DepthToSpace", "x", blocksize=2, name="odd"),
+        "DepthToSpace.*'odd'.*CRD",
+    ),
     "flattened at the end": (lambda net: net.op("Flatten", "x", axis=2, name="odd"), "Flatten.*'odd'"),
 }
 
