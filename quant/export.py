@@ -116,7 +116,8 @@ def first_difference(
 def _with_output(graph: Graph, tensor: str) -> Graph:
     model = graph.to_model()
     if tensor not in graph.outputs:
-        model.graph.output.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, None))
+        sizes = graph.shape(tensor) or ()
+        model.graph.output.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, sizes))
     return Graph(model)
 
 

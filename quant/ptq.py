@@ -70,8 +70,8 @@ def read_activations(
 def observed_outputs(graph: Graph, operators: Iterable[Operator]) -> tuple[Graph, dict[str, str]]:
     """Which convolution outputs are stored in 8 bits, and a graph with the tensors to calibrate for them.
 
-    All but those of pooled maps (one value a channel), which gain nothing, and those that convolutions read as they
-    are: these have quantizers already.
+    All but those of pooled maps (one value a channel), which gain nothing, those that convolutions read as they are
+    (these have quantizers already), and scores, which a Sigmoid ends.
 
     Returns:
         The graph, and the tensor to observe for each output (and each product in a chain, see `quant.flow`).
@@ -83,7 +83,8 @@ def observed_outputs(graph: Graph, operators: Iterable[Operator]) -> tuple[Graph
         op.name
         for op in listed
         if op.quantized and op.op_type == "Conv" and op.weight is not None and not _is_pooled(graph, op.name)
-        if op.name not in read and op.name not in graph.outputs and readers[op.name]
+        if op.name not in read and op.name not in graph.outputs
+        if any(reader.op_type != "Sigmoid" for reader in readers[op.name])
     ]
     return observed(graph, find_chains(graph), writers)
 
