@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import onnx
 
 from eval.dataset import Sample
@@ -110,6 +111,12 @@ def prepared_stage(job: Job) -> Path:
 
 def prepared_graph(job: Job) -> Graph:
     return Graph(onnx.load(prepared_stage(job) / "prepared" / "inference.onnx"))
+
+
+def latency_feed(job: Job) -> Feed:
+    """Uniform noise of the recipe's latency shape."""
+    values = np.random.default_rng(job.recipe.seed).uniform(-1, 1, job.recipe.latency.shape).astype(np.float32)
+    return dict.fromkeys(prepared_graph(job).inputs, values)
 
 
 def calibration_feeds(job: Job, what: str, limit: int | None = None) -> Iterator[Feed]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from eval.benchmark import interleaved_latency
 from eval.dataset import Sample, by_shape
 from eval.evaluation import compare, judged_rows, load_outcomes
@@ -18,7 +16,7 @@ from eval.gate import EvalReport, JudgedRow, SkippedRow
 from eval.metric import make_metric
 from quant.errors import InputError, Unavailable
 from quant.execution import executed_coverage
-from quant.job import Job, Options, counted, labels_digest, prepared_graph, prepared_stage, sample_ids
+from quant.job import Job, Options, counted, labels_digest, latency_feed, prepared_stage, sample_ids
 from quant.manifest import Manifest, load_manifest, newest_run, versions
 from quant.plan import QuantPlan, load_plan
 from quant.recipe import Recipe
@@ -167,14 +165,10 @@ def _latency(job: Job, target: TargetName, artifact: Path) -> dict[str, float]:
     prepared, threads = prepared_stage(job), job.options.threads
     folders = {"fp32": prepared / "shipped", "int8": artifact}
     sessions = {name: open_session(target, folder, threads) for name, folder in folders.items()}
-    feed = {name: _noise(job.recipe) for name in prepared_graph(job).inputs}
+    feed = latency_feed(job)
     if target_format(target) == "onnx":
         sessions["fp32_prepared"] = open_session(target, prepared / "prepared", threads)
     return interleaved_latency(sessions, feed, job.recipe.latency.runs)
-
-
-def _noise(recipe: Recipe) -> np.ndarray:
-    return np.random.default_rng(recipe.seed).uniform(-1, 1, recipe.latency.shape).astype(np.float32)
 
 
 def _facts(job: Job, target: TargetName, plan: QuantPlan, artifact: Path, latency: dict[str, float]) -> dict[str, Any]:

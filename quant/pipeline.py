@@ -95,8 +95,7 @@ def _make_newest(folder: Path) -> None:
 
 def quantize(job: Job, target: TargetName) -> Quantized:
     """Plan and artifact of one target; targets with equal choices share their plan."""
-    choice = job.recipe.targets[target]
-    planned = planned_stage(job, choice)
+    planned = planned_stage(job, target)
     rungs = [load_rung(document) for document in json.loads((planned / "ladder.json").read_text(encoding="utf-8"))]
     plan = load_plan(planned)
     graph = prepared_graph(job)

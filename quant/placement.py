@@ -77,13 +77,19 @@ def written_chains(graph: Graph, plan: QuantPlan) -> list[Chain]:
     for chain in find_chains(graph) if plan.outputs else []:
         if chain.writer in names and chain.writer in plan.outputs:
             scaled = plan.outputs[chain.writer].tensor != chain.writer
-            found.append(replace(chain, factor=1 / plan.equalizers[chain.reader].factor if scaled else None))
+            factor = chain.factor if chain.factor is not None or not scaled else _factor(plan, chain)
+            found.append(replace(chain, factor=factor if scaled else None))
     return found
 
 
 def active_chains(graph: Graph, plan: QuantPlan) -> dict[str, Chain]:
     """Chains by reader that flow in integers from end to end; where the reader is in FP32, they break off behind Q."""
     return {chain.reader: chain for chain in written_chains(graph, plan) if _is_active(chain, plan)}
+
+
+def _factor(plan: QuantPlan, chain: Chain) -> np.ndarray:
+    """What the convolution before writes although the reader, which is in FP32, is not equalized."""
+    return np.asarray(1 / plan.equalizers[chain.reader].factor)
 
 
 def _is_active(chain: Chain, plan: QuantPlan) -> bool:

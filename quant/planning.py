@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -30,9 +32,9 @@ from quant.job import (
     sample_ids,
     tracked,
 )
-from quant.ladder import SearchScore, climb
+from quant.ladder import SearchScore, climb, load_rung, try_plan
 from quant.observer import candidate_methods, make_range_method
-from quant.plan import Operator, QuantPlan, quantizable_operators
+from quant.plan import Operator, QuantPlan, load_plan, quantizable_operators
 from quant.ptq import (
     activation_tensors,
     correct_biases,
@@ -45,25 +47,99 @@ from quant.ranges import PerTensor
 from quant.recipe import TargetChoice
 from quant.rounding import collect_moments, round_by_moments
 from quant.runtime import Feed, Session, onnx_session
+from quant.search import Point, chosen, draw_front, explore, front
 from quant.sensitivity import measure_damages, output_error
 from quant.simulation import simulated_model
+from quant.speed import measured_gains, relative_latency
 from quant.stage import file_digests
+from quant.target import TARGETS, TargetName
 
 
-def planned_stage(job: Job, choice: TargetChoice) -> Path:
+def planned_stage(job: Job, target: TargetName) -> Path:
+    """Stage: the plan of a target, with `ladder.json` and, where a search was asked for, `search.json` and its plot.
+
+    Targets with equal choices share their plan, unless its latency was measured.
+    """
+    laddered = _laddered_stage(job, job.recipe.targets[target])
+    minutes = job.recipe.search.minutes
+    if not minutes or not TARGETS[target].executed:
+        return laddered
+
+    def build(folder: Path) -> None:
+        shutil.copyfile(laddered / "ladder.json", folder / "ladder.json")
+        points = _explored(job, target, laddered, time.monotonic() + 60 * minutes)
+        chosen(points).plan.save(folder)
+        kept = front(points)
+        documents = [{**p.document(), "front": p in kept, "chosen": p is chosen(points)} for p in points]
+        (folder / "search.json").write_text(json.dumps(documents, sort_keys=True), encoding="utf-8")
+        draw_front(points, f"{job.recipe.name} on {target}", folder / "search.svg")
+
+    return job.store.result("search", {**job.key, "plan": file_digests(laddered), "minutes": minutes}, build)
+
+
+def _explored(job: Job, target: TargetName, laddered: Path, end: float) -> list[Point]:
+    """The search on the target's own runtime, from the ladder's plan."""
+    recipe, graph = job.recipe, prepared_graph(job)
+    judge, measure = _SearchJudge(job, graph), partial(relative_latency, job, target)
+    full, best = full_plan(job, recipe.targets[target]), load_plan(laddered)
+    plan = replace(full, operators=best.operators, bias_shifts=best.bias_shifts)
+    last = load_rung(json.loads((laddered / "ladder.json").read_text(encoding="utf-8"))[-1])
+    rung = try_plan("ladder", plan, last.reverted, recipe.ladder, recipe.gate, judge)
+    return explore(
+        Point(plan, rung, measure(plan)),
+        measured_gains(job, target, full),
+        (recipe.ladder, recipe.gate),
+        judge,
+        measure,
+        partial(_with_full_biases, job, graph),
+        lambda: time.monotonic() < end,
+    )
+
+
+def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
     """Stage: the plan that the ladder chose, with `ladder.json`."""
     recipe = job.recipe
+    everything = _full_stage(job, choice)
     key = {
         **job.key,
-        "choice": choice.model_dump(),
+        "plan": file_digests(everything),
+        "min_coverage": choice.min_coverage,
         "calibration": recipe.calibration.model_dump(),
         "ladder": recipe.ladder.model_dump(),
-        "slim": recipe.paddleslim.model_dump(),
         "gate": recipe.gate.model_dump(),
         "samples": [sample_ids(job.selection.calibration), sample_ids(job.selection.search)],
         "labels": labels_digest(job.selection.search),
-        "latency": recipe.latency.model_dump(),
         "metric": recipe.metric,
+        "seed": recipe.seed,
+    }
+
+    def build(folder: Path) -> None:
+        graph, plan = prepared_graph(job), load_plan(everything)
+        plan.operators = with_damages(plan.operators, _damages(job, graph, plan))
+        minimum = recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage
+        judge, refine = _SearchJudge(job, graph), partial(_with_full_biases, job, graph)
+        best, rungs = climb(plan, recipe.ladder, recipe.gate, minimum, judge, refine)
+        best.save(folder)
+        (folder / "ladder.json").write_text(json.dumps([r.document() for r in rungs], sort_keys=True), encoding="utf-8")
+
+    return job.store.result("plan", key, build)
+
+
+def full_plan(job: Job, choice: TargetChoice) -> QuantPlan:
+    """The plan with everything in INT8 that has a kernel for it, before any operator goes back to FP32."""
+    return load_plan(_full_stage(job, choice))
+
+
+def _full_stage(job: Job, choice: TargetChoice) -> Path:
+    """Stage: calibrated, equalized, rounded, ranges and biases corrected."""
+    recipe = job.recipe
+    key = {
+        **job.key,
+        "choice": choice.model_dump(exclude={"min_coverage"}),
+        "calibration": recipe.calibration.model_dump(),
+        "slim": recipe.paddleslim.model_dump(),
+        "samples": sample_ids(job.selection.calibration),
+        "latency": recipe.latency.model_dump(),
         "seed": recipe.seed,
     }
 
@@ -85,14 +161,9 @@ def planned_stage(job: Job, choice: TargetChoice) -> Path:
             limit = recipe.calibration.bias_samples if recipe.calibration.bias_correction == "full" else None
             feeds = calibration_feeds(job, "correcting biases", limit)
             plan.bias_shifts = correct_biases(equalized, plan, feeds, job.options.threads)
-        plan.operators = with_damages(plan.operators, _damages(job, graph, plan))
-        minimum = recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage
-        judge, refine = _SearchJudge(job, graph), partial(_with_full_biases, job, graph)
-        chosen, rungs = climb(plan, recipe.ladder, recipe.gate, minimum, judge, refine)
-        chosen.save(folder)
-        (folder / "ladder.json").write_text(json.dumps([r.document() for r in rungs], sort_keys=True), encoding="utf-8")
+        plan.save(folder)
 
-    return job.store.result("plan", key, build)
+    return job.store.result("full", key, build)
 
 
 def _with_full_biases(job: Job, graph: Graph, plan: QuantPlan) -> QuantPlan:

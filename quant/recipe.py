@@ -178,6 +178,12 @@ class Ladder(_Part):
     margin: float = Field(ge=0, description="points below the gate's limit that the search drop must keep")
 
 
+class Search(_Part):
+    """After the ladder: a faster plan that passes too, by latency measured on the target (see `quant.search`)."""
+
+    minutes: float = Field(0, ge=0, description="of looking for it; 0: the ladder decides, by coverage alone")
+
+
 class PaddleSlim(_Part):
     """Arguments of paddleslim.quant.quant_post_static."""
 
@@ -223,6 +229,7 @@ class Recipe(_Part):
     data: Data
     calibration: Calibration
     ladder: Ladder
+    search: Search = Field(default_factory=lambda: Search(minutes=0))
     paddleslim: PaddleSlim
     targets: dict[TargetName, TargetChoice] = Field(min_length=1)
     metric: str

@@ -62,7 +62,7 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
         tmp_path,
         "base: text_recognition\nname: bad name\ndescription: x\nmodel: {wheel: {package: p, folder: f, colour: red}}\n"
         "expect: {metric: m, value: high, source: s}\ncolour: red\n"
-        "calibration: {samples: 0, range: median}\ntargets: {tensorrt: {}, paddle: {method: magic}}\n"
+        "calibration: {samples: 0, range: median}\ntargets: {tflite: {}, paddle: {method: magic}}\n"
         "data: {splits: {calibration: 0.5, search: 0.5, report: 0.5}}\ngate: {max_drop: -1}\n",
     )
     found = problems(file)
@@ -85,7 +85,8 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
     assert "calibration" in found["colour"][2], "the keys that are allowed there"
     assert found["model.wheel.colour"][2] == "unknown key; allowed here: package, folder"
     assert any(
-        "tensorrt" in key and "'onnxruntime', 'openvino' or 'paddle'" in text for key, (_, _, text) in found.items()
+        "tflite" in key and "'onnxruntime', 'openvino', 'paddle' or 'tensorrt'" in text
+        for key, (_, _, text) in found.items()
     )
     assert any(key.startswith("targets.paddle.method") for key in found)
 

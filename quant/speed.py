@@ -1,0 +1,67 @@
+"""What INT8 gains on a target, measured: of a whole plan, and of each operator."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval.benchmark import interleaved_latency
+from quant.execution import Kernel, kernel_table
+from quant.export import export_artifact, fitted
+from quant.job import Job, latency_feed, prepared_graph, prepared_stage
+from quant.plan import QuantPlan
+from quant.runtime import open_session, target_format
+from quant.target import TargetName
+
+_DECORATIONS = ("/WithoutBiases", "_nchwc", "/MatmulTransposeFusion/")
+"""What runtimes add to the name of an operator that they rewrite."""
+
+
+def relative_latency(job: Job, target: TargetName, plan: QuantPlan) -> float:
+    """INT8 / FP32 on the target, interleaved: FP32 prepared, or as shipped where the target reads no ONNX."""
+    fp32 = prepared_stage(job) / ("prepared" if target_format(target) == "onnx" else "shipped")
+    with tempfile.TemporaryDirectory() as place:
+        folder = _exported(job, target, plan, Path(place))
+        sessions = {
+            name: open_session(target, f, job.options.threads) for name, f in (("fp32", fp32), ("int8", folder))
+        }
+        latency = interleaved_latency(sessions, latency_feed(job), job.recipe.latency.runs)
+    return latency["int8"] / latency["fp32"]
+
+
+def measured_gains(job: Job, target: TargetName, full: QuantPlan) -> dict[str, float]:
+    """Milliseconds of one thread that INT8 saves on every operator that the full plan quantizes.
+
+    By the runtime's own profile; nothing for `paddle`, which has none.
+    """
+    if target_format(target) != "onnx":
+        return {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = _exported(job, target, full, Path(place))
+        int8 = kernel_table(target, folder, latency_feed(job), 1)
+    fp32 = kernel_table(target, prepared_stage(job) / "prepared", latency_feed(job), 1)
+    return gains(list(full.quantized()), fp32, int8)
+
+
+def gains(operators: Sequence[str], fp32: Sequence[Kernel], int8: Sequence[Kernel]) -> dict[str, float]:
+    """FP32 - INT8 in milliseconds, for the operators whose kernels are found in both profiles."""
+    before, after = _milliseconds(fp32), _milliseconds(int8)
+    return {name: before[name] - after[name] for name in operators if name in before and name in after}
+
+
+def _milliseconds(kernels: Sequence[Kernel]) -> dict[str, float]:
+    """By the name of the operator, without what runtimes add to it."""
+    times = {}
+    for kernel in kernels:
+        name = kernel.name
+        for decoration in _DECORATIONS:
+            name = name.removesuffix(decoration)
+        times[name] = kernel.milliseconds
+    return times
+
+
+def _exported(job: Job, target: TargetName, plan: QuantPlan, folder: Path) -> Path:
+    graph = prepared_graph(job)
+    export_artifact(target, graph, fitted(target, graph, plan), job.files.inference_yml, folder)
+    return folder
