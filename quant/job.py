@@ -18,8 +18,8 @@ from quant.errors import InputError
 from quant.graph import Graph
 from quant.manifest import versions
 from quant.prepare import check_outputs, prepare
-from quant.recipe import Recipe
-from quant.runtime import Feed, onnx_session
+from quant.recipe import Recipe, TargetName
+from quant.runtime import Feed, onnx_session, target_format
 from quant.selection import Selection, select
 from quant.source import SHIPPED_FILES, ModelFiles, cache_dir, resolve_model
 from quant.stage import StageStore, code_digest, digest
@@ -106,6 +106,13 @@ def prepared_stage(job: Job) -> Path:
         job.options.progress(f"{job.recipe.name}: importing and folding", 1, 1)
 
     return job.store.result("prepared", {**job.key, "tolerance": job.recipe.tolerance}, build)
+
+
+def fp32_folders(job: Job, target: TargetName) -> dict[str, Path]:
+    """Folders of FP32 as shipped, `fp32`, and for targets that take ONNX as prepared, `fp32_prepared`."""
+    stage = prepared_stage(job)
+    folders = {"fp32": stage / "shipped"}
+    return folders if target_format(target) == "paddle" else {**folders, "fp32_prepared": stage / "prepared"}
 
 
 def prepared_graph(job: Job) -> Graph:
