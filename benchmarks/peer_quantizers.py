@@ -19,8 +19,9 @@ import numpy as np
 
 from quant.errors import InputError
 from quant.job import Job, Options, prepared_stage, start
-from quant.recipe import TargetName, limited_to, load_recipe
+from quant.recipe import limited_to, load_recipe
 from quant.runtime import MODEL_FILES, Feed
+from quant.target import TargetName
 
 ONNX_TARGETS: tuple[TargetName, ...] = ("onnxruntime", "openvino")
 OPERATORS = ["Conv", "ConvTranspose", "MatMul"]

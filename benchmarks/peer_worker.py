@@ -27,8 +27,8 @@ from eval.metric import make_metric
 from eval.statistics import estimate_drop
 from quant.job import Options, fp32_folders
 from quant.latency import time_cells
-from quant.recipe import TargetName
 from quant.runtime import Precision, Session, model_bytes, open_session, openvino_session, streams
+from quant.target import TargetName
 
 
 @dataclass(frozen=True)

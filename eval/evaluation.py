@@ -17,8 +17,9 @@ from eval.gate import POOLED, Evidence, JudgedRow, SkippedRow, judge
 from eval.metric import Metric
 from eval.statistics import estimate_drop, samples_needed
 from quant.errors import InputError, Unavailable
-from quant.recipe import Recipe, TargetName
+from quant.recipe import Recipe
 from quant.runtime import Feed, Session, target_format
+from quant.target import TargetName
 
 
 class Prepared(Protocol):

@@ -19,7 +19,7 @@ from onnx.helper import make_tensor_value_info, np_dtype_to_tensor_dtype
 
 from quant.conversion import OPSET
 from quant.graph import Graph
-from quant.placement import active_chains
+from quant.placement import written_chains
 from quant.plan import QuantPlan, corrected_graph
 from quant.runtime import Feed, onnx_session
 from quant.simulation import simulated_model
@@ -52,7 +52,7 @@ def sequential_biases(
     plain = replace(plan, bias_shifts={})
     factors = {
         chain.writer: chain.factor
-        for chain in active_chains(corrected_graph(graph, plain), plain).values()
+        for chain in written_chains(corrected_graph(graph, plain), plain)
         if chain.factor is not None
     }
     simulated = Graph(simulated_model(graph, plain))

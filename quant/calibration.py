@@ -6,33 +6,36 @@ Pictures pass one at a time; memory does not grow with their number.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from quant.errors import InputError
 from quant.graph import Graph
-from quant.observer import HALF_BINS, Histogram
+from quant.observer import HALF_BINS, MOMENTUM, Histogram, MovingRange
 from quant.plan import QUANTIZABLE
 from quant.runtime import Feed, onnx_session
 
 Statistics = dict[str, Histogram]
 
 
-def collect_statistics(graph: Graph, tensors: Sequence[str], feeds: Iterable[Feed], threads: int) -> Statistics:
+def collect_statistics(
+    graph: Graph, tensors: Sequence[str], feeds: Iterable[Feed], threads: int, momentum: float = MOMENTUM
+) -> Statistics:
     """Histograms of the named tensors over all feeds.
 
     Args:
         graph: the prepared graph.
         tensors: names of graph inputs or intermediate tensors.
-        feeds: input name -> array, one picture each.
+        feeds: input name -> array, one picture each; their order matters to the moving average alone.
+        momentum: of the moving average of the extremes, 0..1.
 
     Raises:
         InputError: there was no feed, or a tensor held NaN or infinity.
     """
     session = onnx_session(graph.to_model(tensors), threads)
-    statistics = {name: Histogram() for name in tensors}
+    statistics = {name: Histogram(average=MovingRange(momentum)) for name in tensors}
     count = 0
     for count, feed in enumerate(feeds, start=1):
         for name, values in zip(tensors, session.run(feed, tensors), strict=True):
@@ -54,6 +57,7 @@ def save_statistics(statistics: Statistics, file: Path) -> None:
         names=np.array(names),
         limits=np.array([statistics[n].limit for n in names]),
         extremes=np.array([(statistics[n].minimum, statistics[n].maximum) for n in names]),
+        averages=np.array([astuple(statistics[n].average) for n in names]),
         counts=np.stack([statistics[n].counts for n in names]),
     )
 
@@ -61,10 +65,12 @@ def save_statistics(statistics: Statistics, file: Path) -> None:
 def load_statistics(file: Path) -> Statistics:
     """Read what `save_statistics` wrote."""
     with np.load(file, allow_pickle=False) as stored:
-        rows = zip(stored["names"], stored["limits"], stored["extremes"], stored["counts"], strict=True)
+        columns = (stored[key] for key in ("names", "limits", "extremes", "averages", "counts"))
         return {
-            str(name): Histogram(float(limit), counts.reshape(2 * HALF_BINS), float(low), float(high))
-            for name, limit, (low, high), counts in rows
+            str(name): Histogram(
+                float(limit), counts.reshape(2 * HALF_BINS), float(low), float(high), MovingRange(*map(float, average))
+            )
+            for name, limit, (low, high), average, counts in zip(*columns, strict=True)
         }
 
 

@@ -19,10 +19,10 @@ import numpy as np
 from onnx import NodeProto, helper
 
 from quant.errors import InputError
-from quant.flow import LARGEST_STEP
+from quant.flow import HARD_SWISH_END, LARGEST_STEP, Chain
 from quant.graph import Graph, attribute
-from quant.recipe import EqualizationScope
 from quant.runtime import Feed, onnx_session
+from quant.target import EqualizationScope
 
 STRENGTH = 0.5
 """SmoothQuant's alpha: the share of the imbalance that moves from activations to weights."""
@@ -55,21 +55,29 @@ class _Reach:
 
 
 def make_equalizers(
-    graph: Graph, scope: EqualizationScope, feeds: Iterable[Feed], threads: int
+    graph: Graph, scope: EqualizationScope, feeds: Iterable[Feed], threads: int, chains: Collection[Chain] = ()
 ) -> dict[str, Equalizer]:
     """Equalizers, by operator name, for the convolutions of a scope that read an inner tensor.
 
     Args:
         graph: the prepared graph.
         feeds: calibration pictures, one at a time.
+        chains: those that are to flow in integers. There what has to fit one scale is the output of the convolution
+            before, not what hard-swish leaves of it.
     """
     nodes = [node for node in graph.nodes if _in_scope(graph, node, scope)]
-    tensors = list(dict.fromkeys(node.input[0] for node in nodes))
-    if not tensors:
+    writers = {chain.reader: chain.writer for chain in chains}
+    source = {node.output[0]: writers.get(node.output[0], node.input[0]) for node in nodes}
+    if not source:
         return {}
-    reaches = _channel_reaches(graph, tensors, feeds, threads)
-    found = {node.output[0]: _equalizer(graph, node, reaches[node.input[0]]) for node in nodes}
-    return {name: equalizer for name, equalizer in found.items() if equalizer is not None}
+    reaches = _channel_reaches(graph, list(dict.fromkeys(source.values())), feeds, threads)
+    equalizers = {}
+    for node in nodes:
+        name, reach = node.output[0], reaches[source[node.output[0]]]
+        found = _chain_equalizer(reach) if name in writers else _equalizer(graph, node, reach)
+        if found is not None:
+            equalizers[name] = found
+    return equalizers
 
 
 def equalize(graph: Graph, equalizers: Mapping[str, Equalizer], operators: Collection[str]) -> Graph:
@@ -139,15 +147,21 @@ def _equalizer(graph: Graph, node: NodeProto, reach: _Reach) -> Equalizer | None
     largest = np.maximum(reach.high - centre, centre - reach.low)
     if largest.max() <= 0:
         return None
-    largest = np.maximum(largest, FLOOR * largest.max())
-    # Steps that 8 bits hold exactly: integer kernels multiply with the factors of depthwise convolutions.
-    factor = np.rint(LARGEST_STEP * largest / largest.max()) / LARGEST_STEP
+    factor = largest = np.maximum(largest, FLOOR * largest.max())
     if not _is_depthwise(graph, node):
         weights = np.abs(weight).max(axis=(0, 2, 3))
         weights = np.maximum(weights, FLOOR * max(float(weights.max()), _SMALLEST))
         factor = largest**STRENGTH / weights ** (1 - STRENGTH)
-        factor = factor / np.exp(np.log(factor).mean())
-    return Equalizer(factor.astype(np.float32), centre.astype(np.float32))
+    return Equalizer((factor / np.exp(np.log(factor).mean())).astype(np.float32), centre.astype(np.float32))
+
+
+def _chain_equalizer(reach: _Reach) -> Equalizer | None:
+    """Factors in steps that 8 bits hold exactly, since integer kernels multiply with them."""
+    largest = np.maximum(np.abs(np.maximum(reach.low, HARD_SWISH_END)), reach.high)
+    if largest.max() <= 0:
+        return None
+    steps = np.rint(LARGEST_STEP * np.maximum(largest / largest.max(), FLOOR))
+    return Equalizer((steps / LARGEST_STEP).astype(np.float32), np.zeros_like(largest))
 
 
 def _in_scope(graph: Graph, node: NodeProto, scope: EqualizationScope) -> bool:

@@ -26,7 +26,11 @@ GATE_SCALE, GATE_ZERO = 6 / 256, 128
 GATE_READ_SCALE = 1 / 255.5
 """Scale on which its integers are the gate of hard-swish: between 1/256, exact at -3, and 1/255, exact above 3."""
 
+HARD_SWISH_END = -3.0
+"""Where hard-swish ends: below it is 0."""
+
 LARGEST_STEP = 255
+"""Equalization factors of chains are n / LARGEST_STEP."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,13 @@ def write_chain(
     return _insert(graph, before, "Add", [product, shift], f"{chain.activation}_moved")
 
 
+def write_inverse(graph: Graph, before: NodeProto, chain: Chain, source: str) -> str:
+    """Give back x where `factor * x` was stored and what reads it is in FP32."""
+    assert chain.factor is not None
+    back = graph.add_constant(f"{chain.activation}_inverse", (1 / chain.factor).reshape(1, -1, 1, 1).astype(np.float32))
+    return _insert(graph, before, "Mul", [source, back], f"{chain.activation}_natural")
+
+
 def observed(graph: Graph, chains: Collection[Chain], writers: Collection[str]) -> tuple[Graph, dict[str, str]]:
     """A graph with the tensors that have to be calibrated for stored outputs.
 
@@ -136,7 +147,7 @@ def observed(graph: Graph, chains: Collection[Chain], writers: Collection[str]) 
     for name in writers:
         first, tensor = readers[name][0], name
         if all(reader.op_type == "HardSwish" for reader in readers[name]):
-            least = result.add_constant(f"{name}_least", np.asarray(-3, dtype=np.float32))
+            least = result.add_constant(f"{name}_least", np.asarray(HARD_SWISH_END, dtype=np.float32))
             tensor = _insert(result, first, "Max", [tensor, least], f"{name}_clipped")  # hard-swish is 0 below -3
         chain = by_writer.get(name)
         if chain is not None and chain.factor is not None:

@@ -18,11 +18,12 @@ from quant.errors import InputError
 from quant.graph import Graph
 from quant.manifest import versions
 from quant.prepare import check_outputs, prepare
-from quant.recipe import Recipe, TargetName
+from quant.recipe import Recipe
 from quant.runtime import Feed, onnx_session, target_format
 from quant.selection import Selection, select
 from quant.source import SHIPPED_FILES, ModelFiles, cache_dir, resolve_model
 from quant.stage import StageStore, code_digest, digest
+from quant.target import TargetName
 from quant.task import TaskAdapter, make_task
 
 PROOF_PICTURES = 3

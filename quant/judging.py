@@ -17,14 +17,16 @@ from eval.evaluation import compare, judged_rows, load_outcomes
 from eval.gate import EvalReport, JudgedRow, SkippedRow
 from eval.metric import make_metric
 from quant.errors import InputError, Unavailable
+from quant.execution import executed_coverage
 from quant.job import Job, Options, counted, fp32_folders, labels_digest, prepared_graph, prepared_stage, sample_ids
 from quant.manifest import Manifest, load_manifest, newest_run, versions
 from quant.plan import QuantPlan, load_plan
-from quant.recipe import Recipe, TargetName
+from quant.recipe import Recipe
 from quant.runtime import Session, model_bytes, open_session, streams
 from quant.selection import Selection, find_datasets, select, unused
 from quant.source import cache_dir, resolve_model
 from quant.stage import StageStore, file_digests
+from quant.target import TARGETS, TargetName
 
 log = logging.getLogger(__name__)
 
@@ -108,19 +110,26 @@ def judge_target(
 ) -> list[JudgedRow | SkippedRow]:
     """Judge one artifact on its own runtime against the FP32 model as shipped on the same runtime."""
     recipe, metric = job.recipe, make_metric(job.recipe.metric)
+    if not TARGETS[target].executed:
+        reason = f"no runtime of {target} here; the artifact's structure was checked when it was exported"
+        fix = f"Build an engine of its inference.onnx on a machine with {target}, for example with trtexec"
+        return [*skipped_rows(recipe, [target], reason, fix)]
     try:
-        stored = _judged_stage(job, target, artifact, samples)
+        stored = _judged_stage(job, target, plan, artifact, samples)
         outcomes = load_outcomes(stored / "outcomes.npz")
         for sentence in outcomes.broken:
             log.warning("left out: %s", sentence)
-        facts = _facts(job, target, plan, artifact, json.loads((stored / "latency.json").read_text(encoding="utf-8")))
-        return judged_rows(recipe, target, outcomes, metric, {**facts, "run": run})
+        latency, execution = (
+            json.loads((stored / f"{name}.json").read_text(encoding="utf-8")) for name in ("latency", "execution")
+        )
+        facts = {**_facts(job, target, plan, artifact, latency), **execution, "run": run}
+        return judged_rows(recipe, target, outcomes, metric, facts)
     except Unavailable as error:
         return [*skipped_rows(recipe, [target], error.reason, error.fix)]
 
 
-def _judged_stage(job: Job, target: TargetName, artifact: Path, samples: Sequence[Sample]) -> Path:
-    """Stage: outcomes of every sample, and latencies."""
+def _judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path, samples: Sequence[Sample]) -> Path:
+    """Stage: outcomes of every sample, latencies, and what the runtime executes in integers."""
     recipe, threads = job.recipe, job.options.threads
     shipped = prepared_stage(job) / "shipped"
     key = {
@@ -147,6 +156,8 @@ def _judged_stage(job: Job, target: TargetName, artifact: Path, samples: Sequenc
         outcomes.save(folder / "outcomes.npz")
         latency = _latency(job, target, artifact)
         (folder / "latency.json").write_text(json.dumps(latency), encoding="utf-8")
+        execution = {"executed_coverage": executed_coverage(target, artifact, plan)}
+        (folder / "execution.json").write_text(json.dumps(execution), encoding="utf-8")
 
     return job.store.result("evaluation", key, build)
 

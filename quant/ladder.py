@@ -89,17 +89,18 @@ def climb(
         if tried and candidate.quantized().keys() == tried[-1][0].quantized().keys():
             continue
         candidate = refine(candidate)
-        rung = _try(candidate, len(plan.quantized()) - len(candidate.quantized()), ladder, gate, judge)
+        reverted = len(plan.quantized()) - len(candidate.quantized())
+        rung = try_plan("ptq" if not reverted else f"revert {reverted}", candidate, reverted, ladder, gate, judge)
         tried.append((candidate, rung))
         if rung.passed:
             break
-    chosen, rung = tried[-1] if tried[-1][1].passed else min(tried, key=lambda pair: _badness(pair[1]))
+    chosen, rung = tried[-1] if tried[-1][1].passed else min(tried, key=lambda pair: badness(pair[1]))
     chosen.method = plan.method if not rung.reverted else f"{plan.method}+revert"
     return chosen, [rung for _, rung in tried]
 
 
-def _try(candidate: QuantPlan, reverted: int, ladder: Ladder, gate: Gate, judge: Judge) -> Rung:
-    name = "ptq" if not reverted else f"revert {reverted}"
+def try_plan(name: str, candidate: QuantPlan, reverted: int, ladder: Ladder, gate: Gate, judge: Judge) -> Rung:
+    """Measure a plan on the search split; one whose error is too large gets no score."""
     error = judge.error(candidate)
     score = judge.score(candidate) if error <= ladder.max_error else None
     passed = score is not None and _passes(score, ladder, gate)
@@ -133,7 +134,7 @@ def _passes(score: SearchScore, ladder: Ladder, gate: Gate) -> bool:
     return score.drop <= absolute and score.relative_drop <= relative and score.discordance <= ladder.max_discordance
 
 
-def _badness(rung: Rung) -> tuple[bool, float]:
+def badness(rung: Rung) -> tuple[bool, float]:
     """Lower is better: the drop, and half of the discordance, which varies less between samples."""
     if rung.score is None:
         return True, rung.error

@@ -12,8 +12,9 @@ from quant.errors import Unavailable
 from quant.graph import Shape
 from quant.job import Job, Options, fp32_folders, prepared_graph
 from quant.judging import find_evaluation, noise, skipped_rows
-from quant.recipe import Recipe, TargetName
+from quant.recipe import Recipe
 from quant.runtime import Precision, Session, model_bytes, open_session
+from quant.target import TARGETS, TargetName
 
 BATCHES = (1, 8)
 SECONDS = 15.0
@@ -45,8 +46,10 @@ def bench_target(job: Job, target: TargetName, artifact: Path) -> list[BenchRow]
     """A row for every batch and input shape of one artifact.
 
     Raises:
-        Unavailable: the target's runtime is not installed.
+        Unavailable: the target's runtime is not installed, or none of its kind runs here.
     """
+    if not TARGETS[target].executed:
+        raise Unavailable(f"no runtime of {target} here", f"Time its artifact on a machine with {target}")
     fp32, threads = fp32_folders(job, target), job.options.threads
 
     def open_all(precision: Precision) -> dict[str, Session]:

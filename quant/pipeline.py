@@ -14,7 +14,7 @@ from pathlib import Path
 from eval.gate import EvalReport, JudgedRow, SkippedRow
 from quant.archive import staged
 from quant.errors import InputError, Unavailable
-from quant.export import check_artifact, export_artifact
+from quant.export import check_artifact, export_artifact, fitted
 from quant.job import Job, Options, first_feeds, prepared_graph, prepared_stage, sample_ids, start
 from quant.judging import judge_target, skipped_rows
 from quant.ladder import Rung, load_rung
@@ -22,9 +22,10 @@ from quant.manifest import Manifest, load_manifest, newest_run, now, processor, 
 from quant.plan import QuantPlan, load_plan
 from quant.planning import planned_stage
 from quant.prepare import read_proof
-from quant.recipe import Recipe, TargetName
+from quant.recipe import Recipe
 from quant.source import without_places
 from quant.stage import code_digest, file_digests
+from quant.target import TargetName
 
 CHECK_PICTURES = 12
 
@@ -98,8 +99,9 @@ def quantize(job: Job, target: TargetName) -> Quantized:
     planned = planned_stage(job, choice)
     rungs = [load_rung(document) for document in json.loads((planned / "ladder.json").read_text(encoding="utf-8"))]
     plan = load_plan(planned)
-    plan.target = target
     graph = prepared_graph(job)
+    plan = fitted(target, graph, plan)
+    plan.target = target
 
     def build(folder: Path) -> None:
         export_artifact(target, graph, plan, job.files.inference_yml, folder)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 from onnx import NodeProto
 
-from quant.flow import Chain, find_chains, scale_writer, write_chain
+from quant.flow import Chain, find_chains, scale_writer, write_chain, write_inverse
 from quant.flow import Writer as FlowWriter
 from quant.graph import Graph
 from quant.plan import ActivationQuantizer, IntegerWeight, Operator, QuantPlan, corrected_graph
@@ -33,9 +34,11 @@ def place(prepared: Graph, plan: QuantPlan, writer: Writer) -> Graph:
         ValueError: the plan is of another graph.
     """
     graph = corrected_graph(prepared, plan)
-    chains = active_chains(graph, plan)
-    integers = _scaled_integers(plan, chains)
-    for chain in chains.values():
+    written = written_chains(graph, plan)
+    chains = {chain.reader: chain for chain in written if _is_active(chain, plan)}
+    broken = {chain.writer: chain for chain in written if chain.factor is not None and chain.reader not in chains}
+    integers = _scaled_integers(plan, written)
+    for chain in written:
         scale_writer(graph, chain)
     stored = _stored(plan, chains)
     quantized, done = plan.quantized(), {}
@@ -43,7 +46,10 @@ def place(prepared: Graph, plan: QuantPlan, writer: Writer) -> Graph:
         operator = quantized.get(node.output[0]) if node.output else None
         for index, name in enumerate(node.input):
             quantizer = stored.get(name) or _read_by(operator, plan, name)
-            if quantizer is not None:
+            if name in broken:
+                rounded = writer.rounded(graph, node, name, *numbers_of(plan.outputs[name]))
+                node.input[index] = write_inverse(graph, node, broken[name], rounded)
+            elif quantizer is not None:
                 if name not in done:
                     source = name
                     if node.output[0] in chains:
@@ -60,20 +66,28 @@ def place(prepared: Graph, plan: QuantPlan, writer: Writer) -> Graph:
     return graph
 
 
-def active_chains(graph: Graph, plan: QuantPlan) -> dict[str, Chain]:
-    """Chains by reader that the plan lets flow in integers: both ends quantized, the writer's output stored."""
-    if not plan.outputs:
-        return {}
+def written_chains(graph: Graph, plan: QuantPlan) -> list[Chain]:
+    """Chains whose convolution before is quantized and stores its output, with the factor that it writes.
+
+    Args:
+        graph: the prepared graph with what the plan equalizes (`corrected_graph`).
+    """
     names = plan.quantized()
-    return {
-        chain.reader: chain
-        for chain in find_chains(graph)
-        if chain.writer in names
-        and chain.reader in names
-        and chain.writer in plan.outputs
-        and (plan.outputs[chain.writer].tensor == chain.writer) == (chain.factor is None)
-        and (not chain.shift or chain.product in plan.outputs)
-    }
+    found = []
+    for chain in find_chains(graph) if plan.outputs else []:
+        if chain.writer in names and chain.writer in plan.outputs:
+            scaled = plan.outputs[chain.writer].tensor != chain.writer
+            found.append(replace(chain, factor=1 / plan.equalizers[chain.reader].factor if scaled else None))
+    return found
+
+
+def active_chains(graph: Graph, plan: QuantPlan) -> dict[str, Chain]:
+    """Chains by reader that flow in integers from end to end; where the reader is in FP32, they break off behind Q."""
+    return {chain.reader: chain for chain in written_chains(graph, plan) if _is_active(chain, plan)}
+
+
+def _is_active(chain: Chain, plan: QuantPlan) -> bool:
+    return chain.reader in plan.quantized() and (not chain.shift or chain.product in plan.outputs)
 
 
 def _stored(plan: QuantPlan, chains: Mapping[str, Chain]) -> dict[str, ActivationQuantizer]:
@@ -89,10 +103,10 @@ def _read_by(operator: Operator | None, plan: QuantPlan, name: str) -> Activatio
     return plan.activations[name] if operator is not None and name in operator.activations else None
 
 
-def _scaled_integers(plan: QuantPlan, chains: Mapping[str, Chain]) -> dict[str, IntegerWeight]:
+def _scaled_integers(plan: QuantPlan, chains: Iterable[Chain]) -> dict[str, IntegerWeight]:
     """Integer weights whose scales make the writers of equalized chains write `factor * x`."""
     integers = dict(plan.integers)
-    for chain in chains.values():
+    for chain in chains:
         weight = plan.quantized()[chain.writer].weight
         if chain.factor is not None and weight is not None:
             scale = (integers[weight].scale * chain.factor).astype(np.float32)

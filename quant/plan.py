@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from quant.equalization import Equalizer, equalize, equalizer_tensors, read_equalizers
 from quant.errors import InputError
 from quant.graph import Graph, attribute
+from quant.target import ActivationType
 
 QUANTIZABLE = ("Conv", "ConvTranspose", "MatMul")
 
@@ -29,7 +30,7 @@ class ActivationQuantizer(_Part):
     """`q = clip(round(x / scale) + zero_point)`, per tensor."""
 
     tensor: str
-    dtype: Literal["uint8", "int8"]
+    dtype: ActivationType
     scale: float = Field(gt=0)
     zero_point: int
 
@@ -132,6 +133,12 @@ class QuantPlan:
             keep = op.quantized and op.name in names
             change = {} if keep or not op.quantized else {"reason": reason}
             operators.append(op.model_copy(update={"quantized": keep, **change}))
+        return replace(self, operators=operators, notes=list(self.notes))
+
+    def with_also(self, name: str) -> QuantPlan:
+        """A copy in which one more operator is quantized."""
+        change = {"quantized": True, "reason": ""}
+        operators = [op.model_copy(update=change) if op.name == name else op for op in self.operators]
         return replace(self, operators=operators, notes=list(self.notes))
 
     def document(self) -> dict[str, object]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -16,8 +15,9 @@ from eval.evaluation import readable
 from eval.metric import make_metric
 from eval.statistics import estimate_drop
 from quant.bias import sequential_biases
-from quant.calibration import collect_statistics, count_work, load_statistics, save_statistics
+from quant.calibration import Statistics, collect_statistics, count_work, load_statistics, save_statistics
 from quant.equalization import Equalizer, equalize, load_equalizers, make_equalizers, save_equalizers
+from quant.flow import find_chains
 from quant.graph import Graph
 from quant.job import (
     Job,
@@ -31,8 +31,8 @@ from quant.job import (
     tracked,
 )
 from quant.ladder import SearchScore, climb
-from quant.observer import make_range_method
-from quant.plan import Operator, QuantPlan, load_plan, quantizable_operators
+from quant.observer import candidate_methods, make_range_method
+from quant.plan import Operator, QuantPlan, quantizable_operators
 from quant.ptq import (
     activation_tensors,
     correct_biases,
@@ -41,7 +41,8 @@ from quant.ptq import (
     stored_outputs,
     with_damages,
 )
-from quant.recipe import EqualizationScope, TargetChoice
+from quant.ranges import PerTensor
+from quant.recipe import TargetChoice
 from quant.rounding import collect_moments, round_by_moments
 from quant.runtime import Feed, Session, onnx_session
 from quant.sensitivity import measure_damages, output_error
@@ -50,24 +51,6 @@ from quant.stage import file_digests
 
 
 def planned_stage(job: Job, choice: TargetChoice) -> Path:
-    """Stage: the plan of a target, with `ladder.json`.
-
-    Targets that differ in placement alone share one search, on the plan whose outputs are stored too: what passes
-    there passes without.
-    """
-    if choice.method == "paddleslim" or choice.placement == "outputs":
-        return _searched_stage(job, choice)
-    searched = _searched_stage(job, choice.model_copy(update={"placement": "outputs"}))
-
-    def build(folder: Path) -> None:
-        plan = replace(load_plan(searched), outputs={})
-        _with_full_biases(job, prepared_graph(job), plan).save(folder)
-        shutil.copyfile(searched / "ladder.json", folder / "ladder.json")
-
-    return job.store.result("placement", {**job.key, "plan": file_digests(searched)}, build)
-
-
-def _searched_stage(job: Job, choice: TargetChoice) -> Path:
     """Stage: the plan that the ladder chose, with `ladder.json`."""
     recipe = job.recipe
     key = {
@@ -86,7 +69,7 @@ def _searched_stage(job: Job, choice: TargetChoice) -> Path:
 
     def build(folder: Path) -> None:
         graph = prepared_graph(job)
-        equalizers = _equalizers(job, graph, choice.equalization)
+        equalizers = _equalizers(job, graph, choice)
         equalized = equalize(graph, equalizers, equalizers)
         plan = _base_plan(job, equalized, choice)
         plan.equalizers = equalizers
@@ -96,8 +79,11 @@ def _searched_stage(job: Job, choice: TargetChoice) -> Path:
             moments = collect_moments(equalized, plan.operators, feeds, job.options.threads, recipe.seed)
             plan.integers = round_by_moments(equalized, plan, moments, biases_follow=biases)
             plan.notes.append(f"weights rounded by second moments: {', '.join(sorted(moments))}")
+        if recipe.calibration.range == "per_tensor" and choice.method == "ptq":
+            plan = _with_best_ranges(job, equalized, plan, choice)
         if biases:
-            feeds = calibration_feeds(job, "correcting biases")
+            limit = recipe.calibration.bias_samples if recipe.calibration.bias_correction == "full" else None
+            feeds = calibration_feeds(job, "correcting biases", limit)
             plan.bias_shifts = correct_biases(equalized, plan, feeds, job.options.threads)
         plan.operators = with_damages(plan.operators, _damages(job, graph, plan))
         minimum = recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage
@@ -118,13 +104,15 @@ def _with_full_biases(job: Job, graph: Graph, plan: QuantPlan) -> QuantPlan:
     return replace(plan, bias_shifts=sequential_biases(graph, plan, feeds, job.options.threads, advance))
 
 
-def _equalizers(job: Job, graph: Graph, scope: EqualizationScope) -> dict[str, Equalizer]:
-    """Stage: the equalizers of a scope."""
+def _equalizers(job: Job, graph: Graph, choice: TargetChoice) -> dict[str, Equalizer]:
+    """Stage: the equalizers that fit a scope and a placement."""
 
     def build(folder: Path) -> None:
+        chains = find_chains(graph) if choice.placement == "outputs" else []
         feeds = calibration_feeds(job, "equalizing channels")
-        save_equalizers(make_equalizers(graph, scope, feeds, job.options.threads), folder)
+        save_equalizers(make_equalizers(graph, choice.equalization, feeds, job.options.threads, chains), folder)
 
+    scope = [choice.equalization, choice.placement]
     key = {**job.key, "samples": sample_ids(job.selection.calibration), "scope": scope}
     return load_equalizers(job.store.result("equalization", key, build))
 
@@ -161,9 +149,7 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
             dtype=choice.activations,
             prepared_sha256=prepared_sha256,
         )
-    observed, outputs = observed_outputs(graph, operators) if choice.placement == "outputs" else (graph, {})
-    tensors = [*activation_tensors(operators), *outputs.values()]
-    statistics = load_statistics(_calibrated(job, observed, tensors, choice) / "statistics.npz")
+    statistics, outputs = _statistics(job, graph, operators, choice)
     method = make_range_method(recipe.calibration.range, recipe.calibration.percentile)
     plan = make_plan(
         graph,
@@ -178,18 +164,38 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
     return plan
 
 
+def _with_best_ranges(job: Job, graph: Graph, plan: QuantPlan, choice: TargetChoice) -> QuantPlan:
+    """The plan with the range of each tensor that hurts its readers least."""
+    calibration = job.recipe.calibration
+    statistics, outputs = _statistics(job, graph, plan.operators, choice)
+    method = PerTensor(tuple(candidate_methods(calibration.percentile)))
+    feeds = first_feeds(job, job.selection.calibration, calibration.range_samples)
+    return method.refine(graph, plan, statistics, outputs, feeds, job.options.threads)
+
+
+def _statistics(
+    job: Job, graph: Graph, operators: list[Operator], choice: TargetChoice
+) -> tuple[Statistics, dict[str, str]]:
+    """Histograms of every tensor that may be quantized, and which of them belong to stored outputs."""
+    observed, outputs = observed_outputs(graph, operators) if choice.placement == "outputs" else (graph, {})
+    tensors = [*activation_tensors(operators), *outputs.values()]
+    return load_statistics(_calibrated(job, observed, tensors, choice) / "statistics.npz"), outputs
+
+
 def _calibrated(job: Job, graph: Graph, tensors: list[str], choice: TargetChoice) -> Path:
     """Stage: histograms of every tensor that may be quantized."""
+    momentum, threads = job.recipe.calibration.momentum, job.options.threads
 
     def build(folder: Path) -> None:
         feeds = calibration_feeds(job, "calibrating")
-        save_statistics(collect_statistics(graph, tensors, feeds, job.options.threads), folder / "statistics.npz")
+        save_statistics(collect_statistics(graph, tensors, feeds, threads, momentum), folder / "statistics.npz")
 
     key = {
         **job.key,
         "samples": sample_ids(job.selection.calibration),
         "equalized": choice.equalization,
         "placement": choice.placement,
+        "momentum": momentum,
     }
     return job.store.result("calibration", key, build)
 

@@ -24,9 +24,6 @@ from quant.plan import (
 from quant.runtime import Feed, onnx_session
 from quant.simulation import FloatWriter, make_quantizer
 
-LEAST_WORK = 0.002
-"""Smallest share of all multiply-accumulates for which an output is stored in 8 bits."""
-
 
 def activation_tensors(operators: Iterable[Operator]) -> list[str]:
     """Tensors that have to be calibrated, in graph order."""
@@ -49,11 +46,7 @@ def make_plan(
         method: chooses each tensor's range.
         dtype: `uint8` (asymmetric) or `int8` (symmetric) activations.
     """
-    symmetric = dtype == "int8"
-    activations = {}
-    for name in activation_tensors(operators):
-        low, high = method.choose(statistics[name], symmetric=symmetric)
-        activations[name] = make_quantizer(name, low, high, dtype)
+    activations = read_activations(operators, statistics, method, dtype)
     weights, integers = {}, {}
     for op in operators:
         if op.quantized and op.weight is not None:
@@ -63,26 +56,41 @@ def make_plan(
     return QuantPlan(model, "", "ptq", prepared_sha256, operators, activations, weights, integers, {}, [])
 
 
-def observed_outputs(graph: Graph, operators: Iterable[Operator]) -> tuple[Graph, dict[str, str]]:
-    """Which convolution outputs are worth storing in 8 bits, and a graph with the tensors to calibrate for them.
+def read_activations(
+    operators: Iterable[Operator], statistics: Statistics, method: RangeMethod, dtype: str
+) -> dict[str, ActivationQuantizer]:
+    """Quantizers of what quantized operators read, by tensor name."""
+    found = {}
+    for name in activation_tensors(operators):
+        low, high = method.choose(statistics[name], symmetric=dtype == "int8")
+        found[name] = make_quantizer(name, low, high, dtype)
+    return found
 
-    Not those of cheap operators, which gain nothing, nor those that convolutions read as they are: these have
-    quantizers already.
+
+def observed_outputs(graph: Graph, operators: Iterable[Operator]) -> tuple[Graph, dict[str, str]]:
+    """Which convolution outputs are stored in 8 bits, and a graph with the tensors to calibrate for them.
+
+    All but those of pooled maps (one value a channel), which gain nothing, and those that convolutions read as they
+    are: these have quantizers already.
 
     Returns:
         The graph, and the tensor to observe for each output (and each product in a chain, see `quant.flow`).
     """
     listed = list(operators)
-    total = sum(op.macs for op in listed) or 1
     readers = graph.consumers()
     read = {name for op in listed if op.quantized for name in op.activations}
     writers = [
         op.name
         for op in listed
-        if op.quantized and op.op_type == "Conv" and op.weight is not None and op.macs >= LEAST_WORK * total
+        if op.quantized and op.op_type == "Conv" and op.weight is not None and not _is_pooled(graph, op.name)
         if op.name not in read and op.name not in graph.outputs and readers[op.name]
     ]
     return observed(graph, find_chains(graph), writers)
+
+
+def _is_pooled(graph: Graph, tensor: str) -> bool:
+    shape = graph.shape(tensor)
+    return shape is not None and len(shape) == 4 and shape[2:] == (1, 1)
 
 
 def stored_outputs(
@@ -142,7 +150,7 @@ def _add_twin(graph: Graph, node: NodeProto, plan: QuantPlan, chains: Mapping[st
     source = operator.activations[0]
     quantizer = plan.outputs.get(source) or plan.activations[source]
     if chain := chains.get(operator.name):
-        source, quantizer = _chain_twin(graph, node, plan, chain), plan.activations[source]
+        source, quantizer = chain_twin(graph, node, plan, chain), plan.activations[source]
     twin.input[0] = FloatWriter().rounded(graph, node, source, *numbers_of(quantizer))
     values = dequantize_weight(plan.integers[operator.weight], plan.weights[operator.weight].axis)
     twin.input[1] = graph.add_constant(f"{operator.weight}_twin", values)
@@ -150,7 +158,7 @@ def _add_twin(graph: Graph, node: NodeProto, plan: QuantPlan, chains: Mapping[st
     return node.output[0], twin.output[0]
 
 
-def _chain_twin(graph: Graph, before: NodeProto, plan: QuantPlan, chain: Chain) -> str:
+def chain_twin(graph: Graph, before: NodeProto, plan: QuantPlan, chain: Chain) -> str:
     """What integers make of a chain whose convolution wrote exact values."""
     source = chain.writer
     if chain.factor is not None:

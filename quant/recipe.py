@@ -26,16 +26,14 @@ from pydantic import (
 )
 
 from quant.errors import InputError
+from quant.target import TARGETS, ActivationType, EqualizationScope, Placement, TargetName
 
 SCHEMA_VERSION = 1
 
 Task = Literal["text_detection", "text_recognition", "image_classification"]
-TargetName = Literal["onnxruntime", "openvino", "paddle"]
 MethodName = Literal["ptq", "paddleslim"]
-Placement = Literal["inputs", "outputs"]
 BiasCorrection = Literal["none", "fast", "full"]
-EqualizationScope = Literal["none", "depthwise", "all"]
-RangeMethod = Literal["minmax", "percentile", "mse"]
+RangeMethod = Literal["minmax", "percentile", "mse", "entropy", "moving_average", "per_tensor"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Sizes = Annotated[list[PositiveInt], Field(min_length=4, max_length=4)]
@@ -149,8 +147,14 @@ class Data(_Part):
 
 class Calibration(_Part):
     samples: int = Field(ge=1, description="pictures taken from the calibration split")
-    range: RangeMethod
-    percentile: float = Field(99.999, gt=50, le=100, description="values kept by range: percentile, in percent")
+    range: RangeMethod = Field(description="how ranges of activations are chosen; per_tensor: what hurts readers least")
+    percentile: float = Field(
+        99.999, gt=50, le=100, description="values kept by range: percentile, in percent; per_tensor's first candidate"
+    )
+    momentum: Fraction = Field(
+        0.9, description="of range: moving_average; what is kept of the pictures before, in the order of the pictures"
+    )
+    range_samples: int = Field(16, ge=1, description="calibration pictures that range: per_tensor compares on")
     rounding: Literal["nearest", "second_moment"] = Field(
         "second_moment", description="of weights; second_moment minds what the layer's inputs do together"
     )
@@ -185,7 +189,7 @@ class PaddleSlim(_Part):
 
 class TargetChoice(_Part):
     method: MethodName = "ptq"
-    activations: Literal["uint8", "int8"] = Field("uint8", description="uint8 asymmetric, int8 symmetric")
+    activations: ActivationType = Field("uint8", description="uint8 asymmetric, int8 symmetric")
     equalization: EqualizationScope = Field(
         "depthwise", description="convolutions whose input channels are evened out; all: dense ones are centred too"
     )
@@ -421,15 +425,22 @@ def _not_json(key: str, value: Any) -> Iterator[Misfit]:
 
 
 def _not_computed(targets: dict[TargetName, TargetChoice]) -> Iterator[Misfit]:
-    """Choices that a target's runtime does not compute."""
-    choice = targets.get("openvino")
-    if choice and choice.equalization == "all":
-        said = "OpenVINO computes all (dense convolutions) wrongly; allowed: none, depthwise"
-        yield "targets.openvino.equalization", choice.equalization, said
-    choice = targets.get("paddle")
-    if choice and choice.activations == "uint8":
-        said = "Paddle's INT8 programs know symmetric values alone; allowed: int8"
-        yield "targets.paddle.activations", choice.activations, said
+    """Choices that a target's runtime does not compute or does not run."""
+    for name, choice in targets.items():
+        target = TARGETS[name]
+        allowed: dict[str, tuple[str, ...]] = {
+            "activations": target.activations,
+            "equalization": target.equalizations,
+            "placement": target.placements,
+        }
+        for key, values in allowed.items():
+            value = getattr(choice, key)
+            if value not in values:
+                yield (
+                    f"targets.{name}.{key}",
+                    value,
+                    f"{name} does not compute it rightly; allowed: {', '.join(values)}",
+                )
 
 
 def _foreign_sets(recipe: Recipe) -> Iterator[Misfit]:

@@ -11,8 +11,8 @@ import numpy as np
 from onnx import ModelProto
 
 from quant.errors import InputError, Unavailable
-from quant.recipe import TargetName
 from quant.source import SHIPPED_FILES
+from quant.target import TARGETS, ArtifactFormat, TargetName
 
 Feed = dict[str, np.ndarray]
 Precision = Literal["f32", "default"]
@@ -31,9 +31,9 @@ class Session(Protocol):
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]: ...
 
 
-def target_format(target: str) -> str:
-    """Format of a target's artifact: `onnx` or `paddle`."""
-    return "paddle" if target == "paddle" else "onnx"
+def target_format(target: TargetName) -> ArtifactFormat:
+    """Format of a target's artifact."""
+    return TARGETS[target].format
 
 
 def model_files(folder: Path, kind: str) -> list[Path]:
@@ -44,7 +44,7 @@ def model_files(folder: Path, kind: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-def model_bytes(target: str, folder: Path) -> int:
+def model_bytes(target: TargetName, folder: Path) -> int:
     """Size of the model in a folder, in bytes, without `inference.yml`."""
     return sum(path.stat().st_size for path in model_files(folder, target_format(target)))
 
@@ -82,7 +82,7 @@ def streams(target: TargetName, threads: int) -> tuple[int, int]:
     One-thread sessions side by side are fastest for onnxruntime (15 % on two cores). OpenVINO loses 28 % by them, and
     Paddle crashes now and then when two predictors of one process run at the same time.
     """
-    return (threads, 1) if target == "onnxruntime" else (1, threads)
+    return (threads, 1) if TARGETS[target].side_by_side else (1, threads)
 
 
 def onnx_session(model: ModelProto | Path, threads: int) -> Session:
@@ -118,21 +118,26 @@ class _OnnxRuntime:
         return list(self._session.run(list(outputs), feed)) if outputs else []  # onnxruntime reads [] as "all"
 
 
+def openvino_settings(threads: int, precision: Precision = "f32") -> dict[str, str | int]:
+    """How every OpenVINO model is compiled here."""
+    settings: dict[str, str | int] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        # By default every new picture size is remembered: 1.1 GB after 150 line widths instead of 0.3.
+        "CPU_RUNTIME_CACHE_CAPACITY": "100",
+    }
+    if precision == "f32":
+        # Without the hint OpenVINO computes in bf16 where the processor can: no FP32 baseline then.
+        settings["INFERENCE_PRECISION_HINT"] = "f32"
+    return settings
+
+
 class _OpenVino:
     def __init__(self, file: Path, threads: int, precision: Precision) -> None:
         import openvino
 
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads,
-            # By default every new picture size is remembered: 1.1 GB after 150 line widths instead of 0.3.
-            "CPU_RUNTIME_CACHE_CAPACITY": "100",
-        }
-        if precision == "f32":
-            # Without the hint OpenVINO computes in bf16 where the processor can: no FP32 baseline then.
-            settings["INFERENCE_PRECISION_HINT"] = "f32"
         core = openvino.Core()
-        self._compiled = core.compile_model(core.read_model(str(file)), "CPU", settings)
+        self._compiled = core.compile_model(core.read_model(str(file)), "CPU", openvino_settings(threads, precision))
         self._request = self._compiled.create_infer_request()
 
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]:

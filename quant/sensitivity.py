@@ -48,9 +48,14 @@ def output_error(session: Session, feeds: Sequence[Feed], exact: Sequence[list[n
 
 def picture_errors(session: Session, feeds: Sequence[Feed], exact: Sequence[list[np.ndarray]]) -> list[float]:
     """Relative L1 distance of a session's outputs from the exact ones, for each picture."""
+    return relative_errors([session.run(feed) for feed in feeds], exact)
+
+
+def relative_errors(found: Sequence[list[np.ndarray]], exact: Sequence[list[np.ndarray]]) -> list[float]:
+    """sum|found - exact| / sum|exact| over all outputs, for each picture."""
     errors = []
-    for feed, outputs in zip(feeds, exact, strict=True):
-        pairs = list(zip(session.run(feed), outputs, strict=True))
+    for arrays, outputs in zip(found, exact, strict=True):
+        pairs = list(zip(arrays, outputs, strict=True))
         moved = sum(float(np.abs(a.astype(np.float64) - b).sum()) for a, b in pairs)
         errors.append(moved / max(sum(float(np.abs(b).sum()) for _, b in pairs), 1e-12))
     return errors

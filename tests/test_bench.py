@@ -18,8 +18,9 @@ from eval.benchmark import FEWEST_RUNS, WARM_UP, BenchReport, BenchRow, Timing, 
 from eval.gate import SkippedRow
 from eval.report import print_bench
 from quant import cli, latency
+from quant.errors import Unavailable
 from quant.job import Options, start
-from quant.latency import bench_model, misfit, time_cells
+from quant.latency import bench_model, bench_target, misfit, time_cells
 from quant.pipeline import run_model
 from quant.recipe import Recipe, RecipeError, load_recipe
 from quant.runtime import open_session
@@ -214,3 +215,9 @@ def test_the_table_shows_times_notes_and_advice() -> None:
 def test_shapes_have_four_sizes() -> None:
     with pytest.raises(RecipeError, match="latency.shapes"):
         load_recipe("PP-OCRv4_mobile_rec", ["latency.shapes=[[1, 3, 48]]"])
+
+
+def test_a_target_without_a_runtime_is_not_timed(recipe_and_options: tuple[Recipe, Options]) -> None:
+    recipe, options = recipe_and_options
+    with pytest.raises(Unavailable, match="no runtime of tensorrt here"):
+        bench_target(start(recipe, options), "tensorrt", options.results)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+import timeit
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quant import recipe
 from quant.observer import (
     HALF_BINS,
+    Entropy,
     Histogram,
     MeanSquaredError,
     MinMax,
+    MovingAverage,
+    MovingRange,
     Percentile,
     affine_parameters,
+    candidate_methods,
     make_range_method,
 )
 
@@ -151,6 +157,113 @@ def test_mse_cuts_a_lone_outlier_when_there_is_much_to_win() -> None:
     assert high < 15
 
 
+# --- entropy ---------------------------------------------------------------------------------------
+
+
+def divergence(values: Array, low: float, high: float, width: float, levels: int) -> float:
+    """KL divergence of clipped values from what a quantizer leaves of them, bin by bin from raw values."""
+    inside = values[(values >= low) & (values < high)]
+    bins = round((high - low) / width)
+    edges = low + width * np.arange(bins + 1)
+    reference = np.histogram(inside, edges)[0].astype(float)
+    spread = reference.copy()
+    reference[0] += np.sum(values < low)
+    reference[-1] += np.sum(values >= high)
+    for level in range(levels):
+        part = slice(level * bins // levels, (level + 1) * bins // levels)
+        filled = reference[part] > 0
+        spread[part] = np.where(filled, max(spread[part].sum(), 1) / max(filled.sum(), 1), 0)
+    p, q = reference / reference.sum(), spread / spread.sum()
+    return float(np.sum(p[p > 0] * np.log(p[p > 0] / q[p > 0])))
+
+
+def dense(kind: str) -> Array:
+    """Values with outliers and none very near 0, where the histogram may be changed."""
+    rng = np.random.default_rng(0)
+    drawn = {
+        "one-sided": np.append(rng.exponential(1.0, 30_000), [24.0, 31.0]),
+        "negative": -np.append(np.abs(rng.standard_normal(30_000)), 14.99),
+        "two-sided": np.append(rng.standard_normal(30_000), 30.0),
+        "uneven": np.append(rng.exponential(1.0, 30_000) - 0.4, [-6.0, 25.0]),
+    }
+    values = drawn[kind].astype(np.float32)
+    return values[np.abs(values) > 0.01]
+
+
+@pytest.mark.parametrize("kind", ["one-sided", "negative", "two-sided", "uneven"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_entropy_finds_the_least_divergence(kind: str, symmetric: bool) -> None:
+    data, method = dense(kind), Entropy(bins=1024, windows=64)
+    histogram = histogram_of(data)
+    low, high = method.choose(histogram, symmetric=symmetric)
+    values = np.abs(data) if symmetric else data
+    levels = 128 if symmetric else 256
+    step = histogram.limit / HALF_BINS
+    below, above = int(np.ceil(max(-values.min(), 0) / step)), int(max(values.max() + step, 0) / step)
+    merged = -(-(below + above) // 1023)
+    width, below, above = merged * step, -(-below // merged), -(-above // merged)
+
+    def error(start: int, end: int) -> float:
+        return divergence(values, -start * width, end * width, width, levels)
+
+    number = 64 if 0 in (below, above) else 8
+    starts = {below - int(start) for start in np.linspace(0, below, number)}
+    ends = {int(end) for end in np.linspace(0, above, number)}
+    tried = {(s, e): error(s, e) for s in starts for e in ends if s + e >= levels}
+    best = min(tried, key=lambda window: tried[window])
+    assert min(tried.values()) < 0.9 * error(below, above), "there is something to win"
+    expected_low, expected_high = (-best[1] if symmetric else -best[0]) * width, best[1] * width
+    assert low == pytest.approx(max(expected_low, data.min()))
+    assert high == pytest.approx(min(expected_high, data.max()))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_entropy_stays_inside_the_data_and_is_fast(kind: str, symmetric: bool) -> None:
+    histogram = histogram_of(samples(kind))
+    seconds = min(timeit.repeat(lambda: Entropy().choose(histogram, symmetric=symmetric), number=1, repeat=5))
+    low, high = Entropy().choose(histogram, symmetric=symmetric)
+    assert histogram.minimum <= low < high <= histogram.maximum
+    assert seconds < 0.1, "a few milliseconds on an idle machine"
+
+
+def test_entropy_minds_no_zeros() -> None:
+    values = np.random.default_rng(0).exponential(1.0, 50_000)
+    ranges = [
+        Entropy().choose(histogram_of(np.append(values, np.zeros(zeros))), symmetric=False) for zeros in (0, 1_000_000)
+    ]
+    assert ranges[0][1] == pytest.approx(ranges[1][1], rel=0.02)
+    assert ranges[0][1] < 0.95 * values.max(), "the tail is cut, so there is something to disturb"
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [3.0], [-2.0, 5.0], [1e-9, 2e-9]])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_entropy_of_a_few_values_is_their_range(values: list[float], symmetric: bool) -> None:
+    histogram = histogram_of(values)
+    low, high = Entropy().choose(histogram, symmetric=symmetric)
+    assert min(low, 0) >= min(histogram.minimum, 0)
+    assert max(-low, high) == pytest.approx(max(map(abs, np.float32(values))))
+
+
+# --- moving average --------------------------------------------------------------------------------
+
+
+def test_the_moving_average_by_hand() -> None:
+    histogram = Histogram(average=MovingRange(momentum=0.75))
+    for part in ([-1.0, 2.0], [-3.0, 0.5, 6.0], [0.0, 1.0]):
+        histogram.update(np.asarray(part, dtype=np.float32))
+    low = 0.75 * (0.75 * -1 + 0.25 * -3) + 0.25 * 0
+    high = 0.75 * (0.75 * 2 + 0.25 * 6) + 0.25 * 1
+    assert MovingAverage().choose(histogram, symmetric=False) == pytest.approx((low, high))
+
+
+def test_the_moving_average_depends_on_the_order_and_on_nothing_else() -> None:
+    parts = [[-1.0, 2.0], [-3.0, 6.0]]
+    one, same_again, other = (histogram_of(*p) for p in (parts, parts, parts[::-1]))
+    choose = MovingAverage().choose
+    assert choose(one, symmetric=False) == choose(same_again, symmetric=False) != choose(other, symmetric=False)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6), st.booleans())
 def test_affine_parameters(low: float, width: float, symmetric: bool) -> None:
@@ -170,3 +283,18 @@ def test_methods_by_name() -> None:
     assert make_range_method("minmax", 1) == MinMax()
     assert make_range_method("percentile", 99.5) == Percentile(99.5)
     assert make_range_method("mse", 1) == MeanSquaredError()
+    assert make_range_method("entropy", 1) == Entropy()
+    assert make_range_method("moving_average", 1) == MovingAverage()
+    assert make_range_method("per_tensor", 99.5) == Percentile(99.5)
+
+
+def test_every_method_of_the_recipes_is_known() -> None:
+    for name in get_args(recipe.RangeMethod):
+        make_range_method(name, 99.0)
+
+
+def test_the_candidates_are_distinct_and_the_recipes_percentile_is_the_first() -> None:
+    for percent in (99.999, 98.0):
+        candidates = candidate_methods(percent)
+        assert candidates[0] == Percentile(percent)
+        assert len(set(candidates)) == len(candidates) == (6 if percent == 99.999 else 7)

@@ -23,11 +23,13 @@ from eval.dataset import read_image
 from eval.gate import JudgedRow, SkippedRow
 from quant import export, judging, pipeline
 from quant.errors import InputError, Unavailable
+from quant.execution import executed_coverage
 from quant.job import Options, start
 from quant.judging import evaluate_model
 from quant.manifest import Manifest, load_manifest, newest_run, processor
 from quant.pipeline import Finished, run_model
 from quant.plan import load_plan
+from quant.planning import planned_stage
 from quant.program import write_program
 from quant.recipe import Recipe, limited_to, load_recipe
 from quant.runtime import MODEL_FILES, open_session, target_format
@@ -265,6 +267,8 @@ def test_every_target_has_an_artifact_its_plan_and_its_rows(first: First, target
         assert (row.fp32, row.int8, row.drop, row.discordance) == (100, 100, 0, 0)
         assert row.gate.passed and row.gate.evidence == "real"
         assert (row.coverage, row.method) == (plan.coverage(), plan.method)
+        assert row.executed_coverage == executed_coverage(target, first.folder / target, plan)
+        assert (row.executed_coverage is None) == (target == "paddle")
         assert row.int8_bytes == sum((first.folder / target / name).stat().st_size for name in files)
         assert row.format == target_format(target)
 
@@ -289,6 +293,25 @@ def test_targets_with_equal_choices_share_their_plan(first: First) -> None:
     assert Counter(first.built) == wanted
     plans = [load_plan(first.folder / "plans" / target).document() for target in ONNX_TARGETS]
     assert {**plans[0], "target": ""} == {**plans[1], "target": ""}
+
+
+@pytest.mark.parametrize("method", ["entropy", "moving_average", "per_tensor"])
+@pytest.mark.parametrize("target", ONNX_TARGETS)
+def test_every_way_to_choose_ranges_makes_a_plan(place: Place, first: First, method: Any, target: Any) -> None:
+    calibration = place.recipe.calibration.model_copy(update={"range": method})
+    recipe = place.recipe.model_copy(update={"calibration": calibration})
+    plan = load_plan(planned_stage(start(recipe, place.options()), recipe.targets[target]))
+    usual = load_plan(first.folder / "plans" / target)
+    assert plan.quantized() and plan.activations != usual.activations
+    assert any("chosen per tensor" in note for note in plan.notes) == (method == "per_tensor")
+
+
+def test_another_momentum_is_another_calibration(place: Place, built: list[str]) -> None:
+    for momentum in (0.5, 0.6, 0.5):
+        calibration = place.recipe.calibration.model_copy(update={"range": "moving_average", "momentum": momentum})
+        recipe = limited_to(place.recipe.model_copy(update={"calibration": calibration}), ["onnxruntime"])
+        planned_stage(start(recipe, place.options()), recipe.targets["onnxruntime"])
+    assert built.count("calibration") == built.count("plan") == 2
 
 
 # --- the same run again ----------------------------------------------------------------------------

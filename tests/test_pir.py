@@ -25,9 +25,10 @@ from quant.plan import quantizable_operators
 from quant.prepare import prepare
 from quant.program import write_program
 from quant.ptq import activation_tensors, make_plan
-from quant.recipe import TargetName, load_recipe
+from quant.recipe import load_recipe
 from quant.runtime import Feed, model_files, open_session
 from quant.source import ModelFiles, read_model
+from quant.target import TargetName
 
 DOC_ORI = "PP-LCNet_x1_0_doc_ori"
 MODEL_HOME = os.environ.get("QUANT_MODEL_HOME", "")

@@ -284,11 +284,14 @@ def test_statistics_hold_what_the_tensors_held_and_survive_the_disk(tmp_path: Pa
     graph = net.graph()
     feeds = [net.feed(seed, scale) for seed, scale in enumerate((1.0, 5.0, 0.1))]
     tensors = ["x", graph.nodes[0].output[0]]
-    statistics = collect_statistics(graph, tensors, iter(feeds), 1)
+    statistics = collect_statistics(graph, tensors, iter(feeds), 1, momentum=0.75)
     for name in tensors:
-        arrays = np.concatenate([run(graph.to_model([name]), feed, name)[0].ravel() for feed in feeds])
+        pictures = [run(graph.to_model([name]), feed, name)[0].ravel() for feed in feeds]
+        arrays = np.concatenate(pictures)
         assert (statistics[name].minimum, statistics[name].maximum) == (arrays.min(), arrays.max())
         assert statistics[name].counts.sum() == arrays.size
+        low, high = (0.75 * (0.75 * a + 0.25 * b) + 0.25 * c for a, b, c in zip(*map(_extremes, pictures), strict=True))
+        assert (statistics[name].average.low, statistics[name].average.high) == pytest.approx((low, high))
     save_statistics(statistics, tmp_path / "statistics.npz")
     read = load_statistics(tmp_path / "statistics.npz")
     assert read.keys() == statistics.keys()
@@ -299,6 +302,11 @@ def test_statistics_hold_what_the_tensors_held_and_survive_the_disk(tmp_path: Pa
             histogram.minimum,
             histogram.maximum,
         )
+        assert read[name].average == histogram.average
+
+
+def _extremes(values: np.ndarray[Any, Any]) -> tuple[float, float]:
+    return float(values.min()), float(values.max())
 
 
 def test_a_damaged_model_is_named_with_picture_and_tensor() -> None:

@@ -1,0 +1,137 @@
+"""The search: from the plan that the ladder chose to a faster one that passes too, by measured latency and metric.
+
+Every point is a plan, its score on the search split and its latency on the target, as a share of FP32 prepared on the
+same runtime in the same minute. Points that no other beats in both are the front. The neighbours of the fastest
+passing plan are tried, the most promising first, until the time is up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quant.ladder import Judge, Rung, badness, try_plan
+from quant.plan import QuantPlan
+from quant.recipe import Gate, Ladder
+
+TIE = 0.02
+"""Latencies nearer than this share cannot be told apart on a shared machine; then the better score decides."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One plan of the search.
+
+    Attributes:
+        latency: INT8 / FP32 prepared on the target, below 1 where INT8 is faster.
+    """
+
+    plan: QuantPlan
+    rung: Rung
+    latency: float
+
+    def document(self) -> dict[str, Any]:
+        return {**asdict(self.rung), "latency": self.latency}
+
+
+def explore(
+    start: Point,
+    gains: Mapping[str, float],
+    limits: tuple[Ladder, Gate],
+    judge: Judge,
+    measure: Callable[[QuantPlan], float],
+    refine: Callable[[QuantPlan], QuantPlan],
+    in_time: Callable[[], bool],
+) -> list[Point]:
+    """All points tried, the start first.
+
+    Args:
+        gains: milliseconds that INT8 saves on each operator, by the runtime's own profile.
+        measure: latency of a plan, see `Point`.
+        refine: fits a candidate to the operators that are in INT8.
+        in_time: whether another point may be tried.
+    """
+    points, seen = [start], {_signature(start.plan)}
+    ladder, gate = limits
+    improved = True
+    while improved:
+        improved = False
+        best = chosen(points)
+        for name, neighbour in neighbours(best.plan, gains):
+            if not in_time():
+                return points
+            if _signature(neighbour) in seen:
+                continue
+            seen.add(_signature(neighbour))
+            plan = refine(neighbour)
+            reverted = len(plan.operators) - len(plan.quantized())
+            point = Point(plan, try_plan(name, plan, reverted, ladder, gate, judge), measure(plan))
+            points.append(point)
+            if chosen(points) is point:
+                improved = True
+                break
+    return points
+
+
+def neighbours(plan: QuantPlan, gains: Mapping[str, float]) -> Iterator[tuple[str, QuantPlan]]:
+    """Plans that may be faster: without what INT8 slows down, with inputs alone quantized, with one operator more."""
+    slower = {name for name in plan.quantized() if gains.get(name, 0.0) < 0}
+    if slower:
+        yield (
+            "slower in INT8 left out",
+            plan.with_only(set(plan.quantized()) - slower, "INT8 is slower by the profile"),
+        )
+    if plan.outputs:
+        yield "inputs alone", replace(plan, outputs={})
+    reverted = [op for op in plan.operators if not op.quantized and op.damage is not None]
+    for op in sorted(reverted, key=lambda op: (-gains.get(op.name, 0.0) / ((op.damage or 0.0) + 1e-6), op.name)):
+        if gains.get(op.name, 0.0) > 0:
+            yield f"with {op.name}", plan.with_also(op.name)
+
+
+def chosen(points: Sequence[Point]) -> Point:
+    """The fastest that passes, of equally fast ones the best; where none passes, the best."""
+    passing = [point for point in points if point.rung.passed]
+    if not passing:
+        return min(points, key=lambda point: badness(point.rung))
+    fastest = min(point.latency for point in passing)
+    return min((p for p in passing if p.latency <= fastest * (1 + TIE)), key=lambda point: badness(point.rung))
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Scored points that no other beats in latency and in score, the fastest first."""
+    scored = sorted((p for p in points if p.rung.score), key=lambda point: (point.latency, badness(point.rung)))
+    kept: list[Point] = []
+    for point in scored:
+        if not kept or badness(point.rung) < badness(kept[-1].rung):
+            kept.append(point)
+    return kept
+
+
+def draw_front(points: Sequence[Point], title: str, file: Path) -> None:
+    """A plot of all scored points as SVG, the front joined, the chosen one marked."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams["svg.hashsalt"] = title
+    figure, axes = plt.subplots(figsize=(6, 4))
+    scored = [(p, p.rung.score) for p in points if p.rung.score]
+    joined = [(p.latency, p.rung.score.discordance) for p in front(points) if p.rung.score]
+    axes.plot([x for x, _ in joined], [y for _, y in joined], color="tab:blue", label="front")
+    axes.scatter([p.latency for p, _ in scored], [s.discordance for _, s in scored], color="tab:gray", label="tried")
+    best = chosen(points)
+    if best.rung.score:
+        axes.scatter([best.latency], [best.rung.score.discordance], color="tab:red", label="chosen")
+    axes.set(xlabel="latency, INT8 / FP32 prepared", ylabel="discordance on the search split, %", title=title)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def _signature(plan: QuantPlan) -> tuple[frozenset[str], bool]:
+    return frozenset(plan.quantized()), bool(plan.outputs)
