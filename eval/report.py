@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from eval.benchmark import BenchReport, BenchRow, Timing
 from eval.gate import EvalReport, JudgedRow, SkippedRow, verdict_text
 from quant.errors import InputError
 
@@ -39,6 +40,7 @@ _README_WORDS = (
     "paired bootstrap. Discordance = share of samples whose outcome differs. Coverage = share of multiply-accumulates "
     "in INT8. Size = INT8 / FP32 bytes. Speed-up against the model as shipped."
 )
+_TIMES = ("FP32\nshipped", "FP32\nprepared", "INT8", "Speed\n(prepared\n/ INT8)")
 _LEFT = {"Target", "Data set", "Verdict"}
 
 
@@ -48,13 +50,19 @@ def print_report(rows: Sequence[JudgedRow | SkippedRow], file: IO[str] | None = 
     Args:
         file: where to; standard output by default. 160 columns wide where it is no terminal.
     """
-    console = Console(file=file, highlight=False)
-    if not console.is_terminal:
-        console = Console(file=file, highlight=False, width=FILE_WIDTH)
+    console = _console(file)
     for table in diff_tables([row for row in rows if isinstance(row, JudgedRow)]):
         console.print(table)
         console.print()
-    skipped = [row for row in rows if isinstance(row, SkippedRow)]
+    _print_skipped(console, [row for row in rows if isinstance(row, SkippedRow)])
+
+
+def _console(file: IO[str] | None) -> Console:
+    console = Console(file=file, highlight=False)
+    return console if console.is_terminal else Console(file=file, highlight=False, width=FILE_WIDTH)
+
+
+def _print_skipped(console: Console, skipped: list[SkippedRow]) -> None:
     for row in skipped:
         console.print(f"skipped: {row.model}, {row.target}: {row.reason}. {row.fix}", markup=False, soft_wrap=True)
     if skipped:
@@ -81,6 +89,44 @@ def diff_tables(rows: Sequence[JudgedRow]) -> list[Table]:
             table.add_row(*map(escape, _cells(row)), style=_style(row))
         tables.append(table)
     return tables
+
+
+def print_bench(report: BenchReport, file: IO[str] | None = None) -> None:
+    """Print a table of latencies per model, what they advise, then the rows that were skipped."""
+    console = _console(file)
+    rows = [row for row in report.rows if isinstance(row, BenchRow)]
+    for model, group in groupby(rows, key=lambda row: row.model):
+        console.print(_bench_table(model, list(group)))
+        console.print()
+    for advice in report.advice:
+        console.print(advice.text, markup=False, soft_wrap=True)
+    features = ", ".join(report.processor["features"]) or "none of note"
+    words = f"Median ms, {report.threads} threads, {report.processor['name']} ({features})"
+    console.print(words, markup=False, soft_wrap=True)
+    _print_skipped(console, [row for row in report.rows if isinstance(row, SkippedRow)])
+
+
+def _bench_table(model: str, rows: list[BenchRow]) -> Table:
+    table = Table(title=f"[bold]{escape(model)}[/]  latency in ms", box=box.SIMPLE_HEAD, padding=0)
+    table.title_justify = "left"
+    headings = ["Target", "Size", "Input", *_TIMES]
+    chosen = any(row.default_ms for row in rows)
+    for heading in headings + ([f"default\n{heading}" for heading in _TIMES] if chosen else []):
+        table.add_column(heading, justify="left" if heading in _LEFT else "right", overflow="fold")
+    for row in rows:
+        cells = [row.target, _number(row.int8_bytes / row.fp32_bytes), "x".join(map(str, row.shape))]
+        if row.note:
+            table.add_row(*cells, escape(row.note))
+        else:
+            table.add_row(*cells, *_time_cells(row.ms), *(_time_cells(row.default_ms) if chosen else []))
+    return table
+
+
+def _time_cells(timing: Timing | None) -> list[str]:
+    if timing is None:
+        return [NOT_KNOWN] * len(_TIMES)
+    times = (timing.fp32, timing.fp32_prepared, timing.int8)
+    return [*(_number(time) for time in times), _factor(timing.speedup)]
 
 
 def read_reports(runs: Iterable[Path]) -> list[EvalReport]:

@@ -266,6 +266,50 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    models: Models = None,
+    everything: Everything = False,
+    overrides: Overrides = None,
+    model_dir: ModelDir = None,
+    out: Out = None,
+    targets: Targets = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> int:
+    """Time the newest INT8 artifacts against FP32 as shipped and as prepared: batches, input sizes, bytes.
+
+    Examples:
+
+      quant bench PP-OCRv4_mobile_rec --threads 1
+
+      quant bench PP-OCRv4_mobile_det --target openvino --set latency.shapes=[[1,3,736,736]] --json
+    """
+    from eval.benchmark import BenchReport, BenchRow, advise
+    from quant.latency import bench_model
+    from quant.manifest import processor, versions
+
+    recipes = _recipes(models, everything, overrides, None, targets)
+    with _working(out, threads, model_dir, None, quiet, as_json) as (options, stdout):
+        rows: list[BenchRow | SkippedRow] = []
+        for recipe in recipes:
+            rows += bench_model(recipe, options)
+        timed = [row for row in rows if isinstance(row, BenchRow) and row.ms]
+        advice = advise(timed)
+        report = BenchReport(
+            processor=processor(), versions=versions(), threads=options.threads, rows=rows, advice=advice
+        )
+        if as_json:
+            stdout.write(report.to_json())
+            stdout.flush()
+        else:
+            from eval.report import print_bench
+
+            print_bench(report)
+        return 0 if timed else INPUT_ERROR
+
+
+@app.command()
 def export(
     model: str,
     to: Annotated[Path, typer.Option("--to", help="Folder that receives one folder per target.")],

@@ -20,10 +20,11 @@ from quant.graph import Graph
 from quant.manifest import versions
 from quant.prepare import check_outputs, prepare
 from quant.recipe import Recipe
-from quant.runtime import Feed, onnx_session
+from quant.runtime import Feed, onnx_session, target_format
 from quant.selection import Selection, select
 from quant.source import SHIPPED_FILES, ModelFiles, cache_dir, resolve_model
 from quant.stage import StageStore, code_digest, digest
+from quant.target import TargetName
 from quant.task import TaskAdapter, make_task
 
 PROOF_PICTURES = 3
@@ -109,14 +110,25 @@ def prepared_stage(job: Job) -> Path:
     return job.store.result("prepared", {**job.key, "tolerance": job.recipe.tolerance}, build)
 
 
+def fp32_folders(job: Job, target: TargetName) -> dict[str, Path]:
+    """Folders of FP32 as shipped, `fp32`, and for targets that take ONNX as prepared, `fp32_prepared`."""
+    stage = prepared_stage(job)
+    folders = {"fp32": stage / "shipped"}
+    return folders if target_format(target) == "paddle" else {**folders, "fp32_prepared": stage / "prepared"}
+
+
 def prepared_graph(job: Job) -> Graph:
     return Graph(onnx.load(prepared_stage(job) / "prepared" / "inference.onnx"))
 
 
 def latency_feed(job: Job) -> Feed:
-    """Uniform noise of the recipe's latency shape."""
-    values = np.random.default_rng(job.recipe.seed).uniform(-1, 1, job.recipe.latency.shape).astype(np.float32)
-    return dict.fromkeys(prepared_graph(job).inputs, values)
+    """Noise of the recipe's latency shape for every input."""
+    return dict.fromkeys(prepared_graph(job).inputs, noise(job.recipe, job.recipe.latency.shape))
+
+
+def noise(recipe: Recipe, shape: Sequence[int]) -> np.ndarray:
+    """An input to time a model with: float32, between -1 and 1."""
+    return np.random.default_rng(recipe.seed).uniform(-1, 1, shape).astype(np.float32)
 
 
 def calibration_feeds(job: Job, what: str, limit: int | None = None) -> Iterator[Feed]:

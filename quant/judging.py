@@ -16,11 +16,11 @@ from eval.gate import EvalReport, JudgedRow, SkippedRow
 from eval.metric import make_metric
 from quant.errors import InputError, Unavailable
 from quant.execution import executed_coverage
-from quant.job import Job, Options, counted, labels_digest, latency_feed, prepared_stage, sample_ids
+from quant.job import Job, Options, counted, fp32_folders, labels_digest, latency_feed, prepared_stage, sample_ids
 from quant.manifest import Manifest, load_manifest, newest_run, versions
 from quant.plan import QuantPlan, load_plan
 from quant.recipe import Recipe
-from quant.runtime import Session, model_files, open_session, streams, target_format
+from quant.runtime import Session, model_bytes, open_session, streams
 from quant.selection import Selection, find_datasets, select, unused
 from quant.source import cache_dir, resolve_model
 from quant.stage import StageStore, file_digests
@@ -54,7 +54,7 @@ def evaluate_model(recipe: Recipe, options: Options) -> EvalReport:
     try:
         found = find_evaluation(recipe, options)
     except Unavailable as error:
-        return EvalReport(rows=skipped_rows(recipe, list(recipe.targets), error.reason, error.fix))
+        return EvalReport(rows=[*skipped_rows(recipe, list(recipe.targets), error.reason, error.fix)])
     folder, samples = found.folder, found.job.selection.report
     rows: list[JudgedRow | SkippedRow] = []
     for target in recipe.targets:
@@ -111,7 +111,7 @@ def judge_target(
     if not TARGETS[target].executed:
         reason = f"no runtime of {target} here; the artifact's structure was checked when it was exported"
         fix = f"Build an engine of its inference.onnx on a machine with {target}, for example with trtexec"
-        return skipped_rows(recipe, [target], reason, fix)
+        return [*skipped_rows(recipe, [target], reason, fix)]
     try:
         stored = _judged_stage(job, target, plan, artifact, samples)
         outcomes = load_outcomes(stored / "outcomes.npz")
@@ -123,7 +123,7 @@ def judge_target(
         facts = {**_facts(job, target, plan, artifact, latency), **execution, "run": run}
         return judged_rows(recipe, target, outcomes, metric, facts)
     except Unavailable as error:
-        return skipped_rows(recipe, [target], error.reason, error.fix)
+        return [*skipped_rows(recipe, [target], error.reason, error.fix)]
 
 
 def _judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path, samples: Sequence[Sample]) -> Path:
@@ -162,25 +162,17 @@ def _judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path,
 
 def _latency(job: Job, target: TargetName, artifact: Path) -> dict[str, float]:
     """Median milliseconds of FP32 as shipped, FP32 prepared (ONNX targets) and INT8."""
-    prepared, threads = prepared_stage(job), job.options.threads
-    folders = {"fp32": prepared / "shipped", "int8": artifact}
-    sessions = {name: open_session(target, folder, threads) for name, folder in folders.items()}
-    feed = latency_feed(job)
-    if target_format(target) == "onnx":
-        sessions["fp32_prepared"] = open_session(target, prepared / "prepared", threads)
-    return interleaved_latency(sessions, feed, job.recipe.latency.runs)
+    folders = {**fp32_folders(job, target), "int8": artifact}
+    sessions = {name: open_session(target, folder, job.options.threads) for name, folder in folders.items()}
+    return interleaved_latency(sessions, latency_feed(job), job.recipe.latency.runs)
 
 
 def _facts(job: Job, target: TargetName, plan: QuantPlan, artifact: Path, latency: dict[str, float]) -> dict[str, Any]:
-    sizes = {
-        place: sum(path.stat().st_size for path in model_files(folder, target_format(target)))
-        for place, folder in (("fp32", prepared_stage(job) / "shipped"), ("int8", artifact))
-    }
     return {
         "coverage": plan.coverage(),
         "method": plan.method,
-        "fp32_bytes": sizes["fp32"],
-        "int8_bytes": sizes["int8"],
+        "fp32_bytes": model_bytes(target, prepared_stage(job) / "shipped"),
+        "int8_bytes": model_bytes(target, artifact),
         "latency_shape": job.recipe.latency.shape,
         "fp32_ms": latency["fp32"],
         "fp32_prepared_ms": latency.get("fp32_prepared"),
@@ -189,7 +181,7 @@ def _facts(job: Job, target: TargetName, plan: QuantPlan, artifact: Path, latenc
     }
 
 
-def skipped_rows(recipe: Recipe, targets: Sequence[TargetName], reason: str, fix: str) -> list[JudgedRow | SkippedRow]:
+def skipped_rows(recipe: Recipe, targets: Sequence[TargetName], reason: str, fix: str) -> list[SkippedRow]:
     return [
         SkippedRow(model=recipe.name, task=recipe.task, target=target, reason=reason, fix=fix) for target in targets
     ]

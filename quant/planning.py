@@ -139,7 +139,7 @@ def _full_stage(job: Job, choice: TargetChoice) -> Path:
         "calibration": recipe.calibration.model_dump(),
         "slim": recipe.paddleslim.model_dump(),
         "samples": sample_ids(job.selection.calibration),
-        "latency": recipe.latency.model_dump(),
+        "shape": recipe.latency.shape,
         "seed": recipe.seed,
     }
 

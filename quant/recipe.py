@@ -36,6 +36,7 @@ BiasCorrection = Literal["none", "fast", "full"]
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy", "moving_average", "per_tensor"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Sizes = Annotated[list[PositiveInt], Field(min_length=4, max_length=4)]
 Angle = Literal[0, 90, 180, 270]
 
 METRICS: dict[Task, tuple[str, ...]] = {
@@ -210,9 +211,8 @@ class Gate(_Part):
 
 
 class Latency(_Part):
-    shape: list[PositiveInt] = Field(
-        min_length=4, max_length=4, description="of the input; timed, counted for coverage"
-    )
+    shape: Sizes = Field(description="of the input; timed, counted for coverage")
+    shapes: list[Sizes] = Field([], description="what `quant bench` times, at several batches; empty: shape alone")
     runs: int = Field(ge=1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from onnx import ModelProto
@@ -15,6 +15,8 @@ from quant.source import SHIPPED_FILES
 from quant.target import TARGETS, ArtifactFormat, TargetName
 
 Feed = dict[str, np.ndarray]
+Precision = Literal["f32", "default"]
+"""What OpenVINO computes in where not in INT8: f32, or what it takes by itself (bf16 where the processor can)."""
 
 MODEL_FILES: dict[str, tuple[str, ...]] = {
     "onnx": ("inference.onnx",),
@@ -42,8 +44,16 @@ def model_files(folder: Path, kind: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-def open_session(target: TargetName, folder: Path, threads: int) -> Session:
+def model_bytes(target: TargetName, folder: Path) -> int:
+    """Size of the model in a folder, in bytes, without `inference.yml`."""
+    return sum(path.stat().st_size for path in model_files(folder, target_format(target)))
+
+
+def open_session(target: TargetName, folder: Path, threads: int, precision: Precision = "f32") -> Session:
     """Load the artifact (or FP32 model) in `folder` on the target's own runtime.
+
+    Args:
+        precision: of OpenVINO; the others compute in f32.
 
     Raises:
         Unavailable: the runtime is not installed.
@@ -56,7 +66,7 @@ def open_session(target: TargetName, folder: Path, threads: int) -> Session:
         if target == "onnxruntime":
             return onnx_session(folder / "inference.onnx", threads)
         if target == "openvino":
-            return _OpenVino(folder / "inference.onnx", threads)
+            return openvino_session(folder / "inference.onnx", threads, precision)
         return _PaddleInference(folder, threads)
     except ImportError as error:
         fix = "install it with `pip install 'paddle-quant[cpu]'`; `quant doctor` lists what is missing"
@@ -78,6 +88,11 @@ def streams(target: TargetName, threads: int) -> tuple[int, int]:
 def onnx_session(model: ModelProto | Path, threads: int) -> Session:
     """An onnxruntime CPU session of a model file or a model in memory."""
     return _OnnxRuntime(model, threads)
+
+
+def openvino_session(file: Path, threads: int, precision: Precision = "f32") -> Session:
+    """An OpenVINO CPU session of an ONNX file or an IR (.xml)."""
+    return _OpenVino(file, threads, precision)
 
 
 class _OnnxRuntime:
@@ -103,24 +118,26 @@ class _OnnxRuntime:
         return list(self._session.run(list(outputs), feed)) if outputs else []  # onnxruntime reads [] as "all"
 
 
-def openvino_settings(threads: int) -> dict[str, str | int]:
+def openvino_settings(threads: int, precision: Precision = "f32") -> dict[str, str | int]:
     """How every OpenVINO model is compiled here."""
-    return {
-        # Without the hint OpenVINO computes in bf16 where the processor can: no FP32 baseline then.
-        "INFERENCE_PRECISION_HINT": "f32",
+    settings: dict[str, str | int] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         # By default every new picture size is remembered: 1.1 GB after 150 line widths instead of 0.3.
         "CPU_RUNTIME_CACHE_CAPACITY": "100",
     }
+    if precision == "f32":
+        # Without the hint OpenVINO computes in bf16 where the processor can: no FP32 baseline then.
+        settings["INFERENCE_PRECISION_HINT"] = "f32"
+    return settings
 
 
 class _OpenVino:
-    def __init__(self, file: Path, threads: int) -> None:
+    def __init__(self, file: Path, threads: int, precision: Precision) -> None:
         import openvino
 
         core = openvino.Core()
-        self._compiled = core.compile_model(core.read_model(str(file)), "CPU", openvino_settings(threads))
+        self._compiled = core.compile_model(core.read_model(str(file)), "CPU", openvino_settings(threads, precision))
         self._request = self._compiled.create_infer_request()
 
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]:

@@ -1,0 +1,115 @@
+"""Latency and size of the newest run's artifacts: per target, batch and input shape, for `quant bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from eval.benchmark import BenchRow, Cell, Timing, interleaved_latency
+from eval.gate import SkippedRow
+from quant.errors import Unavailable
+from quant.graph import Shape
+from quant.job import Job, Options, fp32_folders, noise, prepared_graph
+from quant.judging import find_evaluation, skipped_rows
+from quant.recipe import Recipe
+from quant.runtime import Precision, Session, model_bytes, open_session
+from quant.target import TARGETS, TargetName
+
+BATCHES = (1, 8)
+SECONDS = 15.0
+"""Of one cell; slow ones (Paddle's INT8, eight large pages) get fewer runs."""
+
+
+def bench_model(recipe: Recipe, options: Options) -> list[BenchRow | SkippedRow]:
+    """Time FP32 as shipped, FP32 prepared and INT8 of the newest run on every target; what cannot be had is skipped.
+
+    Raises:
+        InputError: a file of the run or the model is broken.
+    """
+    try:
+        found = find_evaluation(recipe, options)
+    except Unavailable as error:
+        return [*skipped_rows(recipe, list(recipe.targets), error.reason, error.fix)]
+    rows: list[BenchRow | SkippedRow] = []
+    for target in recipe.targets:
+        try:
+            if target not in found.manifest.artifacts:
+                raise Unavailable("the newest run has no such target", f"Run `quant run {recipe.name}`")
+            rows += bench_target(found.job, target, found.folder / target)
+        except Unavailable as error:
+            rows += skipped_rows(recipe, [target], error.reason, error.fix)
+    return rows
+
+
+def bench_target(job: Job, target: TargetName, artifact: Path) -> list[BenchRow]:
+    """A row for every batch and input shape of one artifact.
+
+    Raises:
+        Unavailable: the target's runtime is not installed, or none of its kind runs here.
+    """
+    if not TARGETS[target].executed:
+        raise Unavailable(f"no runtime of {target} here", f"Time its artifact on a machine with {target}")
+    fp32, threads = fp32_folders(job, target), job.options.threads
+
+    def open_all(precision: Precision) -> dict[str, Session]:
+        folders = {**fp32, "int8": artifact}
+        return {name: open_session(target, folder, threads, precision) for name, folder in folders.items()}
+
+    facts: dict[str, Any] = {
+        "model": job.recipe.name,
+        "task": job.recipe.task,
+        "target": target,
+        "fp32_bytes": model_bytes(target, fp32["fp32"]),
+        "int8_bytes": model_bytes(target, artifact),
+    }
+    return [BenchRow(**facts, **dict(cell)) for cell in time_cells(job, target, open_all)]
+
+
+def time_cells(
+    job: Job, target: TargetName, open_all: Callable[[Precision], Mapping[str, Session]], seconds: float = SECONDS
+) -> list[Cell]:
+    """Every batch of every shape of the recipe.
+
+    Args:
+        open_all: opens sessions named as the fields of `Timing`; called once for each precision.
+        seconds: time for one shape in one precision.
+    """
+    latency = job.recipe.latency
+    shapes = [[batch, *shape[1:]] for batch in BATCHES for shape in (latency.shapes or [latency.shape])]
+    name, declared = model_input(job)
+    notes = [misfit(shape, declared) for shape in shapes]
+    timings: list[dict[Precision, Timing]] = [{} for _ in shapes]
+    precisions: tuple[Precision, ...] = ("f32", "default") if target == "openvino" else ("f32",)
+    for precision in precisions:
+        sessions = open_all(precision)
+        for place, shape in enumerate(shapes):
+            if notes[place]:
+                continue
+            feed = {name: noise(job.recipe, shape)}
+            try:
+                timings[place][precision] = Timing(**interleaved_latency(sessions, feed, latency.runs, seconds))
+            except Exception as error:  # every runtime has exceptions of its own for sizes that a graph cannot take
+                lines = str(error).strip().splitlines()
+                notes[place] = f"the model does not run at this size: {lines[0][:120] if lines else type(error)}"
+    return [
+        Cell(shape=shape, ms=timing.get("f32"), default_ms=timing.get("default"), note=note)
+        for shape, timing, note in zip(shapes, timings, notes, strict=True)
+    ]
+
+
+def model_input(job: Job) -> tuple[str, Shape]:
+    """Name of the input and its sizes, None where any will do."""
+    graph = prepared_graph(job)
+    (name,) = graph.inputs
+    return name, graph.shape(name) or ()
+
+
+def misfit(shape: list[int], declared: Shape) -> str:
+    """Why a model whose input is declared so does not take a shape; empty where it does."""
+    pairs = list(zip(shape, declared, strict=False))
+    if any(fixed not in (None, size) for size, fixed in pairs[:1]):
+        return f"the model's batch is fixed at {declared[0]}"
+    if any(fixed not in (None, size) for size, fixed in pairs):
+        return f"the model's input is fixed at {'x'.join('any' if size is None else str(size) for size in declared)}"
+    return ""

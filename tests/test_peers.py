@@ -1,0 +1,204 @@
+"""The comparison with other quantizers: what is counted, what a failing quantizer leaves, and the page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+from tiny_models import TinyNet
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import peers  # noqa: E402
+from peer_coverage import coverage, ir_coverage, onnx_coverage  # noqa: E402
+from peer_quantizers import PEERS  # noqa: E402
+from peer_table import markdown  # noqa: E402
+from peer_worker import Task  # noqa: E402
+
+from quant.graph import Graph  # noqa: E402
+
+SHAPE = [1, 3, 8, 8]
+FIRST, SECOND = 3 * 6 * 9 * 64, 6 * 4 * 64  # multiply-accumulates: 3x3 convolution, then 1x1
+SHARE = SECOND / (FIRST + SECOND)
+
+
+def two_convolutions() -> ModelProto:
+    net = TinyNet((1, 3, 8, 8))
+    net.conv(net.op("Relu", net.conv("x", 3, 6)), 6, 4, kernel=1, pad=0)
+    return net.model()
+
+
+def second_in_8_bits(weights: bool = True) -> ModelProto:
+    """The 1x1 convolution reads its input, and perhaps its weights, through Q/DQ."""
+    model = two_convolutions()
+    node = next(node for node in reversed(model.graph.node) if node.op_type == "Conv")
+    place = list(model.graph.node).index(node)
+    scale, zero = numpy_helper.from_array(np.float32(0.1), "s"), numpy_helper.from_array(np.int8(0), "z")
+    model.graph.initializer.extend([scale, zero])
+    pairs: list[NodeProto] = []
+    for index in (0, 1) if weights else (0,):
+        name = node.input[index]
+        pairs.append(helper.make_node("QuantizeLinear", [name, "s", "z"], [f"{name}_q"]))
+        pairs.append(helper.make_node("DequantizeLinear", [f"{name}_q", "s", "z"], [f"{name}_dq"]))
+        node.input[index] = f"{name}_dq"
+    for pair in reversed(pairs):
+        model.graph.node.insert(place, pair)
+    onnx.checker.check_model(model)
+    return model
+
+
+def test_coverage_is_the_share_of_work_with_both_operands_in_8_bits() -> None:
+    assert onnx_coverage(Graph(two_convolutions()), SHAPE, 1) == 0
+    assert onnx_coverage(Graph(second_in_8_bits()), SHAPE, 1) == pytest.approx(SHARE)
+    assert onnx_coverage(Graph(second_in_8_bits(weights=False)), SHAPE, 1) == 0
+
+
+@pytest.mark.parametrize(("build", "expected"), [(two_convolutions, 0), (second_in_8_bits, SHARE)])
+def test_an_ir_has_the_coverage_of_the_file_it_was_made_from(build: Any, expected: float, tmp_path: Path) -> None:
+    import openvino
+
+    onnx.save(build(), tmp_path / "m.onnx")
+    openvino.save_model(openvino.convert_model(tmp_path / "m.onnx"), tmp_path / "inference.xml", compress_to_fp16=False)
+    assert ir_coverage(tmp_path / "inference.xml", SHAPE) == pytest.approx(expected)
+    assert coverage(tmp_path, SHAPE, 1) == pytest.approx(expected)
+
+
+def test_the_coverage_of_a_paddle_program_is_not_known(tmp_path: Path) -> None:
+    assert coverage(tmp_path, SHAPE, 1) is None
+
+
+# --- processes -------------------------------------------------------------------------------------
+
+
+def task(folder: Path, peer: str) -> Task:
+    return Task(
+        kind="quantize",
+        peer=peer,
+        target="onnxruntime",
+        folder=str(folder / "artifact"),
+        model="PP-OCRv4_mobile_rec",
+        overrides=[],
+        threads=1,
+        model_dir=None,
+        shipped=str(folder),
+        feeds=str(folder / "feeds"),
+        report=None,
+        seconds=1,
+    )
+
+
+def test_a_quantizer_that_fails_says_why(tmp_path: Path) -> None:
+    (tmp_path / "feeds").mkdir()
+    found = peers.measured(task(tmp_path, "paddleslim"), tmp_path / "step.json", 300, 16)
+    assert found["status"] == "failed"
+    assert found["reason"] == "InputError: PaddleSlim reads old-IR programs alone, and this model is published as PIR"
+    assert found["peak_mb"] > 0
+
+
+def test_a_quantizer_that_is_not_installed_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "nncf.py").write_text("raise ImportError('no nncf here')\n", encoding="utf-8")
+    root = Path(__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", f"{blocked}:{root}")
+    found = peers.measured(task(tmp_path, "nncf"), tmp_path / "step.json", 300, 16)
+    assert found["status"] == "skipped"
+    assert found["reason"].startswith("no nncf here; install it: pip install")
+
+
+@pytest.mark.parametrize(("seconds", "gigabytes", "said"), [(0, 16, "not done in 0 minutes"), (300, 0.001, "0.001 GB")])
+def test_a_quantizer_that_takes_too_much_is_stopped(
+    seconds: float, gigabytes: float, said: str, tmp_path: Path
+) -> None:
+    found = peers.measured(task(tmp_path, "ort-minmax"), tmp_path / "step.json", seconds, gigabytes)
+    assert found["status"] == "failed" and said in found["reason"]
+
+
+def test_the_command_names_no_place_of_the_machine() -> None:
+    words = ["M", "--out", "/here/a.md", "--work=/there", "--samples", "4", "--model-dir", "/x"]
+    assert peers._command(words) == "python benchmarks/peers.py M --samples 4"
+
+
+# --- the page --------------------------------------------------------------------------------------
+
+CELL = {
+    "shape": [1, 3, 48, 320],
+    "ms": {"fp32": 9.25, "fp32_prepared": 4.5, "int8": 1.5},
+    "default_ms": {"fp32": 3.5, "fp32_prepared": 3.25, "int8": 1.25},
+    "note": "",
+}
+FIXED = {"shape": [8, 3, 48, 320], "ms": None, "default_ms": None, "note": "the model's batch is fixed at 1"}
+JUDGED = {
+    "label": "NNCF",
+    "target": "openvino",
+    "status": "judged",
+    "samples": 200,
+    "fp32": 60.0,
+    "int8": 59.5,
+    "drop": 0.5,
+    "drop_upper95": 1.75,
+    "discordance": 3.25,
+    "gate": {"passed": True, "certified": False, "evidence": "real"},
+    "coverage": None,
+    "bytes": 2_500_000,
+    "fp32_bytes": 10_000_000,
+    "seconds": 12.34,
+    "peak_mb": 567.8,
+    "cells": [CELL, FIXED],
+}
+FAILED = {"label": "Other", "target": "paddle", "status": "failed", "reason": "it | broke", "peak_mb": 99.0}
+
+
+def page(*rows: dict[str, Any]) -> str:
+    return markdown(
+        {
+            "model": "PP-OCRv4_mobile_rec",
+            "command": "python benchmarks/peers.py",
+            "processor": {"name": "a processor", "features": ["avx512_vnni"]},
+            "versions": {"nncf": "3.4.0"},
+            "threads": 2,
+            "calibration": 128,
+            "latency_shape": [1, 3, 48, 320],
+            "rows": list(rows),
+        }
+    )
+
+
+def test_the_page_has_a_row_for_all_that_was_asked() -> None:
+    text = page(JUDGED, FAILED)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.replace("\\|", "").count("|") for line in lines[:4]}) == 1
+    judged, failed = lines[2:4]
+    for fact in [
+        "NNCF",
+        "60.00",
+        "0.50 (1.75)",
+        "3.2",
+        "passed",
+        "2.50",
+        "0.25",
+        "12.3",
+        "568",
+        "1.50",
+        "4.50",
+        "9.25",
+    ]:
+        assert f" {fact} " in judged
+    assert " 1.25 |" in judged, "OpenVINO's default"
+    assert "failed: it \\| broke" in failed and " 99 " in failed
+    assert "1.50 / 4.50 / 9.25" in text and "1.25 / 3.25 / 3.50" in text and "fixed at 1" in text
+    assert "avx512_vnni" in text and "nncf 3.4.0" in text and "python benchmarks/peers.py" in text
+
+
+def test_the_page_without_any_result() -> None:
+    assert "Nothing was timed." in page(FAILED)
+
+
+def test_every_quantizer_has_a_name_of_its_own() -> None:
+    assert len({peer.label for peer in PEERS.values()}) == len(PEERS)
