@@ -84,7 +84,7 @@ def test_describe_says_the_route(tmp_path: Path, capfd: Text, monkeypatch: pytes
     route = json.loads(capfd.readouterr().out)["route"]
     assert route["source"] == f"$QUANT_MODEL_HOME/{model}"
     assert route["format"].startswith("old-IR program")
-    assert sorted(route["targets"]) == ["onnxruntime", "openvino", "paddle"]
+    assert sorted(route["targets"]) == ["onnxruntime", "openvino", "paddle", "tensorrt"]
 
 
 def test_validate_accepts_all_recipes(capfd: Text) -> None:
@@ -161,7 +161,7 @@ def test_an_unknown_model(capfd: Text, command: str) -> None:
         ),
         (["run", REC, "--set", "calibration.samples=none"], "calibration.samples = 'none'"),
         (["run", REC, "--set", "calibration.samples"], "write it as key=value"),
-        (["run", REC, "--target", "tensorrt"], "has no target 'tensorrt'; it has onnxruntime"),
+        (["run", REC, "--target", "tflite"], "has no target 'tflite'; it has onnxruntime"),
         (["eval", REC, "--colour"], "No such option: --colour"),
         (["run", REC, "--threads", "0"], "--threads"),
         (["run", REC, "--seed", "x"], "--seed"),
