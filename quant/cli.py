@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from quant.job import Job, Options
     from quant.judging import Evaluation
     from quant.recipe import Recipe
+    from quant.sensitivity_report import Sensitivity
 
 INPUT_ERROR, INTERNAL_ERROR, INTERRUPTED = 2, 70, 130
+_OPERATORS_SHOWN = 20
 # A full disk, a read-only folder and the like are the user's to mend, not ours.
 _STORAGE_ERRORS = (
     errno.ENOSPC,
@@ -307,6 +309,47 @@ def bench(
 
             print_bench(report)
         return 0 if timed else INPUT_ERROR
+
+
+@app.command()
+def sensitivity(
+    model: str,
+    target: Annotated[str | None, typer.Option("--target", help="Its plan is measured; the recipe's first.")] = None,
+    overrides: Overrides = None,
+    data: DataNames = None,
+    model_dir: ModelDir = None,
+    out: Out = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what INT8 does operator by operator and kind by kind, and say what to keep in FP32.
+
+    Example: quant sensitivity PP-OCRv4_mobile_rec --target openvino
+    """
+    from quant.job import start
+    from quant.sensitivity_report import report_sensitivity
+
+    (recipe,) = _recipes([model], False, overrides, seed, [target] if target else None)
+    with _working(out, threads, model_dir, data, quiet, as_json) as (options, stdout):
+        result, places = report_sensitivity(start(recipe, options), next(iter(recipe.targets)))
+        if as_json:
+            stdout.write(result.to_json())
+            stdout.flush()
+            return
+        _print_sensitivity(result, places)
+
+
+def _print_sensitivity(result: Sensitivity, places: list[Path]) -> None:
+    _print_table(*result.table(_OPERATORS_SHOWN))
+    if len(result.operators) > _OPERATORS_SHOWN:
+        print(f"{len(result.operators) - _OPERATORS_SHOWN} more operators with less damage stand in {places[0]}\n")
+    _print_table(*result.group_table())
+    for sentence in result.advice:
+        print(f"* {sentence}")
+    for place in places:
+        print(f"written: {place}")
 
 
 @app.command()

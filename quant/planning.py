@@ -48,7 +48,7 @@ from quant.recipe import TargetChoice
 from quant.rounding import collect_moments, round_by_moments
 from quant.runtime import Feed, Session, onnx_session
 from quant.search import Point, chosen, draw_front, explore, front
-from quant.sensitivity import measure_damages, output_error
+from quant.sensitivity import OutputError, load_errors, measure_errors, output_error, save_errors
 from quant.simulation import simulated_model
 from quant.speed import measured_gains, relative_latency
 from quant.stage import file_digests
@@ -80,7 +80,7 @@ def planned_stage(job: Job, target: TargetName) -> Path:
 def _explored(job: Job, target: TargetName, laddered: Path, end: float) -> list[Point]:
     """The search on the target's own runtime, from the ladder's plan."""
     recipe, graph = job.recipe, prepared_graph(job)
-    judge, measure = _SearchJudge(job, graph), partial(relative_latency, job, target)
+    judge, measure = SearchJudge(job, graph), partial(relative_latency, job, target)
     full, best = full_plan(job, recipe.targets[target]), load_plan(laddered)
     plan = replace(full, operators=best.operators, bias_shifts=best.bias_shifts)
     last = load_rung(json.loads((laddered / "ladder.json").read_text(encoding="utf-8"))[-1])
@@ -99,7 +99,7 @@ def _explored(job: Job, target: TargetName, laddered: Path, end: float) -> list[
 def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
     """Stage: the plan that the ladder chose, with `ladder.json`."""
     recipe = job.recipe
-    everything = _full_stage(job, choice)
+    everything = full_stage(job, choice)
     key = {
         **job.key,
         "plan": file_digests(everything),
@@ -115,9 +115,10 @@ def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
 
     def build(folder: Path) -> None:
         graph, plan = prepared_graph(job), load_plan(everything)
-        plan.operators = with_damages(plan.operators, _damages(job, graph, plan))
+        damages = {name: error.damage for name, error in alone_errors(job, choice).items()}
+        plan.operators = with_damages(plan.operators, damages)
         minimum = recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage
-        judge, refine = _SearchJudge(job, graph), partial(_with_full_biases, job, graph)
+        judge, refine = SearchJudge(job, graph), partial(_with_full_biases, job, graph)
         best, rungs = climb(plan, recipe.ladder, recipe.gate, minimum, judge, refine)
         best.save(folder)
         (folder / "ladder.json").write_text(json.dumps([r.document() for r in rungs], sort_keys=True), encoding="utf-8")
@@ -127,10 +128,10 @@ def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
 
 def full_plan(job: Job, choice: TargetChoice) -> QuantPlan:
     """The plan with everything in INT8 that has a kernel for it, before any operator goes back to FP32."""
-    return load_plan(_full_stage(job, choice))
+    return load_plan(full_stage(job, choice))
 
 
-def _full_stage(job: Job, choice: TargetChoice) -> Path:
+def full_stage(job: Job, choice: TargetChoice) -> Path:
     """Stage: calibrated, equalized, rounded, ranges and biases corrected."""
     recipe = job.recipe
     key = {
@@ -271,15 +272,25 @@ def _calibrated(job: Job, graph: Graph, tensors: list[str], choice: TargetChoice
     return job.store.result("calibration", key, build)
 
 
-def _damages(job: Job, graph: Graph, plan: QuantPlan) -> dict[str, float]:
-    recipe = job.recipe
-    feeds = first_feeds(job, job.selection.search, recipe.ladder.damage_samples)
-    advance = counted(job.options.progress, f"{recipe.name}: damage per operator", len(plan.quantized()))
-    return measure_damages(graph, plan, feeds, job.options.threads, advance)
+def alone_errors(job: Job, choice: TargetChoice) -> dict[str, OutputError]:
+    """Stage: how far the outputs move when one operator of the full plan is in INT8, for each of them."""
+    recipe, everything = job.recipe, full_stage(job, choice)
+    count = recipe.ladder.damage_samples
+
+    def build(folder: Path) -> None:
+        plan = load_plan(everything)
+        parts = {name: {name} for name in plan.quantized()}
+        feeds = first_feeds(job, job.selection.search, count)
+        advance = counted(job.options.progress, f"{recipe.name}: damage per operator", len(parts))
+        errors = measure_errors(prepared_graph(job), plan, parts, feeds, job.options.threads, advance)
+        save_errors(errors, folder / "errors.json")
+
+    key = {**job.key, "plan": file_digests(everything), "samples": sample_ids(job.selection.search), "count": count}
+    return load_errors(job.store.result("damage", key, build) / "errors.json")
 
 
 @dataclass(frozen=True)
-class _SearchJudge:
+class SearchJudge:
     """Judges plans on the search split, in simulation on onnxruntime."""
 
     job: Job

@@ -1,57 +1,88 @@
-"""Damage per operator: how far the model's outputs move when only this operator is in INT8."""
+"""How far the model's outputs move when only some operators are in INT8: one alone, or all that share a kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
-from quant.graph import Graph
-from quant.plan import QuantPlan
+from quant.graph import Graph, attribute
+from quant.ladder import SearchScore
+from quant.plan import Operator, QuantPlan, weight_axis
 from quant.runtime import Feed, Session, onnx_session
 from quant.simulation import simulated_model
 
+MOST_SCORED = 12
+PATIENCE = 3
+Outputs = Sequence[list[np.ndarray]]
 
-def measure_damages(
-    graph: Graph, plan: QuantPlan, feeds: Sequence[Feed], threads: int, advance: Callable[[], None] = lambda: None
-) -> dict[str, float]:
-    """Damage of every operator that the plan quantizes.
 
-    Damage is the mean over pictures of sum|int8 - fp32| / sum|fp32| over all outputs, 0 = none.
+@dataclass(frozen=True)
+class OutputError:
+    """What INT8 does to the outputs.
+
+    Attributes:
+        damage: mean over pictures of sum|int8 - fp32| / sum|fp32| over all outputs, 0 = none.
+        snr_db: 10 * log10(sum fp32^2 / sum (int8 - fp32)^2), sums over all outputs of all pictures; None where the
+            outputs are equal, or zero.
+    """
+
+    damage: float
+    snr_db: float | None
+
+
+def measure_errors(
+    graph: Graph,
+    plan: QuantPlan,
+    parts: Mapping[str, set[str]],
+    feeds: Sequence[Feed],
+    threads: int,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, OutputError]:
+    """The outputs' error for each part of the plan, everything else in FP32.
 
     Args:
+        parts: names of the operators that are in INT8 together, by any key.
         feeds: pictures of the search split.
-        threads: operators measured at the same time.
-        advance: called after each operator.
+        threads: parts measured at the same time.
+        advance: called after each part.
     """
     reference = onnx_session(graph.to_model(), threads)
     exact = [reference.run(feed) for feed in feeds]
-    names = list(plan.quantized())
 
-    def damage(name: str) -> float:
-        alone = onnx_session(simulated_model(graph, plan.with_only({name}, "measured alone")), 1)
-        return output_error(alone, feeds, exact)
+    def measured(names: set[str]) -> OutputError:
+        session = onnx_session(simulated_model(graph, plan.with_only(names, "measured without it")), 1)
+        return compare_outputs([session.run(feed) for feed in feeds], exact)
 
-    damages = {}
+    errors = {}
     with ThreadPoolExecutor(threads) as pool:
-        for name, value in zip(names, pool.map(damage, names), strict=True):
-            damages[name] = value
+        for key, error in zip(parts, pool.map(measured, parts.values()), strict=True):
+            errors[key] = error
             advance()
-    return damages
+    return errors
 
 
-def output_error(session: Session, feeds: Sequence[Feed], exact: Sequence[list[np.ndarray]]) -> float:
+def compare_outputs(found: Outputs, exact: Outputs) -> OutputError:
+    """The error of outputs, one list of arrays for each picture."""
+    signal = noise = 0.0
+    for arrays, outputs in zip(found, exact, strict=True):
+        for array, output in zip(arrays, outputs, strict=True):
+            signal += float(np.square(output, dtype=np.float64).sum())
+            noise += float(np.square(array.astype(np.float64) - output).sum())
+    ratio = 10 * float(np.log10(signal / noise)) if signal and noise else None
+    return OutputError(float(np.mean(relative_errors(found, exact))), ratio)
+
+
+def output_error(session: Session, feeds: Sequence[Feed], exact: Outputs) -> float:
     """Mean relative L1 distance of a session's outputs from the exact ones."""
-    return float(np.mean(picture_errors(session, feeds, exact)))
+    return float(np.mean(relative_errors([session.run(feed) for feed in feeds], exact)))
 
 
-def picture_errors(session: Session, feeds: Sequence[Feed], exact: Sequence[list[np.ndarray]]) -> list[float]:
-    """Relative L1 distance of a session's outputs from the exact ones, for each picture."""
-    return relative_errors([session.run(feed) for feed in feeds], exact)
-
-
-def relative_errors(found: Sequence[list[np.ndarray]], exact: Sequence[list[np.ndarray]]) -> list[float]:
+def relative_errors(found: Outputs, exact: Outputs) -> list[float]:
     """sum|found - exact| / sum|exact| over all outputs, for each picture."""
     errors = []
     for arrays, outputs in zip(found, exact, strict=True):
@@ -59,3 +90,66 @@ def relative_errors(found: Sequence[list[np.ndarray]], exact: Sequence[list[np.n
         moved = sum(float(np.abs(a.astype(np.float64) - b).sum()) for a, b in pairs)
         errors.append(moved / max(sum(float(np.abs(b).sum()) for _, b in pairs), 1e-12))
     return errors
+
+
+def save_errors(errors: Mapping[str, OutputError], file: Path) -> None:
+    """Write errors as JSON, in their order."""
+    file.write_text(json.dumps({key: asdict(error) for key, error in errors.items()}), encoding="utf-8")
+
+
+def load_errors(file: Path) -> dict[str, OutputError]:
+    """Read what `save_errors` wrote."""
+    return {key: OutputError(**error) for key, error in json.loads(file.read_text(encoding="utf-8")).items()}
+
+
+def kernel_kind(graph: Graph, operator: Operator) -> str:
+    """Which operators share a kernel: those of the same kind, in words."""
+    shape = _weight_shape(graph, operator)
+    if operator.op_type == "MatMul":
+        return "MatMul by weights" if shape else "MatMul of activations"
+    if operator.op_type == "ConvTranspose":
+        return "ConvTranspose"
+    if attribute(graph.producers()[operator.name], "group", 1) > 1 and shape[1:2] == (1,):
+        return "depthwise conv"
+    return "1x1 conv" if set(shape[2:]) == {1} else "kxk conv"
+
+
+def kernel_groups(graph: Graph, operators: Iterable[Operator]) -> dict[str, set[str]]:
+    """Names of operators by kind."""
+    groups: dict[str, set[str]] = {}
+    for operator in operators:
+        groups.setdefault(kernel_kind(graph, operator), set()).add(operator.name)
+    return groups
+
+
+def output_channels(graph: Graph, operator: Operator) -> int | None:
+    """How many channels an operator with constant weights writes; None for one without."""
+    shape = _weight_shape(graph, operator)
+    return shape[weight_axis(operator.op_type)] if shape else None
+
+
+def _weight_shape(graph: Graph, operator: Operator) -> tuple[int, ...]:
+    """Sizes of a constant weight, else (); asked of the node, as plans name weights of the equalized graph."""
+    weight = graph.constants.get(graph.producers()[operator.name].input[1])
+    return () if weight is None else weight.shape
+
+
+def score_worst(errors: Mapping[str, OutputError], score: Callable[[str], SearchScore]) -> dict[str, SearchScore]:
+    """Scores on the search split of the operators with the largest damage, the worst first.
+
+    A score takes as long as the whole search split, so that only MOST_SCORED operators get one, and none after
+    PATIENCE in a row have changed no outcome: what damages the outputs less rarely changes more.
+    """
+    scores: dict[str, SearchScore] = {}
+    unchanged = 0
+    for name in worst_first(errors)[:MOST_SCORED]:
+        if unchanged == PATIENCE:
+            break
+        scores[name] = score(name)
+        unchanged = 0 if scores[name].discordance else unchanged + 1
+    return scores
+
+
+def worst_first(errors: Mapping[str, OutputError]) -> list[str]:
+    """Keys in the order of damage; of equal ones the first stays first."""
+    return sorted(errors, key=lambda key: -errors[key].damage)
