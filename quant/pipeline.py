@@ -41,11 +41,12 @@ class Finished:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A target's plan, how the ladder came to it, and where its artifact is."""
+    """A target's plan, how the ladder came to it, and the folders of its artifact and of its plan's stage."""
 
     plan: QuantPlan
     rungs: list[Rung]
     artifact: Path
+    planned: Path
 
 
 def run_model(recipe: Recipe, options: Options) -> Finished:
@@ -108,7 +109,7 @@ def quantize(job: Job, target: TargetName) -> Quantized:
         check_artifact(target, folder, graph, plan, feeds, job.options.threads)
 
     artifact = job.store.result("artifact", {**job.key, "plan": file_digests(planned), "target": target}, build)
-    return Quantized(plan, rungs, artifact)
+    return Quantized(plan, rungs, artifact, planned)
 
 
 def read_report(folder: Path) -> EvalReport:
@@ -126,6 +127,8 @@ def _write_run(job: Job, quantized: dict[TargetName, Quantized], report: EvalRep
         shutil.copytree(result.artifact, folder / target)
         artifacts[str(target)] = file_digests(folder / target)
         result.plan.save(folder / "plans" / target)
+        for path in result.planned.glob("search.*"):
+            shutil.copy(path, folder / "plans" / target)
     plans = {str(target): result.plan.document() for target, result in quantized.items()}
     text = json.dumps({"schema": 1, "plans": plans}, indent=1, sort_keys=True)
     (folder / "plan.json").write_text(text + "\n", encoding="utf-8")

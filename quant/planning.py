@@ -61,20 +61,23 @@ def planned_stage(job: Job, target: TargetName) -> Path:
     Targets with equal choices share their plan, unless its latency was measured.
     """
     laddered = _laddered_stage(job, job.recipe.targets[target])
-    minutes = job.recipe.search.minutes
+    minutes, latency = job.recipe.search.minutes, job.recipe.latency.model_dump(exclude={"shapes"})
     if not minutes or not TARGETS[target].executed:
         return laddered
 
     def build(folder: Path) -> None:
         shutil.copyfile(laddered / "ladder.json", folder / "ladder.json")
         points = _explored(job, target, laddered, time.monotonic() + 60 * minutes)
-        chosen(points).plan.save(folder)
+        plan = chosen(points).plan
+        plan.method = plan.method if chosen(points) is points[0] else f"{plan.method}+search"
+        plan.save(folder)
         kept = front(points)
         documents = [{**p.document(), "front": p in kept, "chosen": p is chosen(points)} for p in points]
         (folder / "search.json").write_text(json.dumps(documents, sort_keys=True), encoding="utf-8")
         draw_front(points, f"{job.recipe.name} on {target}", folder / "search.svg")
 
-    return job.store.result("search", {**job.key, "plan": file_digests(laddered), "minutes": minutes}, build)
+    key = {**job.key, "target": target, "plan": file_digests(laddered), "minutes": minutes, "latency": latency}
+    return job.store.result("explored", key, build)
 
 
 def _explored(job: Job, target: TargetName, laddered: Path, end: float) -> list[Point]:
@@ -82,7 +85,7 @@ def _explored(job: Job, target: TargetName, laddered: Path, end: float) -> list[
     recipe, graph = job.recipe, prepared_graph(job)
     judge, measure = SearchJudge(job, graph), partial(relative_latency, job, target)
     full, best = full_plan(job, recipe.targets[target]), load_plan(laddered)
-    plan = replace(full, operators=best.operators, bias_shifts=best.bias_shifts)
+    plan = replace(full, operators=best.operators, bias_shifts=best.bias_shifts, method=best.method)
     last = load_rung(json.loads((laddered / "ladder.json").read_text(encoding="utf-8"))[-1])
     rung = try_plan("ladder", plan, last.reverted, recipe.ladder, recipe.gate, judge)
     return explore(
