@@ -126,6 +126,11 @@ class QuantPlan:
         names = {op.weight for op in self.operators if op.quantized}
         return {name: q for name, q in self.weights.items() if name in names}
 
+    def used_equalizers(self) -> dict[str, Equalizer]:
+        """Those of quantized operators; all where outputs are stored: a writer minds its reader's factors."""
+        names = set(self.equalizers) if self.outputs else set(self.quantized())
+        return {name: equalizer for name, equalizer in self.equalizers.items() if name in names}
+
     def with_only(self, names: set[str], reason: str) -> QuantPlan:
         """A copy in which exactly the operators of `names` are quantized; `reason` marks the others."""
         operators = []
@@ -154,7 +159,7 @@ class QuantPlan:
             activations=[used[name] for name in sorted(used)],
             weights=[used_weights[name] for name in sorted(used_weights)],
             bias_shifts=sorted(set(self.bias_shifts) & set(self.quantized())),
-            equalized=sorted(set(self.equalizers) & set(self.quantized())),
+            equalized=sorted(self.used_equalizers()),
             outputs={name: self.outputs[name] for name in sorted(self.outputs)},
             notes=self.notes,
         )
@@ -171,8 +176,7 @@ class QuantPlan:
             tensors[f"{name}:scale"] = np.ascontiguousarray(self.integers[name].scale)
         for name in sorted(set(self.bias_shifts) & set(self.quantized())):
             tensors[f"{name}:bias_shift"] = np.ascontiguousarray(self.bias_shifts[name])
-        used = self.quantized()
-        tensors |= equalizer_tensors({name: e for name, e in self.equalizers.items() if name in used})
+        tensors |= equalizer_tensors(self.used_equalizers())
         save_file(tensors, folder / "plan.safetensors")
         text = json.dumps(self.document(), indent=1, sort_keys=True)
         (folder / "plan.json").write_text(text + "\n", encoding="utf-8")
