@@ -132,6 +132,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+_WIDE_PRODUCTS = {"avx512_vnni", "avx512vnni", "avx_vnni", "amx_int8"}
+
+
+def products_saturate() -> bool:
+    """Whether this processor adds products of U8 and S8 in 16 bits, where large ones saturate: x86 before VNNI."""
+    features = set(processor()["features"])
+    return "avx2" in features and not features & _WIDE_PRODUCTS
+
+
 def processor() -> dict[str, Any]:
     """Name, cores and the vector extensions that matter for INT8."""
     import os

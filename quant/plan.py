@@ -263,10 +263,14 @@ def corrected_graph(graph: Graph, plan: QuantPlan) -> Graph:
     return shifted
 
 
-def quantize_weight(weight: np.ndarray, axis: int) -> IntegerWeight:
-    """Round a float weight to S8 per channel: scale = max|w| / 127."""
+FULL_WEIGHTS, REDUCED_WEIGHTS = 127, 63
+"""Largest integer of a weight. Before VNNI, x86 adds two products of U8 and S8 in 16 bits: 2 * 255 * 63 < 2**15."""
+
+
+def quantize_weight(weight: np.ndarray, axis: int, largest: int = FULL_WEIGHTS) -> IntegerWeight:
+    """Round a float weight to S8 per channel: scale = max|w| / largest."""
     moved = np.moveaxis(weight.astype(np.float64), axis, 0).reshape(weight.shape[axis], -1)
-    scale = np.maximum(np.abs(moved).max(axis=1), 1e-12) / 127
+    scale = np.maximum(np.abs(moved).max(axis=1), 1e-12) / largest
     return round_weight(weight, scale.astype(np.float32), axis)
 
 

@@ -33,8 +33,9 @@ from quant.job import (
     tracked,
 )
 from quant.ladder import SearchScore, climb, load_rung, try_plan
+from quant.manifest import products_saturate
 from quant.observer import candidate_methods, make_range_method
-from quant.plan import Operator, QuantPlan, load_plan, quantizable_operators
+from quant.plan import FULL_WEIGHTS, REDUCED_WEIGHTS, Operator, QuantPlan, load_plan, quantizable_operators
 from quant.ptq import (
     activation_tensors,
     correct_biases,
@@ -140,6 +141,7 @@ def full_stage(job: Job, choice: TargetChoice) -> Path:
     key = {
         **job.key,
         "choice": choice.model_dump(exclude={"min_coverage"}),
+        "largest_weight": _largest_weight(choice),
         "calibration": recipe.calibration.model_dump(),
         "slim": recipe.paddleslim.model_dump(),
         "samples": sample_ids(job.selection.calibration),
@@ -234,6 +236,7 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
         model=recipe.name,
         dtype=choice.activations,
         prepared_sha256=prepared_sha256,
+        largest=_largest_weight(choice),
     )
     plan.outputs = stored_outputs(outputs, statistics, method, choice.activations)
     return plan
@@ -255,6 +258,13 @@ def _statistics(
     observed, outputs = observed_outputs(graph, operators) if choice.placement == "outputs" else (graph, {})
     tensors = [*activation_tensors(operators), *outputs.values()]
     return load_statistics(_calibrated(job, observed, tensors, choice) / "statistics.npz"), outputs
+
+
+def _largest_weight(choice: TargetChoice) -> int:
+    reduced = choice.weights == "reduced" or (
+        choice.weights == "auto" and choice.activations == "uint8" and products_saturate()
+    )
+    return REDUCED_WEIGHTS if reduced else FULL_WEIGHTS
 
 
 def _calibrated(job: Job, graph: Graph, tensors: list[str], choice: TargetChoice) -> Path:

@@ -13,6 +13,7 @@ from quant.graph import Graph
 from quant.observer import RangeMethod
 from quant.placement import active_chains, numbers_of
 from quant.plan import (
+    FULL_WEIGHTS,
     ActivationQuantizer,
     Operator,
     QuantPlan,
@@ -39,12 +40,14 @@ def make_plan(
     model: str,
     dtype: str,
     prepared_sha256: str,
+    largest: int = FULL_WEIGHTS,
 ) -> QuantPlan:
     """A plan in which every quantizable operator is in INT8.
 
     Args:
         method: chooses each tensor's range.
         dtype: `uint8` (asymmetric) or `int8` (symmetric) activations.
+        largest: integer of a weight.
     """
     activations = read_activations(operators, statistics, method, dtype)
     weights, integers = {}, {}
@@ -52,7 +55,7 @@ def make_plan(
         if op.quantized and op.weight is not None:
             axis = weight_axis(op.op_type)
             weights[op.weight] = WeightQuantizer(tensor=op.weight, axis=axis)
-            integers[op.weight] = quantize_weight(graph.constants[op.weight], axis)
+            integers[op.weight] = quantize_weight(graph.constants[op.weight], axis, largest)
     return QuantPlan(model, "", "ptq", prepared_sha256, operators, activations, weights, integers, {}, [])
 
 

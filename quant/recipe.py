@@ -202,6 +202,9 @@ class TargetChoice(_Part):
     placement: Placement = Field(
         "inputs", description="what convolutions are given in INT8; outputs: what they write, too, for integer kernels"
     )
+    weights: Literal["auto", "full", "reduced"] = Field(
+        "auto", description="reduced: 7 bits, for processors whose 8-bit products saturate; auto: where this one does"
+    )
     min_coverage: float | None = Field(None, ge=0, le=1, description="overrides ladder.min_coverage")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from onnx import NodeProto
 
 from quant.graph import Graph, attribute
-from quant.plan import IntegerWeight, Operator, QuantPlan
+from quant.plan import FULL_WEIGHTS, IntegerWeight, Operator, QuantPlan
 from quant.runtime import Feed, onnx_session
 
 POSITIONS = 256
@@ -108,12 +108,13 @@ def round_by_moments(
         steps = _rows(node, wide, attribute(node, "group", 1))[:, :, 0]
         hessian = found.covariance() if biases_follow and node.op_type != "MatMul" else found.second_moment()
         noise = plan.activations[operator.activations[0]].scale ** 2 / 12
-        values = _round_rows(rows / steps[:, :, None], hessian, noise)
+        limit = int(np.abs(integers[operator.weight].values).max())  # nearest rounding reaches it in every channel
+        values = _round_rows(rows / steps[:, :, None], hessian, noise, limit)
         integers[operator.weight] = IntegerWeight(_unrow(node, values, exact.shape), scale)
     return integers
 
 
-def _round_rows(rows: np.ndarray, hessian: np.ndarray, noise: float) -> np.ndarray:
+def _round_rows(rows: np.ndarray, hessian: np.ndarray, noise: float, limit: int = FULL_WEIGHTS) -> np.ndarray:
     """Integers float64[groups, rows, inputs] for weights in units of their scales."""
     inputs = rows.shape[2]
     diagonal = np.arange(inputs)
@@ -127,7 +128,7 @@ def _round_rows(rows: np.ndarray, hessian: np.ndarray, noise: float) -> np.ndarr
     left = np.take_along_axis(rows.astype(np.float64), order[:, None, :], 2)
     result = np.empty_like(left)
     for k in range(inputs):
-        result[:, :, k] = np.clip(np.rint(left[:, :, k]), -127, 127)
+        result[:, :, k] = np.clip(np.rint(left[:, :, k]), -limit, limit)
         error = (left[:, :, k] - result[:, :, k]) / upper[:, None, k, k]
         left[:, :, k + 1 :] -= error[:, :, None] * upper[:, None, k, k + 1 :]
     back = np.empty_like(result)

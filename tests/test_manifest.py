@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from quant.errors import InputError
-from quant.manifest import DataRecord, Manifest, load_manifest, newest_run, newest_runs, now, processor, versions
+from quant.manifest import (
+    DataRecord,
+    Manifest,
+    load_manifest,
+    newest_run,
+    newest_runs,
+    now,
+    processor,
+    products_saturate,
+    versions,
+)
 from quant.stage import file_digests
 
 
@@ -106,3 +116,14 @@ def test_facts_of_this_machine() -> None:
     assert {"python", "numpy", "onnx", "paddlepaddle"} <= set(versions())
     assert processor()["cores"] >= 1
     assert now() >= "2024"
+
+
+@pytest.mark.parametrize(
+    ("features", "saturate"),
+    [(["avx2"], True), (["avx2", "avx512f"], True), (["avx2", "avx_vnni"], False), (["asimddp"], False), ([], False)],
+)
+def test_products_saturate_on_x86_before_vnni(
+    monkeypatch: pytest.MonkeyPatch, features: list[str], saturate: bool
+) -> None:
+    monkeypatch.setattr("quant.manifest.processor", lambda: {"features": features})
+    assert products_saturate() == saturate

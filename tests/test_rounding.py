@@ -11,7 +11,7 @@ from tiny_models import TinyNet, run
 
 from quant import rounding
 from quant.graph import Graph
-from quant.plan import QuantPlan, dequantize_weight
+from quant.plan import FULL_WEIGHTS, REDUCED_WEIGHTS, QuantPlan, dequantize_weight, quantize_weight
 from quant.rounding import Moments, collect_moments, round_by_moments
 from quant.runtime import Feed
 
@@ -137,3 +137,16 @@ def test_the_same_seed_gives_the_same_weights() -> None:
     feeds = correlated((1, 8, 30, 30), 4)
     first, second = (rounded(net.graph(), plan, feeds).integers for _ in range(2))
     assert all(np.array_equal(first[name].values, second[name].values) for name in first)
+
+
+@pytest.mark.parametrize("largest", [FULL_WEIGHTS, REDUCED_WEIGHTS])
+def test_weights_keep_the_range_that_they_were_given(largest: int) -> None:
+    net = layers()["dense"]
+    graph, plan = net.graph(), plan_of(net)
+    for name, quantizer in plan.weights.items():
+        plan.integers[name] = quantize_weight(graph.constants[name], quantizer.axis, largest)
+    after = rounded(graph, plan, correlated((2, 8, 9, 12), 4))
+    for name, weight in after.integers.items():
+        assert int(np.abs(weight.values).max()) == largest
+        step = weight.scale.reshape(-1, *[1] * (weight.values.ndim - 1))
+        assert np.abs(dequantize_weight(weight, 0) - graph.constants[name]).max() < 3 * step.max()
