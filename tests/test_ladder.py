@@ -76,10 +76,16 @@ def test_the_most_damaging_operators_go_first() -> None:
 
 
 def test_damage_counts_against_work_and_weights() -> None:
-    cheap, dear = operator("cheap", 1, damage=0.1, parameters=1), operator("dear", 99, damage=0.2, parameters=1)
+    cheap, dear = operator("cheap", 1, damage=0.1, parameters=1), operator("dear", 99, damage=0.15, parameters=1)
     assert list(revert_to(plan_with(dear, cheap), 0.005, 0.0).quantized()) == ["dear"]
     light, heavy = operator("light", 50, damage=0.1, parameters=1), operator("heavy", 50, damage=0.11, parameters=99)
     assert list(revert_to(plan_with(heavy, light), 0.5, 0.0).quantized()) == ["heavy"]
+
+
+def test_few_operators_are_reverted_for_little_coverage() -> None:
+    plan = plan_with(operator("body", 9000), *(operator(f"op{i}", 1, damage=0.1) for i in range(90)))
+    assert len(plan.quantized()) - len(revert_to(plan, 0.99, 0.0).quantized()) == 2
+    assert len(plan.quantized()) - len(revert_to(plan, 0.9, 0.0).quantized()) == 25
 
 
 def test_one_too_large_for_the_floor_is_stepped_over() -> None:

@@ -339,8 +339,8 @@ def test_targets_can_be_limited() -> None:
     recipe = load_recipe(REC)
     assert list(limited_to(recipe, ["paddle"]).targets) == ["paddle"]
     assert limited_to(recipe, []).targets == recipe.targets
-    with pytest.raises(InputError, match="no target 'tensorrt'; it has onnxruntime"):
-        limited_to(recipe, ["tensorrt"])
+    with pytest.raises(InputError, match="no target 'tflite'; it has onnxruntime"):
+        limited_to(recipe, ["tflite"])
 
 
 # --- where recipes are -----------------------------------------------------------------------------
