@@ -140,6 +140,19 @@ def verdict_text(row: JudgedRow) -> str:
     return f"passed, not certified (about {_rounded(row.samples_needed):,} samples would decide it)"
 
 
+def speed_advice(row: JudgedRow) -> str | None:
+    """What to take instead where INT8 is not the fastest, in words; None where it is, or was not timed."""
+    rivals = {"FP32 as shipped": row.fp32_ms, "FP32 prepared (`quant export --fp32`)": row.fp32_prepared_ms}
+    times = {name: ms for name, ms in rivals.items() if ms}
+    if not row.gates or not row.int8_ms or not times:
+        return None
+    name, ms = min(times.items(), key=lambda pair: pair[1])
+    if row.int8_ms < ms:
+        return None
+    factor = ms / row.int8_ms
+    return f"{row.model}, {row.target}: INT8 is NOT faster here ({factor:.2f}x of the best FP32); for speed take {name}"
+
+
 def exit_code(rows: Iterable[JudgedRow | SkippedRow]) -> Literal[0, 1, 2]:
     """0: every judged gate passed; 1: one failed; 2: nothing was judged."""
     verdicts = [row.gate.passed for row in rows if isinstance(row, JudgedRow) and row.gates]

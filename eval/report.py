@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from eval.benchmark import BenchReport, BenchRow, Timing
-from eval.gate import EvalReport, JudgedRow, SkippedRow, verdict_text
+from eval.gate import EvalReport, JudgedRow, SkippedRow, speed_advice, verdict_text
 from quant.errors import InputError
 
 FILE_WIDTH = 160
@@ -38,7 +38,8 @@ _HEADINGS = (
 _README_WORDS = (
     "Drop = FP32 - INT8 in points, relative drop in percent of FP32; in brackets the one-sided 95 % upper bounds of a "
     "paired bootstrap. Discordance = share of samples whose outcome differs. Coverage = share of multiply-accumulates "
-    "in INT8. Size = INT8 / FP32 bytes. Speed-up against the model as shipped."
+    "in INT8, executed: on the runtime's integer kernels, by its own account. Size = INT8 / FP32 bytes. Speed against "
+    "the model as shipped, and against the prepared (folded) one."
 )
 _TIMES = ("FP32\nshipped", "FP32\nprepared", "INT8", "Speed\n(prepared\n/ INT8)")
 _LEFT = {"Target", "Data set", "Verdict"}
@@ -54,6 +55,9 @@ def print_report(rows: Sequence[JudgedRow | SkippedRow], file: IO[str] | None = 
     for table in diff_tables([row for row in rows if isinstance(row, JudgedRow)]):
         console.print(table)
         console.print()
+    for row in rows:
+        if isinstance(row, JudgedRow) and (said := speed_advice(row)):
+            console.print(said, markup=False, soft_wrap=True)
     _print_skipped(console, [row for row in rows if isinstance(row, SkippedRow)])
 
 
@@ -201,11 +205,19 @@ def _style(row: JudgedRow) -> str:
 def _markdown_table(rows: Sequence[JudgedRow]) -> str:
     if not rows:
         return "None yet."
-    headings = ["Model", "Metric", *(heading.replace("\n", " ") for heading in _HEADINGS), "Method", "Run"]
+    shared = [heading.replace("\n", " ") for heading in _HEADINGS]
+    headings = ["Model", "Metric", *shared, "Executed %", "Speed (prepared)", "Method", "Run"]
     left = _LEFT | {"Model", "Metric", "Method", "Run"}
     lines = [headings, ["---" if heading in left else "---:" for heading in headings]]
-    lines += [[row.model, row.metric, *_cells(row), row.method or NOT_KNOWN, row.run or NOT_KNOWN] for row in rows]
+    lines += [[row.model, row.metric, *_cells(row), *_executed(row)] for row in rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _executed(row: JudgedRow) -> list[str]:
+    """What only the table in a file has room for."""
+    faster = row.fp32_prepared_ms / row.int8_ms if row.fp32_prepared_ms and row.int8_ms else None
+    share = None if row.executed_coverage is None else 100 * row.executed_coverage
+    return [_number(share, 1), _factor(faster), row.method or NOT_KNOWN, row.run or NOT_KNOWN]
 
 
 def _size_ratio(row: JudgedRow) -> float | None:

@@ -358,10 +358,16 @@ def export(
     to: Annotated[Path, typer.Option("--to", help="Folder that receives one folder per target.")],
     targets: Targets = None,
     out: Out = None,
+    model_dir: ModelDir = None,
+    fp32: Annotated[bool, typer.Option("--fp32", help="The prepared FP32 model as well: folded, as ONNX.")] = False,
 ) -> None:
     """Copy the newest artifacts to a folder, ready for PaddleX, PaddleOCR, RapidOCR and OpenVINO.
 
-    Example: quant export PP-OCRv4_mobile_det --to deploy --target onnxruntime
+    Examples:
+
+      quant export PP-OCRv4_mobile_det --to deploy --target onnxruntime
+
+      quant export PP-OCRv4_mobile_det --to deploy --fp32
     """
     import shutil
 
@@ -388,6 +394,27 @@ def export(
         with staged(place) as temporary:
             shutil.copytree(folder / target, temporary)
         print(f"{place}: {_verdict(folder, target)}")
+    if fp32:
+        print(f"{_export_fp32(recipe, to, out, model_dir)}: FP32, folded")
+
+
+def _export_fp32(recipe: Recipe, to: Path, out: Path | None, model_dir: Path | None) -> Path:
+    """Copy the prepared FP32 model with its `inference.yml`."""
+    import shutil
+
+    from quant.archive import staged
+    from quant.export import write_inference_yml
+    from quant.job import fp32_folders
+    from quant.judging import find_evaluation
+
+    place = to / f"{recipe.name}_fp32"
+    if place.exists():
+        raise InputError(f"{place} exists already; remove it or choose another folder with --to")
+    with _working(out, None, model_dir, None, True, False) as (options, _), staged(place) as temporary:
+        job = find_evaluation(recipe, options).job
+        shutil.copytree(fp32_folders(job, "onnxruntime")["fp32_prepared"], temporary)
+        write_inference_yml(job.files.inference_yml, temporary)
+    return place
 
 
 def _verdict(run: Path, target: str) -> str:

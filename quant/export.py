@@ -43,6 +43,11 @@ def export_artifact(
         model = quantized_model(graph, plan, inference_yml)
         onnx.checker.check_model(model, full_check=True)
         (folder / "inference.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    write_inference_yml(inference_yml, folder)
+
+
+def write_inference_yml(inference_yml: Mapping[str, Any], folder: Path) -> None:
+    """Write PaddleX's description of pre- and post-processing beside a model."""
     text = yaml.safe_dump(dict(inference_yml), allow_unicode=True, sort_keys=False)
     (folder / "inference.yml").write_text(text, encoding="utf-8")
 

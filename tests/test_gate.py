@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from eval.gate import EvalReport, Evidence, GateVerdict, JudgedRow, SkippedRow, exit_code, judge, verdict_text
+from eval.gate import (
+    EvalReport,
+    Evidence,
+    GateVerdict,
+    JudgedRow,
+    SkippedRow,
+    exit_code,
+    judge,
+    speed_advice,
+    verdict_text,
+)
 from quant.recipe import Gate
 
 CONTRACT = """
@@ -89,6 +99,16 @@ def test_a_verdict_says_what_it_rests_on() -> None:
     assert verdict_text(row(gate=generated)) == "passed on generated data, not evidence"
     assert verdict_text(row(gate=verdict(2, 3, 4, 5, "generated"))) == "FAILED"
     assert verdict_text(row(dataset="sroie_rec")) == "informs only"
+
+
+def test_where_int8_is_not_the_fastest_the_best_fp32_is_recommended() -> None:
+    assert speed_advice(row(fp32_ms=6.0, fp32_prepared_ms=5.0, int8_ms=2.5)) is None
+    said = speed_advice(row(fp32_ms=6.0, fp32_prepared_ms=5.0, int8_ms=5.5))
+    assert said is not None and "NOT faster" in said and "0.91x" in said and "quant export --fp32" in said
+    shipped = speed_advice(row(fp32_ms=6.0, fp32_prepared_ms=None, int8_ms=9.0, target="paddle"))
+    assert shipped is not None and shipped.endswith("take FP32 as shipped")
+    assert speed_advice(row(dataset="iiit5k_rec", fp32_ms=1.0, int8_ms=2.0)) is None
+    assert speed_advice(row(int8_ms=None)) is None
 
 
 def test_exit_code_follows_the_pooled_rows() -> None:
