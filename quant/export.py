@@ -151,7 +151,10 @@ def _differences(
 
 
 class QdqWriter:
-    """Quantization as Q/DQ nodes (see `quant.placement.Writer`)."""
+    """Quantization as Q/DQ nodes (see `quant.placement.Writer`). Equal zero points are stored once: it shows in size."""
+
+    def __init__(self) -> None:
+        self._zero_points: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
     def rounded(self, graph: Graph, before: NodeProto, tensor: str, scale: float, zero_point: int, dtype: str) -> str:
         quantized = self._quantize(graph, before, tensor, scale, zero_point, dtype)
@@ -179,7 +182,7 @@ class QdqWriter:
     def _quantize(self, graph: Graph, before: NodeProto, tensor: str, scale: float, zero_point: int, dtype: str) -> str:
         numbers = [
             graph.add_constant(f"{tensor}_scale", np.asarray(scale, dtype=np.float32)),
-            graph.add_constant(f"{tensor}_zero_point", np.asarray(zero_point, dtype=dtype)),
+            self._zero_point(graph, np.asarray(zero_point, dtype=dtype)),
         ]
         name = graph.fresh_name(f"{tensor}_quantized")
         graph.insert_before(before, helper.make_node("QuantizeLinear", [tensor, *numbers], [name], name=name))
@@ -190,7 +193,7 @@ class QdqWriter:
     ) -> str:
         numbers = [
             graph.add_constant(f"{stored}_scale", scale.astype(np.float32)),
-            graph.add_constant(f"{stored}_zero_point", zero_point),
+            self._zero_point(graph, zero_point),
         ]
         name = graph.fresh_name(f"{stored}_dequantized")
         node = helper.make_node("DequantizeLinear", [stored, *numbers], [name], name=name)
@@ -198,6 +201,12 @@ class QdqWriter:
             node.attribute.append(helper.make_attribute("axis", axis))
         graph.insert_before(before, node)
         return name
+
+    def _zero_point(self, graph: Graph, values: np.ndarray) -> str:
+        key = (values.dtype.name, values.shape, values.tobytes())
+        if key not in self._zero_points:
+            self._zero_points[key] = graph.add_constant(f"{values.dtype.name}_zero_point", values)
+        return self._zero_points[key]
 
 
 def _characters(inference_yml: Mapping[str, Any]) -> list[str]:

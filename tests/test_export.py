@@ -226,3 +226,11 @@ def test_a_missing_or_foreign_file_is_an_input_error(tmp_path: Path, target: Any
     file.unlink() if content is None else file.write_bytes(content)
     with pytest.raises(InputError, match="bad"):
         open_session(target, tmp_path / "bad", 1)
+
+
+def test_equal_zero_points_are_stored_once() -> None:
+    net = small_detector()
+    model = quantized_model(net.graph(), plan_of(net), YML)
+    used = {node.input[2] for node in model.graph.node if node.op_type.endswith("uantizeLinear")}
+    stored = [numpy_helper.to_array(t) for t in model.graph.initializer if t.name in used]
+    assert len({(array.dtype.name, array.shape, array.tobytes()) for array in stored}) == len(stored) == len(used)
