@@ -151,7 +151,7 @@ def _differences(
 
 
 class QdqWriter:
-    """Quantization as Q/DQ nodes (see `quant.placement.Writer`). Equal zero points are stored once: it shows in size."""
+    """Quantization as Q/DQ nodes (see `quant.placement.Writer`). Equal zero points are stored once."""
 
     def __init__(self) -> None:
         self._zero_points: dict[tuple[str, tuple[int, ...], bytes], str] = {}
