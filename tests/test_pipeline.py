@@ -315,6 +315,21 @@ def test_another_momentum_is_another_calibration(place: Place, built: list[str])
     assert built.count("calibration") == built.count("full") == 2
 
 
+def test_a_search_leaves_its_front_beside_the_plan(place: Place, first: First, tmp_path: Path) -> None:
+    search = place.recipe.search.model_copy(update={"minutes": 0.02})
+    recipe = limited_to(place.recipe.model_copy(update={"search": search}), ["onnxruntime"])
+    finished = run_model(recipe, place.options(results=tmp_path))
+    folder = finished.folder / "plans" / "onnxruntime"
+    points = json.loads((folder / "search.json").read_text(encoding="utf-8"))
+    assert sum(point["chosen"] for point in points) == 1 and any(point["front"] for point in points)
+    assert all(point["latency"] > 0 for point in points)
+    assert points[0]["name"] == "ladder"
+    chosen = next(point for point in points if point["chosen"])
+    assert load_plan(folder).coverage() == pytest.approx(chosen["coverage"])
+    assert (folder / "search.svg").read_text(encoding="utf-8").startswith("<?xml")
+    assert not (first.folder / "plans" / "onnxruntime" / "search.json").exists(), "only where it was asked for"
+
+
 # --- the same run again ----------------------------------------------------------------------------
 
 
