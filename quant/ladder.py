@@ -17,6 +17,9 @@ from quant.recipe import Gate, Ladder
 INTERRUPTION = 0.002
 """What an operator in FP32 costs beside its work and weights, as a share of them."""
 
+NEGLIGIBLE = 1e-3
+"""Share of all squared damage below which an operator stays in INT8: FP32 would cost size and gain nothing."""
+
 _REVERTS = 250
 """Most reverted operators for all of the coverage: one for each 0.4 % that is given up."""
 
@@ -129,7 +132,9 @@ def revert_to(plan: QuantPlan, min_coverage: float, min_weights: float) -> Quant
     work = sum(op.macs for op in plan.quantized().values())
     size = sum(op.parameters for op in plan.quantized().values())
     left = round(_REVERTS * (1 - min_coverage))
-    for op in sorted(plan.quantized().values(), key=rank) if min_coverage < 1 else []:
+    least = NEGLIGIBLE * sum((op.damage or 0) ** 2 for op in plan.quantized().values())
+    damaging = [op for op in plan.quantized().values() if op.damage and op.damage**2 >= least]
+    for op in sorted(damaging, key=rank) if min_coverage < 1 else []:
         if left and work - op.macs >= min_coverage * total and size - op.parameters >= min_weights * weights:
             left -= 1
             kept.discard(op.name)

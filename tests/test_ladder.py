@@ -88,16 +88,23 @@ def test_few_operators_are_reverted_for_little_coverage() -> None:
     assert len(plan.quantized()) - len(revert_to(plan, 0.9, 0.0).quantized()) == 25
 
 
+def test_what_does_no_damage_stays_small() -> None:
+    plan = plan_with(
+        operator("bad", 1, damage=0.3), operator("good", 1, damage=0.003), operator("body", 98, damage=0.1)
+    )
+    assert list(revert_to(plan, 0.9, 0.0).quantized()) == ["good", "body"]
+
+
 def test_one_too_large_for_the_floor_is_stepped_over() -> None:
     plan = plan_with(
-        operator("large", 60, damage=9), operator("middle", 30, damage=1), operator("small", 10, damage=0.1)
+        operator("large", 60, damage=9), operator("middle", 30, damage=1), operator("small", 10, damage=0.5)
     )
     assert list(revert_to(plan, 0.65, 0.0).quantized()) == ["large", "small"]
     assert list(revert_to(plan, 0.9, 0.0).quantized()) == ["large", "middle"]
 
 
 def test_weights_that_bound_the_file_size_stay_in_int8() -> None:
-    plan = plan_with(operator("heavy", 1, damage=9, parameters=60), operator("light", 1, damage=0.1, parameters=40))
+    plan = plan_with(operator("heavy", 1, damage=9, parameters=60), operator("light", 1, damage=0.5, parameters=40))
     assert list(revert_to(plan, 0.0, 0.5).quantized()) == ["heavy"]
     assert list(revert_to(plan, 0.0, 0.7).quantized()) == ["heavy", "light"]
     _, rungs = climb(plan, ladder(min_weights=0.5), GATE, 0.0, Scripted(score(2.0), score(2.0)))
