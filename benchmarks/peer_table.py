@@ -8,7 +8,8 @@ WORDS = (
     "Drop = FP32 as shipped - INT8 on the same runtime, in points; in brackets its one-sided 95 % upper bound (paired "
     "bootstrap). Disc. = share of samples whose outcome differs. Coverage = share of multiply-accumulates with both "
     "operands in INT8. Quantize = seconds inside the quantizer, reading of sets and start-up left out: for all but "
-    "*ours, whole run* it begins with the imported FP32 model. Peak = resident memory of the quantizer's process and "
+    "*ours* it begins with the imported FP32 model, for *ours, no search* with the folded one, for *ours, whole run* "
+    "with the published one. Peak = resident memory of the quantizer's process and "
     "its children, sampled. Medians of milliseconds; in each row INT8 took turns with FP32 prepared (folded) and FP32 "
     "as shipped. OpenVINO: operators that are not in INT8 in f32; *default* is the precision that it chooses itself."
 )

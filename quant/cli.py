@@ -390,15 +390,19 @@ def export(
             raise InputError(f"{folder} has no artifact for target '{target}'; it has {', '.join(manifest.artifacts)}")
         if place.exists():
             raise InputError(f"{place} exists already; remove it or choose another folder with --to")
+    prepared = to / f"{recipe.name}_fp32"
+    if fp32 and prepared.exists():
+        raise InputError(f"{prepared} exists already; remove it or choose another folder with --to")
     for target, place in places.items():
         with staged(place) as temporary:
             shutil.copytree(folder / target, temporary)
         print(f"{place}: {_verdict(folder, target)}")
     if fp32:
-        print(f"{_export_fp32(recipe, to, out, model_dir)}: FP32, folded")
+        _export_fp32(recipe, prepared, out, model_dir)
+        print(f"{prepared}: FP32, folded")
 
 
-def _export_fp32(recipe: Recipe, to: Path, out: Path | None, model_dir: Path | None) -> Path:
+def _export_fp32(recipe: Recipe, place: Path, out: Path | None, model_dir: Path | None) -> None:
     """Copy the prepared FP32 model with its `inference.yml`."""
     import shutil
 
@@ -407,14 +411,10 @@ def _export_fp32(recipe: Recipe, to: Path, out: Path | None, model_dir: Path | N
     from quant.job import fp32_folders
     from quant.judging import find_evaluation
 
-    place = to / f"{recipe.name}_fp32"
-    if place.exists():
-        raise InputError(f"{place} exists already; remove it or choose another folder with --to")
     with _working(out, None, model_dir, None, True, False) as (options, _), staged(place) as temporary:
         job = find_evaluation(recipe, options).job
         shutil.copytree(fp32_folders(job, "onnxruntime")["fp32_prepared"], temporary)
         write_inference_yml(job.files.inference_yml, temporary)
-    return place
 
 
 def _verdict(run: Path, target: str) -> str:

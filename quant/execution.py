@@ -20,7 +20,7 @@ import onnx
 
 from quant.plan import QuantPlan
 from quant.runtime import Feed, openvino_settings
-from quant.target import TargetName
+from quant.target import TARGETS, TargetName
 
 _INTEGER_TYPES = ("u8", "i8")
 _OPENVINO_KERNELS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
@@ -60,7 +60,7 @@ def executed_operators(target: TargetName, folder: Path, plan: QuantPlan) -> set
     Returns:
         None for `paddle`, which cannot be asked.
     """
-    if target == "paddle":
+    if target == "paddle" or not TARGETS[target].executed:
         return None
     found = _openvino_integers(folder) if target == "openvino" else _onnxruntime_integers(folder)
     return {operator.name for operator in plan.operators} & found

@@ -17,7 +17,7 @@ from eval.evaluation import readable
 from quant.archive import Progress
 from quant.errors import InputError
 from quant.graph import Graph
-from quant.manifest import versions
+from quant.manifest import products_saturate, versions
 from quant.prepare import check_outputs, prepare
 from quant.recipe import Recipe
 from quant.runtime import Feed, onnx_session, target_format
@@ -60,6 +60,7 @@ class Job:
             "inference": digest(self.files.inference_yml),
             "threads": self.options.threads,
             "versions": versions(),
+            "saturating": products_saturate(),
             "task": self.recipe.task,
         }
 

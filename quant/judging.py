@@ -138,7 +138,7 @@ def _judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path,
         "labels": labels_digest(samples),
         "metric": recipe.metric,
         "datasets": [s.dataset for s in samples],
-        "latency": recipe.latency.model_dump(),
+        "latency": recipe.latency.model_dump(exclude={"shapes"}),
         "threads": threads,
         "versions": versions(),
     }

@@ -6,6 +6,7 @@ import json
 import logging
 import platform
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,7 @@ def products_saturate() -> bool:
     return "avx2" in features and not features & _WIDE_PRODUCTS
 
 
+@cache
 def processor() -> dict[str, Any]:
     """Name, cores and the vector extensions that matter for INT8."""
     import os

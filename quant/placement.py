@@ -60,10 +60,15 @@ def place(prepared: Graph, plan: QuantPlan, writer: Writer) -> Graph:
                 node.input[index] = done[name]
             elif operator is not None and name == operator.weight:
                 node.input[index] = writer.weight(graph, node, name, integers[name], plan.weights[name].axis)
-        if operator is not None and plan.outputs and node.op_type == "Conv" and len(node.input) > 2:
+        if operator is not None and plan.outputs and _has_integer_bias(graph, operator, node):
             node.input[2] = writer.bias(graph, node, node.input[2], _bias_scale(operator, plan, stored, integers))
     graph.prune()
     return graph
+
+
+def _has_integer_bias(graph: Graph, operator: Operator, node: NodeProto) -> bool:
+    constant = len(node.input) > 2 and graph.is_constant(node.input[2])
+    return constant and node.op_type == "Conv" and operator.weight is not None
 
 
 def written_chains(graph: Graph, plan: QuantPlan) -> list[Chain]:

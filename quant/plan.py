@@ -113,6 +113,11 @@ class QuantPlan:
         total = sum(op.macs for op in self.operators)
         return sum(op.macs for op in self.operators if op.quantized) / total if total else 0.0
 
+    def weight_share(self) -> float:
+        """Share of constant weights in INT8, 0..1."""
+        total = sum(op.parameters for op in self.operators)
+        return sum(op.parameters for op in self.operators if op.quantized) / total if total else 0.0
+
     def quantized(self) -> dict[str, Operator]:
         """Quantized operators by name."""
         return {op.name: op for op in self.operators if op.quantized}

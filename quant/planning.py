@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from eval.statistics import estimate_drop
 from quant.bias import sequential_biases
 from quant.calibration import Statistics, collect_statistics, count_work, load_statistics, save_statistics
 from quant.equalization import Equalizer, equalize, load_equalizers, make_equalizers, save_equalizers
+from quant.errors import InputError
 from quant.flow import find_chains
 from quant.graph import Graph
 from quant.job import (
@@ -32,10 +34,18 @@ from quant.job import (
     sample_ids,
     tracked,
 )
-from quant.ladder import SearchScore, climb, load_rung, try_plan
-from quant.manifest import products_saturate
+from quant.ladder import SearchScore, climb, try_plan
+from quant.manifest import processor, products_saturate
 from quant.observer import candidate_methods, make_range_method
-from quant.plan import FULL_WEIGHTS, REDUCED_WEIGHTS, Operator, QuantPlan, load_plan, quantizable_operators
+from quant.plan import (
+    FULL_WEIGHTS,
+    REDUCED_WEIGHTS,
+    Operator,
+    QuantPlan,
+    load_plan,
+    quantizable_operators,
+    quantize_weight,
+)
 from quant.ptq import (
     activation_tensors,
     correct_biases,
@@ -77,37 +87,22 @@ def planned_stage(job: Job, target: TargetName) -> Path:
         (folder / "search.json").write_text(json.dumps(documents, sort_keys=True), encoding="utf-8")
         draw_front(points, f"{job.recipe.name} on {target}", folder / "search.svg")
 
-    key = {**job.key, "target": target, "plan": file_digests(laddered), "minutes": minutes, "latency": latency}
+    key = {
+        **_judged_by(job),
+        "target": target,
+        "plans": [file_digests(laddered), file_digests(full_stage(job, job.recipe.targets[target]))],
+        "minutes": minutes,
+        "latency": latency,
+        "processor": processor(),
+    }
     return job.store.result("explored", key, build)
 
 
-def _explored(job: Job, target: TargetName, laddered: Path, end: float) -> list[Point]:
-    """The search on the target's own runtime, from the ladder's plan."""
-    recipe, graph = job.recipe, prepared_graph(job)
-    judge, measure = SearchJudge(job, graph), partial(relative_latency, job, target)
-    full, best = full_plan(job, recipe.targets[target]), load_plan(laddered)
-    plan = replace(full, operators=best.operators, bias_shifts=best.bias_shifts, method=best.method)
-    last = load_rung(json.loads((laddered / "ladder.json").read_text(encoding="utf-8"))[-1])
-    rung = try_plan("ladder", plan, last.reverted, recipe.ladder, recipe.gate, judge)
-    return explore(
-        Point(plan, rung, measure(plan)),
-        measured_gains(job, target, full),
-        (recipe.ladder, recipe.gate),
-        judge,
-        measure,
-        partial(_with_full_biases, job, graph),
-        lambda: time.monotonic() < end,
-    )
-
-
-def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
-    """Stage: the plan that the ladder chose, with `ladder.json`."""
+def _judged_by(job: Job) -> dict[str, Any]:
+    """What the score of a plan on the search split depends on, beside the plan."""
     recipe = job.recipe
-    everything = full_stage(job, choice)
-    key = {
+    return {
         **job.key,
-        "plan": file_digests(everything),
-        "min_coverage": choice.min_coverage,
         "calibration": recipe.calibration.model_dump(),
         "ladder": recipe.ladder.model_dump(),
         "gate": recipe.gate.model_dump(),
@@ -117,17 +112,50 @@ def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
         "seed": recipe.seed,
     }
 
+
+def _explored(job: Job, target: TargetName, laddered: Path, end: float) -> list[Point]:
+    """The search on the target's own runtime, from the ladder's plan."""
+    recipe, graph = job.recipe, prepared_graph(job)
+    judge, measure = SearchJudge(job, graph), partial(relative_latency, job, target)
+    full, best = full_plan(job, recipe.targets[target]), load_plan(laddered)
+    shifts = full.bias_shifts | best.bias_shifts
+    plan = replace(full, operators=best.operators, bias_shifts=shifts, method=best.method)
+    reverted = len(full.quantized()) - len(plan.quantized())
+    rung = try_plan("ladder", plan, reverted, recipe.ladder, recipe.gate, judge)
+    floor = _least_coverage(job, recipe.targets[target])
+    return explore(
+        Point(plan, rung, measure(plan)),
+        measured_gains(job, target, full),
+        (recipe.ladder, recipe.gate),
+        judge,
+        measure,
+        partial(_with_full_biases, job, graph),
+        lambda plan: plan.coverage() >= floor and plan.weight_share() >= recipe.ladder.min_weights,
+        lambda: time.monotonic() < end,
+    )
+
+
+def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
+    """Stage: the plan that the ladder chose, with `ladder.json`."""
+    recipe = job.recipe
+    everything = full_stage(job, choice)
+    key = {**_judged_by(job), "plan": file_digests(everything), "min_coverage": choice.min_coverage}
+
     def build(folder: Path) -> None:
         graph, plan = prepared_graph(job), load_plan(everything)
         damages = {name: error.damage for name, error in alone_errors(job, choice).items()}
         plan.operators = with_damages(plan.operators, damages)
-        minimum = recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage
+        minimum = _least_coverage(job, choice)
         judge, refine = SearchJudge(job, graph), partial(_with_full_biases, job, graph)
         best, rungs = climb(plan, recipe.ladder, recipe.gate, minimum, judge, refine)
         best.save(folder)
         (folder / "ladder.json").write_text(json.dumps([r.document() for r in rungs], sort_keys=True), encoding="utf-8")
 
     return job.store.result("plan", key, build)
+
+
+def _least_coverage(job: Job, choice: TargetChoice) -> float:
+    return job.recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage
 
 
 def full_plan(job: Job, choice: TargetChoice) -> QuantPlan:
@@ -197,7 +225,7 @@ def _equalizers(job: Job, graph: Graph, choice: TargetChoice) -> dict[str, Equal
 def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
     """Everything in INT8: ranges by our own calibration or by PaddleSlim."""
     recipe = job.recipe
-    operators = _operators(job, graph)
+    operators = _operators(job, graph, choice)
     prepared_sha256 = file_digests(prepared_stage(job) / "prepared")["inference.onnx"]
     if choice.method == "paddleslim":
         from quant.slim import load_scales, slim_plan, slim_scales
@@ -207,7 +235,8 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
             **job.key,
             "slim": recipe.paddleslim.model_dump(),
             "samples": sample_ids(samples),
-            "equalized": [choice.equalization, sample_ids(job.selection.calibration)],
+            "equalized": [choice.equalization, choice.placement, sample_ids(job.selection.calibration)],
+            "fp32": choice.fp32,
         }
 
         def build(folder: Path) -> None:
@@ -217,7 +246,7 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
             slim_scales(graph, feeds, recipe.paddleslim, folder, advance).save(folder)
 
         scales = load_scales(job.store.result("slim", key, build))
-        return slim_plan(
+        plan = slim_plan(
             graph,
             operators,
             scales,
@@ -226,6 +255,10 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
             dtype=choice.activations,
             prepared_sha256=prepared_sha256,
         )
+        if (largest := _largest_weight(choice)) != FULL_WEIGHTS:
+            for name, quantizer in plan.weights.items():
+                plan.integers[name] = quantize_weight(graph.constants[name], quantizer.axis, largest)
+        return plan
     statistics, outputs = _statistics(job, graph, operators, choice)
     method = make_range_method(recipe.calibration.range, recipe.calibration.percentile)
     plan = make_plan(
@@ -357,6 +390,11 @@ def _search_scores(job: Job, session: Session, what: str) -> np.ndarray:
         return np.array([counts for found in scores for counts in found])
 
 
-def _operators(job: Job, graph: Graph) -> list[Operator]:
+def _operators(job: Job, graph: Graph, choice: TargetChoice) -> list[Operator]:
     feed = {name: np.zeros(job.recipe.latency.shape, dtype=np.float32) for name in graph.inputs}
-    return quantizable_operators(graph, count_work(graph, feed, job.options.threads).macs)
+    operators = quantizable_operators(graph, count_work(graph, feed, job.options.threads).macs)
+    known = {op.name for op in operators}
+    if unknown := [name for name in choice.fp32 if name not in known]:
+        raise InputError(f"targets.*.fp32: '{unknown[0]}' is no Conv, ConvTranspose or MatMul of {job.recipe.name}")
+    kept = {"quantized": False, "reason": "the recipe keeps it in FP32"}
+    return [op.model_copy(update=kept) if op.name in choice.fp32 else op for op in operators]

@@ -205,6 +205,7 @@ class TargetChoice(_Part):
     weights: Literal["auto", "full", "reduced"] = Field(
         "auto", description="reduced: 7 bits, for processors whose 8-bit products saturate; auto: where this one does"
     )
+    fp32: list[str] = Field(default_factory=list, description="operators that stay in FP32, by their output tensors")
     min_coverage: float | None = Field(None, ge=0, le=1, description="overrides ladder.min_coverage")
 
 

@@ -43,6 +43,7 @@ def explore(
     judge: Judge,
     measure: Callable[[QuantPlan], float],
     refine: Callable[[QuantPlan], QuantPlan],
+    allowed: Callable[[QuantPlan], bool],
     in_time: Callable[[], bool],
 ) -> list[Point]:
     """All points tried, the start first.
@@ -51,6 +52,7 @@ def explore(
         gains: milliseconds that INT8 saves on each operator, by the runtime's own profile.
         measure: latency of a plan, see `Point`.
         refine: fits a candidate to the operators that are in INT8.
+        allowed: whether a plan keeps the least coverage and weights.
         in_time: whether another point may be tried.
     """
     points, seen = [start], {_signature(start.plan)}
@@ -62,11 +64,11 @@ def explore(
         for name, neighbour in neighbours(best.plan, gains):
             if not in_time():
                 return points
-            if _signature(neighbour) in seen:
+            if _signature(neighbour) in seen or not allowed(neighbour):
                 continue
             seen.add(_signature(neighbour))
             plan = refine(neighbour)
-            reverted = len(plan.operators) - len(plan.quantized())
+            reverted = start.rung.reverted + len(start.plan.quantized()) - len(plan.quantized())
             point = Point(plan, try_plan(name, plan, reverted, ladder, gate, judge), measure(plan))
             points.append(point)
             if chosen(points) is point:
@@ -111,26 +113,26 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def draw_front(points: Sequence[Point], title: str, file: Path) -> None:
-    """A plot of all scored points as SVG, the front joined, the chosen one marked."""
+    """A plot of all scored points as SVG, the front joined, the chosen one marked; the same bytes every time."""
     import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("svg")
-    from matplotlib import pyplot as plt
+    def place(point: Point) -> tuple[float, float]:
+        return point.latency, badness(point.rung)[1]
 
-    mpl.rcParams["svg.hashsalt"] = title
-    figure, axes = plt.subplots(figsize=(6, 4))
-    scored = [(p, p.rung.score) for p in points if p.rung.score]
-    joined = [(p.latency, p.rung.score.discordance) for p in front(points) if p.rung.score]
+    figure = Figure(figsize=(6, 4), layout="tight")
+    axes = figure.subplots()
+    scored = [place(point) for point in points if point.rung.score]
+    joined = [place(point) for point in front(points)]
     axes.plot([x for x, _ in joined], [y for _, y in joined], color="tab:blue", label="front")
-    axes.scatter([p.latency for p, _ in scored], [s.discordance for _, s in scored], color="tab:gray", label="tried")
+    axes.scatter([x for x, _ in scored], [y for _, y in scored], color="tab:gray", label="tried")
     best = chosen(points)
     if best.rung.score:
-        axes.scatter([best.latency], [best.rung.score.discordance], color="tab:red", label="chosen")
-    axes.set(xlabel="latency, INT8 / FP32 prepared", ylabel="discordance on the search split, %", title=title)
+        axes.scatter(*place(best), color="tab:red", label="chosen")
+    axes.set(xlabel="latency, INT8 / FP32 prepared", ylabel="drop + discordance / 2 on the search split", title=title)
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    plt.close(figure)
+    with mpl.rc_context({"svg.hashsalt": title}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 def _signature(plan: QuantPlan) -> tuple[frozenset[str], bool]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 import yaml
 from tiny_models import TinyNet
@@ -22,6 +23,7 @@ from tiny_models import TinyNet
 from eval.dataset import read_image
 from eval.gate import JudgedRow, SkippedRow
 from quant import export, judging, pipeline
+from quant.cli import _export_fp32
 from quant.errors import InputError, Unavailable
 from quant.execution import executed_coverage
 from quant.job import Options, start
@@ -313,6 +315,29 @@ def test_another_momentum_is_another_calibration(place: Place, built: list[str])
         recipe = limited_to(place.recipe.model_copy(update={"calibration": calibration}), ["onnxruntime"])
         planned_stage(start(recipe, place.options()), "onnxruntime")
     assert built.count("calibration") == built.count("full") == 2
+
+
+def test_operators_that_the_recipe_names_stay_in_fp32(place: Place, first: First) -> None:
+    name = load_plan(first.folder / "plans" / "openvino").operators[0].name
+    for wanted, said in (([name], ""), (["nothing"], "'nothing' is no Conv")):
+        choice = place.recipe.targets["openvino"].model_copy(update={"fp32": wanted})
+        recipe = place.recipe.model_copy(update={"targets": {"openvino": choice}})
+        job = start(recipe, place.options())
+        if said:
+            with pytest.raises(InputError, match=said):
+                planned_stage(job, "openvino")
+        else:
+            (kept,) = [op for op in load_plan(planned_stage(job, "openvino")).operators if op.name == name]
+            assert (kept.quantized, kept.reason) == (False, "the recipe keeps it in FP32")
+
+
+def test_the_prepared_fp32_model_is_exported_with_its_processing(place: Place, first: First, tmp_path: Path) -> None:
+    folder = tmp_path / f"{NAME}_fp32"
+    _export_fp32(place.recipe, folder, place.results, place.root / "model")
+    assert {path.name for path in folder.iterdir()} == {"inference.onnx", "inference.yml"}
+    assert (folder / "inference.yml").read_bytes() == (first.folder / "onnxruntime" / "inference.yml").read_bytes()
+    kinds = {node.op_type for node in onnx.load(folder / "inference.onnx").graph.node}
+    assert "Conv" in kinds and "QuantizeLinear" not in kinds
 
 
 def test_a_search_leaves_its_front_beside_the_plan(place: Place, first: First, tmp_path: Path) -> None:

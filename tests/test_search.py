@@ -43,12 +43,19 @@ class World:
         self.measured.append(set(plan.quantized()))
         return self.latency(self.measured[-1])
 
-    def search(self, turns: int = 99) -> list[Point]:
+    def search(self, turns: int = 99, least: int = 0) -> list[Point]:
         left = iter(range(turns))
         start = plan_of_four()
         first = Point(start, Rung("ladder", start.coverage(), 1, 0.0, self.score(start), True), self.measure(start))
         return explore(
-            first, GAINS, (ladder(), GATE), self, self.measure, lambda plan: plan, lambda: next(left, None) is not None
+            first,
+            GAINS,
+            (ladder(), GATE),
+            self,
+            self.measure,
+            lambda plan: plan,
+            lambda plan: len(plan.quantized()) >= least,
+            lambda: next(left, None) is not None,
         )
 
 
@@ -68,6 +75,12 @@ def test_a_faster_plan_that_fails_is_left() -> None:
     points = World(milliseconds, {both: score(5.0)}).search()
     assert set(chosen(points).plan.quantized()) == {"quick", "other"}
     assert any(set(p.plan.quantized()) == both and not p.rung.passed for p in points)
+
+
+def test_plans_below_the_floor_are_not_even_measured() -> None:
+    world = World(milliseconds, {})
+    world.search(least=4)
+    assert all(len(names) >= 3 for names in world.measured) and {"quick", "other"} not in world.measured
 
 
 def test_the_search_ends_with_its_time() -> None:
