@@ -17,7 +17,7 @@ from quant.recipe import Gate, Ladder
 INTERRUPTION = 0.002
 """What an operator in FP32 costs beside its work and weights, as a share of them."""
 
-NEGLIGIBLE = 1e-3
+NEGLIGIBLE = 1e-4
 """Share of all squared damage below which an operator stays in INT8: FP32 would cost size and gain nothing."""
 
 _REVERTS = 250

@@ -90,7 +90,7 @@ def test_few_operators_are_reverted_for_little_coverage() -> None:
 
 def test_what_does_no_damage_stays_small() -> None:
     plan = plan_with(
-        operator("bad", 1, damage=0.3), operator("good", 1, damage=0.003), operator("body", 98, damage=0.1)
+        operator("bad", 1, damage=0.3), operator("good", 1, damage=0.001), operator("body", 98, damage=0.1)
     )
     assert list(revert_to(plan, 0.9, 0.0).quantized()) == ["good", "body"]
 
