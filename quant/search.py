@@ -20,7 +20,7 @@ TIE = 0.02
 """Latencies nearer than this share cannot be told apart on a shared machine; then the better score decides."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Point:
     """One plan of the search.
 
