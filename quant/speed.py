@@ -9,7 +9,7 @@ from pathlib import Path
 from eval.benchmark import interleaved_latency
 from quant.execution import Kernel, kernel_table
 from quant.export import export_artifact, fitted
-from quant.job import Job, latency_feed, prepared_graph, prepared_stage
+from quant.job import Job, fp32_folders, latency_feed, prepared_graph
 from quant.plan import QuantPlan
 from quant.runtime import open_session, target_format
 from quant.target import TargetName
@@ -20,12 +20,13 @@ _DECORATIONS = ("/WithoutBiases", "_nchwc", "/MatmulTransposeFusion/")
 
 def relative_latency(job: Job, target: TargetName, plan: QuantPlan) -> float:
     """INT8 / FP32 on the target, interleaved: FP32 prepared, or as shipped where the target reads no ONNX."""
-    fp32 = prepared_stage(job) / ("prepared" if target_format(target) == "onnx" else "shipped")
+    fp32 = fp32_folders(job, target)
     with tempfile.TemporaryDirectory() as place:
-        folder = _exported(job, target, plan, Path(place))
-        sessions = {
-            name: open_session(target, f, job.options.threads) for name, f in (("fp32", fp32), ("int8", folder))
+        folders = {
+            "fp32": fp32.get("fp32_prepared", fp32["fp32"]),
+            "int8": _exported(job, target, plan, Path(place)),
         }
+        sessions = {name: open_session(target, folder, job.options.threads) for name, folder in folders.items()}
         latency = interleaved_latency(sessions, latency_feed(job), job.recipe.latency.runs)
     return latency["int8"] / latency["fp32"]
 
@@ -40,7 +41,7 @@ def measured_gains(job: Job, target: TargetName, full: QuantPlan) -> dict[str, f
     with tempfile.TemporaryDirectory() as place:
         folder = _exported(job, target, full, Path(place))
         int8 = kernel_table(target, folder, latency_feed(job), 1)
-    fp32 = kernel_table(target, prepared_stage(job) / "prepared", latency_feed(job), 1)
+    fp32 = kernel_table(target, fp32_folders(job, target)["fp32_prepared"], latency_feed(job), 1)
     return gains(list(full.quantized()), fp32, int8)
 
 
