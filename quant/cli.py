@@ -658,7 +658,9 @@ def _finish(outcome: _Outcome, as_json: bool, stdout: Any) -> int:
 def _run_outline(job: Job, options: Options) -> dict[str, Any]:
     """What `quant run` would do."""
     selection = job.selection
-    folder = options.results / job.recipe.name / job.run_name
+    folder = options.results / job.recipe.name
+    # What a search measures is part of the run's name.
+    named = None if job.recipe.search.minutes else folder / job.run_name
     return {
         "model": job.recipe.name,
         "source": job.files.source,
@@ -673,8 +675,8 @@ def _run_outline(job: Job, options: Options) -> dict[str, Any]:
             target: f"{choice.method}, {choice.activations} activations"
             for target, choice in job.recipe.targets.items()
         },
-        "folder": str(folder),
-        "done": folder.is_dir(),
+        "folder": str(named or folder),
+        "done": named is not None and named.is_dir(),
     }
 
 

@@ -24,7 +24,7 @@ from quant.planning import planned_stage
 from quant.prepare import read_proof
 from quant.recipe import Recipe
 from quant.source import without_places
-from quant.stage import code_digest, file_digests
+from quant.stage import code_digest, digest, file_digests
 from quant.target import TargetName
 
 CHECK_PICTURES = 12
@@ -59,7 +59,8 @@ def run_model(recipe: Recipe, options: Options) -> Finished:
         InputError: an input is broken, or an export does not agree with its plan.
     """
     job = start(recipe, options)
-    folder = options.results / recipe.name / job.run_name
+    name = _run_name(job)
+    folder = options.results / recipe.name / name
     if folder.is_dir():
         if load_manifest(folder).intact(folder):
             _make_newest(folder)
@@ -69,10 +70,18 @@ def run_model(recipe: Recipe, options: Options) -> Finished:
         temporary.mkdir()
         quantized, rows = _quantize_all(job)
         for target, result in quantized.items():
-            rows += judge_target(job, target, result.plan, result.artifact, job.selection.report, job.run_name)
+            rows += judge_target(job, target, result.plan, result.artifact, job.selection.report, name)
         report = EvalReport(rows=rows)
-        _write_run(job, quantized, report, temporary)
+        _write_run(job, name, quantized, report, temporary)
     return Finished(folder, report, reused=False)
+
+
+def _run_name(job: Job) -> str:
+    """What a search measured on the clock is an input of its run: another measurement is another run."""
+    if not job.recipe.search.minutes:
+        return job.run_name
+    quantized, _ = _quantize_all(job)
+    return digest([job.run_name, {target: file_digests(found.artifact) for target, found in quantized.items()}])[:12]
 
 
 def _quantize_all(job: Job) -> tuple[dict[TargetName, Quantized], list[JudgedRow | SkippedRow]]:
@@ -120,7 +129,7 @@ def read_report(folder: Path) -> EvalReport:
         raise InputError(f"{folder}: metrics.json is missing or damaged; delete the folder and run again") from error
 
 
-def _write_run(job: Job, quantized: dict[TargetName, Quantized], report: EvalReport, folder: Path) -> None:
+def _write_run(job: Job, name: str, quantized: dict[TargetName, Quantized], report: EvalReport, folder: Path) -> None:
     """Lay out results/<model>/<run>/."""
     artifacts = {}
     for target, result in quantized.items():
@@ -136,7 +145,7 @@ def _write_run(job: Job, quantized: dict[TargetName, Quantized], report: EvalRep
     recipe, selection = job.recipe, job.selection
     Manifest(
         model=recipe.name,
-        run=job.run_name,
+        run=name,
         created=now(),
         recipe=recipe.model_dump(mode="json", by_alias=True),
         recipe_sha256=recipe.content_hash(),

@@ -352,6 +352,9 @@ def test_a_search_leaves_its_front_beside_the_plan(place: Place, first: First, t
     chosen = next(point for point in points if point["chosen"])
     assert load_plan(folder).coverage() == pytest.approx(chosen["coverage"])
     assert (folder / "search.svg").read_text(encoding="utf-8").startswith("<?xml")
+    again = run_model(recipe, place.options(results=tmp_path))
+    assert again.reused and again.folder == finished.folder
+    assert finished.folder.name != start(recipe, place.options()).run_name, "latencies are an input, too"
     assert not (first.folder / "plans" / "onnxruntime" / "search.json").exists(), "only where it was asked for"
 
 
