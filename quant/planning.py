@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from eval.dataset import Sample
 from eval.evaluation import readable
@@ -186,8 +187,10 @@ def full_stage(job: Job, choice: TargetChoice) -> Path:
         biases = recipe.calibration.bias_correction != "none"
         if recipe.calibration.rounding == "second_moment":
             feeds = calibration_feeds(job, "rounding weights", recipe.calibration.rounding_samples)
-            moments = collect_moments(equalized, plan.operators, feeds, job.options.threads, recipe.seed)
-            plan.integers = round_by_moments(equalized, plan, moments, biases_follow=biases)
+            # On a busy machine the threads of small matrix products wait for one another far longer than they work.
+            with threadpool_limits(limits=1, user_api="blas"):
+                moments = collect_moments(equalized, plan.operators, feeds, job.options.threads, recipe.seed)
+                plan.integers = round_by_moments(equalized, plan, moments, biases_follow=biases)
             plan.notes.append(f"weights rounded by second moments: {', '.join(sorted(moments))}")
         if recipe.calibration.range == "per_tensor" and choice.method == "ptq":
             plan = _with_best_ranges(job, equalized, plan, choice)

@@ -24,6 +24,9 @@ POSITIONS = 256
 LARGEST = 2304
 """Most inputs of an output channel: the moments of more take too much memory, nearest rounding remains."""
 
+_BLOCK = 32
+"""Inputs whose errors are passed on to those behind them at once, as one matrix product."""
+
 _DAMPING = 1e-3  # of the mean variance: keeps the inverse finite for inputs that never move
 
 
@@ -125,15 +128,20 @@ def _round_rows(rows: np.ndarray, hessian: np.ndarray, noise: float, limit: int 
     order = np.argsort(-hessian[:, diagonal, diagonal], axis=1, kind="stable")
     hessian = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None, :], 2)
     upper = np.linalg.cholesky(np.linalg.inv(hessian)).transpose(0, 2, 1)
-    left = np.take_along_axis(rows.astype(np.float64), order[:, None, :], 2)
+    # Inputs before rows: what one step changes lies together.
+    left = np.take_along_axis(rows.astype(np.float64).transpose(0, 2, 1), order[:, :, None], 1)
     result = np.empty_like(left)
-    for k in range(inputs):
-        result[:, :, k] = np.clip(np.rint(left[:, :, k]), -limit, limit)
-        error = (left[:, :, k] - result[:, :, k]) / upper[:, None, k, k]
-        left[:, :, k + 1 :] -= error[:, :, None] * upper[:, None, k, k + 1 :]
+    for start in range(0, inputs, _BLOCK):
+        end = min(start + _BLOCK, inputs)
+        errors = np.empty_like(left[:, start:end])
+        for k in range(start, end):
+            result[:, k] = np.clip(np.rint(left[:, k]), -limit, limit)
+            errors[:, k - start] = (left[:, k] - result[:, k]) / upper[:, k, k, None]
+            left[:, k + 1 : end] -= upper[:, k, k + 1 : end, None] * errors[:, None, k - start]
+        left[:, end:] -= np.matmul(upper[:, start:end, end:].transpose(0, 2, 1), errors)
     back = np.empty_like(result)
-    np.put_along_axis(back, np.broadcast_to(order[:, None, :], result.shape), result, 2)
-    return back
+    np.put_along_axis(back, np.broadcast_to(order[:, :, None], result.shape), result, 1)
+    return back.transpose(0, 2, 1)
 
 
 def _supported(graph: Graph, node: NodeProto) -> bool:
