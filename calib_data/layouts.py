@@ -53,7 +53,7 @@ CLASSES = (
 """In the order of the models' label lists."""
 
 PLAIN_CLASSES = ("paragraph_title", "image", "text", "formula", "table", "seal")
-"""A narrow world: classes that a small network tells apart after minutes of training."""
+"""A narrow world of small, clean sheets: classes that a small network tells apart after minutes of training."""
 
 Box = tuple[float, float, float, float]
 """x and y of the upper left, x and y of the lower right corner, in pixels."""
@@ -141,7 +141,7 @@ def write_layout_pages(directory: Path, count: int, seed: int, progress: Callabl
 def write_plain_layout_pages(
     directory: Path, count: int, seed: int, progress: Callable[[int], None] | None = None
 ) -> None:
-    """As `write_layout_pages`, with the regions of `PLAIN_CLASSES` alone, on clean sheets."""
+    """As `write_layout_pages`, with the regions of `PLAIN_CLASSES` alone, on small, clean sheets."""
     _write(directory, count, seed, PLAIN_CLASSES, progress)
 
 
@@ -184,17 +184,18 @@ def layout_page(rng: Rng, fonts: Fonts, classes: Iterable[str] = CLASSES) -> tup
         x = margin + column * (width + gap)
         _column(leaf, x, top, width, bottom - _footnote(leaf, x, bottom, width))
     _seal(leaf, margin, top, bottom)
-    return _scanned(rng, leaf, plain=wanted != frozenset(CLASSES))
+    return _scanned(rng, leaf)
 
 
 def _blank(rng: Rng, fonts: Fonts, wanted: frozenset[str]) -> Leaf:
-    height = int(rng.integers(760, 1300))
+    plain = wanted != frozenset(CLASSES)
+    height = int(rng.integers(520, 680) if plain else rng.integers(760, 1300))
     width = int(height * rng.choice((0.707, 0.773, 0.75, 1.35), p=(0.45, 0.3, 0.15, 0.1)))
     width = min(width, 1300)
     chinese = bool(fonts.cjk) and bool(rng.random() < 0.35)
     family = fonts.cjk if chinese else fonts.latin
     body, heading = (family[int(rng.integers(len(family)))] for _ in range(2))
-    size = int(rng.integers(11, 19))
+    size = int(rng.integers(11, 17) if plain else rng.integers(11, 19))
     stretch = float(rng.uniform(0.85, 1.1))
     wear = 0.0 if rng.random() < 0.5 else 0.5 * float(rng.beta(1, 3))
     picture = photography.paper(rng, height, width, wear)
@@ -360,7 +361,7 @@ def _footnote(leaf: Leaf, x: float, bottom: float, width: float) -> float:
 def _seal(leaf: Leaf, margin: float, top: float, bottom: float) -> None:
     """A round stamp anywhere on the body, over what is there."""
     rng = leaf.rng
-    if "seal" not in leaf.wanted or rng.random() > 0.3:
+    if "seal" not in leaf.wanted or rng.random() > (0.3 if leaf.wanted == frozenset(CLASSES) else 0.6):
         return
     radius = int(rng.uniform(0.05, 0.08) * leaf.height)
     x = int(rng.uniform(margin + radius, leaf.width - margin - radius))
@@ -634,8 +635,9 @@ _BLOCKS: dict[str, tuple[float, Block]] = {
 # ---- from print to picture ---------------------------------------------------------------------------------------
 
 
-def _scanned(rng: Rng, leaf: Leaf, plain: bool) -> tuple[Photo, list[tuple[str, Box]]]:
+def _scanned(rng: Rng, leaf: Leaf) -> tuple[Photo, list[tuple[str, Box]]]:
     """The page from a scanner or a renderer: some are slightly turned, blurred, grey or noisy; plain ones are not."""
+    plain = leaf.wanted != frozenset(CLASSES)
     picture, hardness = leaf.picture, 0.0 if plain else float(rng.beta(1.2, 2.5))
     matrix = np.eye(2, 3)
     if not plain and rng.random() < 0.4:

@@ -20,7 +20,7 @@ from quant.recipe import Sha256, Task
 from quant.source import cache_dir, search_path
 
 LabelFormat = Literal["det_label", "rec_label", "cls_label", "coco"]
-GeneratedKind = Literal["text_lines", "text_pages", "document_pages", "layout_pages", "plain_layout_pages"]
+GeneratedKind = Literal["text_lines", "text_pages", "document_pages", "layout_pages"]
 
 GENERATED = "generated-"
 """What the names of generated sets begin with."""
@@ -292,7 +292,6 @@ GENERATED_SETS: dict[GeneratedKind, tuple[str, LabelFormat, str]] = {
     "text_pages": ("calib_data.generator", "det_label", "label.txt"),
     "document_pages": ("calib_data.generator", "det_label", "label.txt"),
     "layout_pages": ("calib_data.layouts", "coco", "instances.json"),
-    "plain_layout_pages": ("calib_data.layouts", "coco", "instances.json"),
 }
 """The module that makes each kind of generated set, the format of its labels, and the label file."""
 

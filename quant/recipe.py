@@ -119,7 +119,7 @@ class Splits(_Part):
 class GeneratedSet(_Part):
     """The built-in set, used when no other set can be had."""
 
-    kind: Literal["text_lines", "text_pages", "document_pages", "layout_pages", "plain_layout_pages"]
+    kind: Literal["text_lines", "text_pages", "document_pages", "layout_pages"]
     samples: int = Field(ge=8, le=100_000)
     seed: int = Field(0, ge=0)
 
