@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from calib_data.layouts import PLAIN_CLASSES, write_plain_layout_pages
+from calib_data.layouts import write_plain_layout_pages
 from calib_data.registry import resolve_dataset
 from eval.dataset import in_model_words, read_dataset, read_sample
 from eval.layouts import Layout
@@ -33,7 +34,8 @@ STRIDES = (8, 16, 32, 64)
 _BINS = 8  # distances 0..7, in strides
 _PAGES, _BATCH, _RATE = 240, 4, 6e-3
 _DATA_SHARE = 0.25  # of the time at most goes into drawing pages
-_NMS = {"score_threshold": 0.025, "nms_threshold": 0.6, "nms_top_k": 1000, "keep_top_k": 100}  # the official graph's
+_NMS = (0.025, 1000, 100, 0.6, True, 1.0, -1)
+"""Of the official graph: least score, boxes before and after, IoU, normalized, eta, class of the background."""
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -102,7 +104,7 @@ def assigned(boxes: FloatArray, classes: npt.NDArray[np.int64]) -> Targets:
 
 
 def _network(classes: int) -> Any:
-    import paddle
+    paddle: Any = import_module("paddle")
     from paddle import nn
     from paddle.nn import functional
 
@@ -140,7 +142,7 @@ def _network(classes: int) -> Any:
             self.top = nn.LayerList([separable(channels, channels, 5, 2) for _ in range(2)])
 
         def forward(self, features: list[Any]) -> list[Any]:
-            fine, middle, coarse = (even(x) for even, x in zip(self.even, features, strict=True))
+            fine, middle, coarse = [even(features[level]) for level, even in enumerate(self.even)]
             highest = self.top[0](coarse)
             middle = self.rise[0](paddle.concat([self._up(coarse), middle], 1))
             fine = self.rise[1](paddle.concat([self._up(middle), fine], 1))
@@ -152,10 +154,11 @@ def _network(classes: int) -> Any:
             return functional.interpolate(x, scale_factor=2, mode="nearest")
 
     class Head(nn.Layer):
-        """Scores [N, classes, places] and distributions [N, 4 * bins, h, w] of one level."""
+        """Scores [N, classes, places] and logits of distances [N, places, 4 * bins] of one level."""
 
-        def __init__(self, channels: int) -> None:
+        def __init__(self, channels: int, places: int) -> None:
             super().__init__()
+            self.places = places
             self.shared = nn.Sequential(separable(channels, channels, 5), separable(channels, channels, 5))
             self.pool = nn.AdaptiveAvgPool2D(1)
             self.gate = nn.Conv2D(channels, channels, 1)
@@ -170,7 +173,8 @@ def _network(classes: int) -> Any:
             gated = self.mix(x * functional.sigmoid(self.gate(self.pool(x))))
             aligned = functional.sigmoid(self.align(x))
             scores = paddle.sqrt(functional.sigmoid(self.classify(gated)) * aligned + 1e-9)
-            return scores.flatten(2), self.measure(gated)
+            logits = self.measure(gated).transpose([0, 2, 3, 1])
+            return scores.reshape([-1, classes, self.places]), logits.reshape([-1, self.places, 4 * _BINS])
 
     class Twin(nn.Layer):
         def __init__(self, channels: int = 32) -> None:
@@ -180,58 +184,48 @@ def _network(classes: int) -> Any:
             self.middle = nn.Sequential(separable(32, 64, 3, 2), separable(64, 64, 5), separable(64, 64, 5))
             self.coarse = nn.Sequential(separable(64, 96, 5, 2), Gate(96), separable(96, 96, 5))
             self.neck = Neck((32, 64, 96), channels)
-            self.heads = nn.LayerList([Head(channels) for _ in STRIDES])
+            self.heads = nn.LayerList([Head(channels, (-(-SIZE // stride)) ** 2) for stride in STRIDES])
             middles, strides = points()
             self.register_buffer("distances", paddle.arange(_BINS, dtype="float32"))
             self.register_buffer("middles", paddle.to_tensor(middles / strides))
             self.register_buffer("strides", paddle.to_tensor(strides))
 
-        def raw(self, image: Any) -> tuple[Any, Any]:
-            """Scores [N, classes, places] and logits of distances [N, places, 4, bins]."""
+        def levels(self, image: Any) -> list[Any]:
+            """Scores and logits of each level, see `Head`."""
             fine = self.fine(self.stem(image))
             middle = self.middle(fine)
             features = self.neck([fine, middle, self.coarse(middle)])
-            found = [head(x) for head, x in zip(self.heads, features, strict=True)]
-            logits = [x.transpose([0, 2, 3, 1]).reshape([x.shape[0], -1, 4, _BINS]) for _, x in found]
-            return paddle.concat([scores for scores, _ in found], -1), paddle.concat(logits, 1)
+            return [head(features[level]) for level, head in enumerate(self.heads)]
 
-        def boxes(self, logits: Any) -> Any:
-            """Corners [N, places, 4] in pixels of the input."""
-            places = self.middles.shape[0]
-            mean = paddle.matmul(functional.softmax(logits.reshape([-1, _BINS]), axis=1), self.distances)
-            before, behind = paddle.split(mean.reshape([-1, places, 4]), 2, axis=-1)
-            corners = paddle.concat([self.middles - before, self.middles + behind], -1)
+        def boxes(self, logits: list[Any]) -> Any:
+            """Corners [N, places, 4] in pixels of the input, from the logits of each level."""
+            means = [paddle.matmul(functional.softmax(x.reshape([-1, _BINS]), axis=1), self.distances) for x in logits]
+            edges = [mean.reshape([-1, self.heads[level].places, 4]) for level, mean in enumerate(means)]
+            before, behind = paddle.split(paddle.concat(edges, 1), 2, axis=-1)
+            corners = paddle.concat([before * -1.0 + self.middles, behind + self.middles], -1)
             return corners * self.strides
 
         def forward(self, image: Any, scale_factor: Any) -> tuple[Any, Any]:
-            scores, logits = self.raw(image)
+            found = self.levels(image)
+            scores = paddle.concat([level[0] for level in found], -1)
+            boxes = self.boxes([level[1] for level in found])
             down, along = paddle.split(scale_factor, 2, axis=1)
             scale = paddle.concat([along, down, along, down], -1).reshape([-1, 1, 4])
-            nms = paddle._C_ops.multiclass_nms3
-            found, _, counts = nms(
-                self.boxes(logits) / scale,
-                scores,
-                None,
-                _NMS["score_threshold"],
-                _NMS["nms_top_k"],
-                _NMS["keep_top_k"],
-                _NMS["nms_threshold"],
-                True,
-                1.0,
-                -1,
-            )
-            return found, counts
+            detections, _, counts = paddle._C_ops.multiclass_nms3(boxes / scale, scores, None, *_NMS)
+            return detections, counts
 
     return Twin()
 
 
 def _loss(net: Any, images: FloatArray, targets: list[Targets]) -> Any:
-    """Quality focal loss of the scores, and of places with a region GIoU and the likelihood of both nearest distances."""
-    import paddle
+    """Quality focal loss of scores; where there is a region, GIoU and the likelihood of both nearest distances, too."""
+    paddle: Any = import_module("paddle")
     from paddle.nn import functional
 
-    scores, logits = net.raw(paddle.to_tensor(images))
-    boxes = net.boxes(logits)
+    found = net.levels(paddle.to_tensor(images))
+    scores = paddle.concat([level[0] for level in found], -1)
+    logits = paddle.concat([level[1] for level in found], 1).reshape([len(images), -1, 4, _BINS])
+    boxes = net.boxes([level[1] for level in found])
     middles, strides = points()
     pages = np.concatenate([np.full(len(t.places), page) for page, t in enumerate(targets)])
     places, classes = (np.concatenate([getattr(t, name) for t in targets]) for name in ("places", "classes"))
@@ -256,7 +250,7 @@ def _loss(net: Any, images: FloatArray, targets: list[Targets]) -> Any:
 
 def _overlaps(found: Any, truth: Any) -> tuple[Any, Any]:
     """IoU and generalized IoU (Rezatofighi et al. 2019) of pairs of boxes, [n] each."""
-    import paddle
+    paddle: Any = import_module("paddle")
 
     low, high = paddle.maximum(found[:, :2], truth[:, :2]), paddle.minimum(found[:, 2:], truth[:, 2:])
     shared = (high - low).clip(min=0).prod(-1)
@@ -294,7 +288,7 @@ def _batches(count: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
 
 
 def _train(folder: Path, seed: int, minutes: float) -> None:
-    import paddle
+    paddle: Any = import_module("paddle")
 
     start = time.monotonic()
     paddle.seed(seed)
