@@ -52,7 +52,7 @@ CLASSES = (
 )  # fmt: skip
 """In the order of the models' label lists."""
 
-PLAIN_CLASSES = ("paragraph_title", "image", "text", "formula", "table", "seal")
+PLAIN_CLASSES = ("paragraph_title", "image", "text", "table", "seal")
 """A narrow world of small, clean sheets: classes that a small network tells apart after minutes of training."""
 
 Box = tuple[float, float, float, float]
@@ -90,6 +90,11 @@ class Leaf:
     chinese: bool
     regions: list[tuple[str, Box]] = field(default_factory=list)
     counter: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is of the narrow world."""
+        return self.wanted != frozenset(CLASSES)
 
     @property
     def size(self) -> int:
@@ -361,7 +366,7 @@ def _footnote(leaf: Leaf, x: float, bottom: float, width: float) -> float:
 def _seal(leaf: Leaf, margin: float, top: float, bottom: float) -> None:
     """A round stamp anywhere on the body, over what is there."""
     rng = leaf.rng
-    if "seal" not in leaf.wanted or rng.random() > (0.3 if leaf.wanted == frozenset(CLASSES) else 0.6):
+    if "seal" not in leaf.wanted or rng.random() > (0.6 if leaf.plain else 0.3):
         return
     radius = int(rng.uniform(0.05, 0.08) * leaf.height)
     x = int(rng.uniform(margin + radius, leaf.width - margin - radius))
@@ -494,7 +499,7 @@ def _table(leaf: Leaf, x: float, y: float, width: float, room: float) -> float:
     if rng.random() < 0.3:
         head = leaf.picture[top : top + pitch, left:right]
         np.multiply(head, np.float32(rng.uniform(0.8, 0.92)), out=head)
-    _grid(leaf, (left, top, right, bottom), rows, columns, lines=bool(rng.random() < 0.65))
+    _grid(leaf, (left, top, right, bottom), rows, columns, lines=leaf.plain or bool(rng.random() < 0.65))
     cell = wide / columns
     for row in range(rows):
         for column in range(columns):
@@ -637,7 +642,7 @@ _BLOCKS: dict[str, tuple[float, Block]] = {
 
 def _scanned(rng: Rng, leaf: Leaf) -> tuple[Photo, list[tuple[str, Box]]]:
     """The page from a scanner or a renderer: some are slightly turned, blurred, grey or noisy; plain ones are not."""
-    plain = leaf.wanted != frozenset(CLASSES)
+    plain = leaf.plain
     picture, hardness = leaf.picture, 0.0 if plain else float(rng.beta(1.2, 2.5))
     matrix = np.eye(2, 3)
     if not plain and rng.random() < 0.4:

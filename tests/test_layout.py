@@ -100,7 +100,8 @@ def test_inputs_are_named_and_measured_as_the_models_want_them() -> None:
     large = make_task("layout_detection", inference(MODELS[1]), MODELS[1]).preprocess(picture(1, 100, 50)).inputs
     assert list(large) == ["im_shape", "image", "scale_factor"]
     np.testing.assert_allclose(large["im_shape"], [[640, 640]])
-    assert 0 <= large["image"].min() and 0.9 < large["image"].max() <= 1
+    low, high = large["image"].min(), large["image"].max()
+    assert low >= 0 and 0.9 < high <= 1
 
 
 def test_only_the_boxes_of_the_picture_are_read() -> None:

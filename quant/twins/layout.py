@@ -2,7 +2,7 @@
 
 PP-LCNet, a path aggregation neck and a head whose classes and edges share their convolutions: a score is the square
 root of class times alignment, an edge is the mean of a distribution over eight distances (generalized focal loss, Li
-et al. 2020), and NMS is the last operator of the graph. Its world is narrow: small, clean sheets with six classes.
+et al. 2020), and NMS is the last operator of the graph. Its world is narrow: small, clean sheets with five classes.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def _network(classes: int) -> Any:
         def __init__(self, inputs: tuple[int, int, int], channels: int) -> None:
             super().__init__()
             self.even = nn.LayerList([conv(count, channels, 1) for count in inputs])
-            self.rise = nn.LayerList([separable(2 * channels, channels, 5) for _ in range(2)])
-            self.fall = nn.LayerList([separable(channels, channels, 5, 2) for _ in range(2)])
+            self.rise = nn.LayerList([separable(2 * channels, channels) for _ in range(2)])
+            self.fall = nn.LayerList([separable(channels, channels, 3, 2) for _ in range(2)])
             self.join = nn.LayerList([separable(2 * channels, channels, 5) for _ in range(2)])
             self.top = nn.LayerList([separable(channels, channels, 5, 2) for _ in range(2)])
 
@@ -159,14 +159,14 @@ def _network(classes: int) -> Any:
         def __init__(self, channels: int, places: int) -> None:
             super().__init__()
             self.places = places
-            self.shared = nn.Sequential(separable(channels, channels, 5), separable(channels, channels, 5))
+            self.shared = separable(channels, channels)
             self.pool = nn.AdaptiveAvgPool2D(1)
             self.gate = nn.Conv2D(channels, channels, 1)
             self.mix = conv(channels, channels, 1)
             rare = paddle.nn.initializer.Constant(-4.0)  # few places hold anything
             self.classify = nn.Conv2D(channels, classes, 1, bias_attr=paddle.ParamAttr(initializer=rare))
             self.measure = nn.Conv2D(channels, 4 * _BINS, 1)
-            self.align = nn.Sequential(conv(channels, 1, 5), nn.Conv2D(1, 1, 1))
+            self.align = nn.Sequential(conv(channels, 1, 3), nn.Conv2D(1, 1, 1))
 
         def forward(self, x: Any) -> tuple[Any, Any]:
             x = self.shared(x)
@@ -177,7 +177,7 @@ def _network(classes: int) -> Any:
             return scores.reshape([-1, classes, self.places]), logits.reshape([-1, self.places, 4 * _BINS])
 
     class Twin(nn.Layer):
-        def __init__(self, channels: int = 32) -> None:
+        def __init__(self, channels: int = 28) -> None:
             super().__init__()
             self.stem = nn.Sequential(conv(3, 8, 3, 2), separable(8, 12, 3, 2), separable(12, 16))
             self.fine = nn.Sequential(separable(16, 32, 3, 2), separable(32, 32))
