@@ -422,7 +422,7 @@ def _text(leaf: Leaf, x: float, y: float, width: float, room: float) -> float:
 
 
 def _paragraph_title(leaf: Leaf, x: float, y: float, width: float, room: float) -> float:
-    style = _scaled(leaf.heading, float(leaf.rng.uniform(1.1, 1.5)))
+    style = _scaled(leaf.heading, float(leaf.rng.uniform(1.5, 1.9) if leaf.plain else leaf.rng.uniform(1.1, 1.5)))
     if room < 4 * style.size:
         return 0.0
     text = f"{int(leaf.rng.integers(1, 9))}. {leaf.prose(style, width * leaf.rng.uniform(0.25, 0.7))}"
@@ -496,7 +496,7 @@ def _table(leaf: Leaf, x: float, y: float, width: float, room: float) -> float:
     wide = int(width * rng.uniform(0.75, 1.0))
     left, top = int(x + (width - wide) / 2), int(y)
     right, bottom = left + wide, top + rows * pitch
-    if rng.random() < 0.3:
+    if leaf.plain or rng.random() < 0.3:
         head = leaf.picture[top : top + pitch, left:right]
         np.multiply(head, np.float32(rng.uniform(0.8, 0.92)), out=head)
     _grid(leaf, (left, top, right, bottom), rows, columns, lines=leaf.plain or bool(rng.random() < 0.65))

@@ -32,8 +32,9 @@ MODEL = "PP-DocLayout-S"
 SIZE = 480
 STRIDES = (8, 16, 32, 64)
 _BINS = 8  # distances 0..7, in strides
-_PAGES, _BATCH, _RATE = 240, 4, 6e-3
-_DATA_SHARE = 0.25  # of the time at most goes into drawing pages
+_BATCH, _RATE = 4, 8e-3
+_MOST_PAGES, _PAGES_A_MINUTE = 240, 80
+_MOST_STEPS = 600
 _NMS = (0.025, 1000, 100, 0.6, True, 1.0, -1)
 """Of the official graph: least score, boxes before and after, IoU, normalized, eta, class of the background."""
 
@@ -294,7 +295,8 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
     paddle.seed(seed)
     recipe = load_recipe(MODEL)
     with TemporaryDirectory() as place:
-        write_world(Path(place), _PAGES, seed)
+        pages = min(_MOST_PAGES, max(2 * _BATCH, round(_PAGES_A_MINUTE * minutes)))
+        write_world(Path(place), pages, seed)
         images, targets = _pages(Path(place), recipe.inference)
     net = _network(len(class_labels(recipe)))
     batches = _batches(len(images), seed)
@@ -303,7 +305,7 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
         chosen = next(batches)
         return _loss(net, np.stack([images[index] for index in chosen]), [targets[index] for index in chosen])
 
-    train_until(start + 60 * minutes, net.parameters(), _RATE, batch_loss)
+    train_until(start + 60 * minutes, net.parameters(), _RATE, batch_loss, _MOST_STEPS)
     net.eval()
     folder.mkdir(parents=True, exist_ok=True)
     spec = paddle.static.InputSpec
