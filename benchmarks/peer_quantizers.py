@@ -203,7 +203,7 @@ def quantize_nncf_accuracy(inputs: Inputs, job: Job, folder: Path) -> None:
             prepared = adapter.preprocess(read_sample(sample))
             outputs = list(compiled(prepared.inputs).values())
             counts.append(metric.score(adapter.postprocess(outputs, prepared.context), sample.label))
-        return metric.aggregate(np.sum(counts, axis=0)) / 100, None
+        return metric.value(np.array(counts)) / 100, None
 
     quantized = nncf.quantize_with_accuracy_control(
         openvino.Core().read_model(inputs.shipped / "inference.onnx"),

@@ -40,6 +40,7 @@ __all__ = [
     "Fonts",
     "find_fonts",
     "fonts_fingerprint",
+    "save_photo",
     "write_document_pages",
     "write_text_lines",
     "write_text_pages",
@@ -144,14 +145,15 @@ def _write(
     for index in range(count):
         rng = np.random.default_rng([seed, index])
         photo, label = sample(rng)
-        name = f"images/{index:06}{_save(rng, photo, directory / 'images' / f'{index:06}')}"
+        name = f"images/{index:06}{save_photo(rng, photo, directory / 'images' / f'{index:06}')}"
         labels.append(f"{name}\t{label}\n")
         if progress is not None:
             progress(index + 1)
     (directory / "label.txt").write_text("".join(labels), encoding="utf-8", newline="\n")
 
 
-def _save(rng: Rng, photo: Photo, stem: Path) -> str:
+def save_photo(rng: Rng, photo: Photo, stem: Path) -> str:
+    """Write a picture as PNG or, mostly, as JPEG of any quality; returns the suffix that was added to the stem."""
     if rng.random() < 0.12:
         suffix, options = ".png", (cv2.IMWRITE_PNG_COMPRESSION, 1)
     else:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,8 +19,8 @@ from quant.errors import InputError, Unavailable
 from quant.recipe import Sha256, Task
 from quant.source import cache_dir, search_path
 
-LabelFormat = Literal["det_label", "rec_label", "cls_label"]
-GeneratedKind = Literal["text_lines", "text_pages", "document_pages"]
+LabelFormat = Literal["det_label", "rec_label", "cls_label", "coco"]
+GeneratedKind = Literal["text_lines", "text_pages", "document_pages", "layout_pages"]
 
 GENERATED = "generated-"
 """What the names of generated sets begin with."""
@@ -27,11 +29,15 @@ FORMATS: dict[Task, LabelFormat] = {
     "text_detection": "det_label",
     "text_recognition": "rec_label",
     "image_classification": "cls_label",
+    "layout_detection": "coco",
 }
 """The label format of each task: det_label = image TAB JSON, rec_label = image TAB text, cls_label = image SPACE index.
 
 A folder in cls_label has PaddleX's layout: train.txt and val.txt list pictures, label.txt the classes (`index name`).
+One in coco has `instances.json`, or PaddleX's layout: `images` and `annotations/instance_{train,val}.json`.
 """
+
+PADDLEX_COCO = ("annotations/instance_train.json", "annotations/instance_val.json")
 
 
 class _Part(BaseModel):
@@ -68,6 +74,11 @@ class DatasetEntry(_Part):
     licence: str
     language: list[str] = Field(description="codes; empty: not stated")
     classes: list[str] = Field(default_factory=list, description="of cls_label, in the order of their index")
+    mapping: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="of coco: each class of the set, and the model's classes that count as it, the first names it; "
+        "an empty list: not judged; no mapping: the names are the model's",
+    )
     archive: DataArchive | None = Field(description="null: not open, or only after registration at the homepage")
     note: str = ""
 
@@ -75,6 +86,8 @@ class DatasetEntry(_Part):
     def _classes_named(self) -> DatasetEntry:
         if (self.format == "cls_label") != bool(self.classes):
             raise ValueError("classes must be named for the format cls_label, and for no other")
+        if self.mapping and self.format != "coco":
+            raise ValueError("mapping is for the format coco")
         return self
 
 
@@ -91,6 +104,7 @@ class DatasetFolder:
         source: says in words where the set was found.
         licence: its terms.
         classes: names of the classes of cls_label where they are known, in the order of their index.
+        mapping: of coco: the model's classes that count as each class of the set; empty: the names are the model's.
     """
 
     name: str
@@ -101,6 +115,7 @@ class DatasetFolder:
     source: str
     licence: str
     classes: tuple[str, ...] = ()
+    mapping: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def dataset_names(task: Task | None = None) -> list[str]:
@@ -163,9 +178,14 @@ def _known(tasks: list[Task]) -> str:
 
 def _own(folder: Path, tasks: list[Task]) -> DatasetFolder:
     labels: tuple[Path, ...] = (folder / "label.txt",)
+    images = folder
     classes: tuple[str, ...] = ()
     label_format = FORMATS[tasks[-1]]
-    if "cls_label" in (FORMATS[task] for task in tasks):
+    if label_format == "coco":
+        labels = (folder / "instances.json",)
+        if not labels[0].is_file() and (folder / "annotations").is_dir():
+            labels, images = tuple(folder / name for name in PADDLEX_COCO), folder / "images"
+    elif "cls_label" in (FORMATS[task] for task in tasks):
         lists = tuple(folder / name for name in ("train.txt", "val.txt") if (folder / name).is_file())
         if lists:
             label_format, labels, classes = "cls_label", lists, _class_names(folder / "label.txt")
@@ -175,7 +195,7 @@ def _own(folder: Path, tasks: list[Task]) -> DatasetFolder:
     name = folder.name
     if name == POOLED or name.startswith(GENERATED):  # these words mean something in the diff table
         name = f"folder-{name}"
-    return DatasetFolder(name, folder, labels, folder, label_format, source, licence, classes)
+    return DatasetFolder(name, folder, labels, images, label_format, source, licence, classes)
 
 
 def _class_names(file: Path) -> tuple[str, ...]:
@@ -240,14 +260,15 @@ def cached_dir(name: str) -> Path:
 def _folder(entry: DatasetEntry, folder: Path, source: str) -> DatasetFolder:
     labels = tuple(folder / file for file in entry.label_files)
     images, classes = folder / entry.images, tuple(entry.classes)
-    return DatasetFolder(entry.name, folder, labels, images, entry.format, source, entry.licence, classes)
+    return DatasetFolder(
+        entry.name, folder, labels, images, entry.format, source, entry.licence, classes, entry.mapping
+    )
 
 
 def _checked(data: DatasetFolder) -> DatasetFolder:
     for path in data.label_files:
         if not path.is_file():
-            example = EXAMPLES[data.format]
-            raise InputError(f"{path} is missing; expected a file with lines like {example}")
+            raise InputError(f"{path} is missing; expected a file with {example_of(data.format)}")
     return data
 
 
@@ -255,8 +276,24 @@ EXAMPLES: dict[LabelFormat, str] = {
     "det_label": 'images/1.jpg<TAB>[{"transcription": "text", "points": [[0, 0], [9, 0], [9, 5], [0, 5]]}]',
     "rec_label": "images/1.jpg<TAB>text",
     "cls_label": "images/1.jpg 0",
+    "coco": '{"images": [{"id": 1, "file_name": "images/1.jpg"}], "categories": [{"id": 1, "name": "text"}], '
+    '"annotations": [{"image_id": 1, "category_id": 1, "bbox": [x, y, width, height]}]}',
 }
-"""One line of a label file, for messages."""
+"""One line of a label file, for messages; a whole file where labels are not in lines."""
+
+
+def example_of(label_format: LabelFormat) -> str:
+    """What a label file holds, in words."""
+    return f"{'JSON' if label_format == 'coco' else 'lines'} like {EXAMPLES[label_format]}"
+
+
+GENERATED_SETS: dict[GeneratedKind, tuple[str, LabelFormat, str]] = {
+    "text_lines": ("calib_data.generator", "rec_label", "label.txt"),
+    "text_pages": ("calib_data.generator", "det_label", "label.txt"),
+    "document_pages": ("calib_data.generator", "det_label", "label.txt"),
+    "layout_pages": ("calib_data.layouts", "coco", "instances.json"),
+}
+"""The module that makes each kind of generated set, the format of its labels, and the label file."""
 
 
 def generated_dataset(kind: GeneratedKind, samples: int, seed: int, progress: Progress | None = None) -> DatasetFolder:
@@ -265,8 +302,8 @@ def generated_dataset(kind: GeneratedKind, samples: int, seed: int, progress: Pr
     Raises:
         Unavailable: the cache cannot be written.
     """
-    from calib_data import generator
-
+    module, label_format, labels = GENERATED_SETS[kind]
+    generator = import_module(module)
     fonts = generator.fonts_fingerprint(generator.find_fonts())
     facts = [kind, samples, seed, generator.GENERATOR_VERSION, fonts]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
@@ -286,7 +323,7 @@ def generated_dataset(kind: GeneratedKind, samples: int, seed: int, progress: Pr
         except OSError as error:
             reason = f"the generated data cannot be written to {folder}: {error.strerror or error}"
             raise Unavailable(reason, "Free some space, or set QUANT_CACHE to a folder that can be written") from error
-    label_format: LabelFormat = "rec_label" if kind == "text_lines" else "det_label"
     source = f"the built-in generator (seed {seed})"
-    labels = (folder / "label.txt",)
-    return DatasetFolder(f"{GENERATED}{kind}", folder, labels, folder, label_format, source, "generated, no terms")
+    return DatasetFolder(
+        f"{GENERATED}{kind}", folder, (folder / labels,), folder, label_format, source, "generated, no terms"
+    )

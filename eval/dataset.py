@@ -12,7 +12,8 @@ from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from calib_data.registry import EXAMPLES, DatasetFolder, LabelFormat
+from calib_data.registry import DatasetFolder, LabelFormat, example_of
+from eval.layouts import BrokenLayout, Layout, in_words_of, read_layouts
 from quant.errors import InputError
 from quant.recipe import Angle, Rotations, Splits
 
@@ -42,7 +43,7 @@ class Box:
     text: str
 
 
-Label = str | tuple[Box, ...] | int
+Label = str | tuple[Box, ...] | int | Layout
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Sample:
         id: first 16 hex digits of the sha256 of the picture file; `-180` and the like is added for a turned one.
         dataset: name of the set it is from.
         image: the picture file.
-        label: text of a line, boxes of a page, or index of a class.
+        label: text of a line, boxes of a page, index of a class, or layout of a page.
         turn: by how many degrees the picture in the file is to be turned clockwise.
     """
 
@@ -101,11 +102,11 @@ def read_dataset(folder: DatasetFolder) -> Dataset:
     broken: list[str] = []
     lines = [line for path in folder.label_files for line in _lines(path, folder.format)]
     duplicates = 0
-    for path, number, text in lines:
+    for place, content in lines:
         try:
-            sample = _sample(folder, text)
+            sample = _sample(folder, content)
         except _BrokenLine as error:
-            broken.append(f"{path} line {number}: {error}")
+            broken.append(f"{place}: {error}")
             continue
         duplicates += sample.id in samples
         samples.setdefault(sample.id, sample)
@@ -138,6 +139,23 @@ def turned(dataset: Dataset, rotations: Rotations) -> Dataset:
     return replace(dataset, folder=replace(dataset.folder, source=source), samples=samples)
 
 
+def in_model_words(dataset: Dataset, labels: Sequence[str]) -> Dataset:
+    """Layouts in the classes of a model; what is not judged is named in the words on the source.
+
+    Raises:
+        InputError: the set and the model share no class, or the set's mapping is of another model.
+    """
+    folder = dataset.folder
+    classes = dict.fromkeys(name for path in folder.label_files for name in read_layouts(path).classes)
+    try:
+        words = in_words_of(labels, list(classes), folder.mapping)
+    except InputError as error:
+        raise InputError(f"the data set {folder.name}: {error}; give another with --data") from error
+    samples = [replace(s, label=words.translated(s.label)) for s in dataset.samples if isinstance(s.label, Layout)]
+    source = folder.source + (f"; not judged: {', '.join(words.unjudged)}" if words.unjudged else "")
+    return replace(dataset, folder=replace(folder, source=source), samples=tuple(samples))
+
+
 def _aspect(path: Path) -> float:
     """Width / height of a picture, turned as its EXIF data say."""
     from PIL import ExifTags, Image
@@ -148,7 +166,13 @@ def _aspect(path: Path) -> float:
     return height / width if sideways else width / height
 
 
-def _lines(path: Path, label_format: LabelFormat) -> list[tuple[Path, int, str]]:
+_Page = tuple[str, Layout | BrokenLayout]
+
+
+def _lines(path: Path, label_format: LabelFormat) -> list[tuple[str, str | _Page]]:
+    """What a label file says of each picture, and where it says it."""
+    if label_format == "coco":
+        return [(f"{path} picture {page[0]}", page) for page in read_layouts(path).pages]
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -157,20 +181,29 @@ def _lines(path: Path, label_format: LabelFormat) -> list[tuple[Path, int, str]]
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no UTF-8 text (byte {error.start}). {_expectation(label_format)}") from error
     # Not splitlines(): a text may hold characters that it splits at.
-    lines = [(path, number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    lines = [(f"{path} line {number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise InputError(f"{path} is empty. {_expectation(label_format)}")
-    return lines
+    return [*lines]
 
 
 def _expectation(label_format: LabelFormat) -> str:
-    return f"Expected lines like {EXAMPLES[label_format]}"
+    return f"Expected {example_of(label_format)}"
 
 
-def _sample(folder: DatasetFolder, line: str) -> Sample:
-    name, label = _class(folder, line) if folder.format == "cls_label" else _after_tab(folder, line)
+def _sample(folder: DatasetFolder, content: str | _Page) -> Sample:
+    name, label = _parsed(folder, content)
     image = folder.images / _relative(name)
     return Sample(_content_id(image, name), folder.name, image, label)
+
+
+def _parsed(folder: DatasetFolder, content: str | _Page) -> tuple[str, Label]:
+    if isinstance(content, str):
+        return _class(folder, content) if folder.format == "cls_label" else _after_tab(folder, content)
+    name, layout = content
+    if isinstance(layout, BrokenLayout):
+        raise _BrokenLine(str(layout))
+    return name, layout
 
 
 def _after_tab(folder: DatasetFolder, line: str) -> tuple[str, Label]:

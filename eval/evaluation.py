@@ -189,6 +189,6 @@ def _row(
             estimate.drop, estimate.relative_drop, estimate.drop_upper95, estimate.relative_drop_upper95, gate, kind
         ),
         samples_needed=samples_needed(estimate, gate.max_drop, gate.max_relative_drop),
-        details={"fp32": metric.details(fp32.sum(axis=0)), "int8": metric.details(int8.sum(axis=0))},
+        details={"fp32": metric.report(fp32), "int8": metric.report(int8)},
         **facts,
     )

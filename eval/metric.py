@@ -1,12 +1,15 @@
-"""Metrics: what one sample contributes, and how contributions add up to a number.
+"""Metrics: what one sample contributes, and how contributions make a number.
 
-A metric turns every sample into a short vector of additive *counts*; the metric of a set is a function
-of the sum of its samples' counts. So statistics can work on a matrix [samples, counts] for any metric.
+A metric turns every sample into a vector of *counts*, and the metric of a set is a function of the matrix
+[samples, counts] and of a weight for each sample: so statistics can resample for any metric. Most metrics are a
+function of the sum of the counts (`Summed`); mean average precision is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +17,7 @@ import numpy.typing as npt
 import shapely
 from rapidfuzz.distance import Levenshtein
 
+from eval.average_precision import THRESHOLDS, MeanAveragePrecision
 from quant.errors import InputError
 
 FloatArray = npt.NDArray[np.float64]
@@ -25,7 +29,7 @@ MAX_IGNORED_SHARE = 0.5
 
 
 class Metric(Protocol):
-    """A metric whose aggregate does not change when all counts are multiplied by the same number."""
+    """A metric whose value does not change when all weights are multiplied by the same number."""
 
     name: str
 
@@ -33,16 +37,24 @@ class Metric(Protocol):
         """Counts of one sample, 1-D."""
         ...
 
-    def aggregate(self, total: FloatArray) -> float:
-        """The metric in percent from summed counts [counts]."""
+    def value(self, counts: FloatArray) -> float:
+        """The metric of a set in percent, from counts [samples, counts]."""
         ...
 
-    def aggregates(self, totals: FloatArray) -> FloatArray:
-        """The same for many sums at once: [resamples, counts] -> [resamples]."""
+    def values(self, counts: FloatArray, weights: FloatArray) -> FloatArray:
+        """The same for many resamples at once.
+
+        Args:
+            counts: [samples, counts].
+            weights: how often, or how much, each sample counts, [resamples, samples].
+
+        Returns:
+            In percent, [resamples].
+        """
         ...
 
-    def details(self, total: FloatArray) -> dict[str, float]:
-        """This and related metrics, all in percent, from summed counts [counts]."""
+    def report(self, counts: FloatArray) -> dict[str, float]:
+        """This and related metrics of a set, all in percent, from counts [samples, counts]."""
         ...
 
     def outcome_differs(self, first: FloatArray, second: FloatArray) -> BoolArray:
@@ -56,6 +68,31 @@ class Metric(Protocol):
             fp32: counts of the real samples, [samples, counts].
         """
         ...
+
+
+class Summed(ABC):
+    """What metrics share that are a function of the sum of their samples' counts."""
+
+    @abstractmethod
+    def aggregates(self, totals: FloatArray) -> FloatArray:
+        """The metric in percent for many sums at once: [resamples, counts] -> [resamples]."""
+
+    @abstractmethod
+    def details(self, total: FloatArray) -> dict[str, float]:
+        """This and related metrics, all in percent, from summed counts [counts]."""
+
+    def aggregate(self, total: FloatArray) -> float:
+        """The metric in percent from summed counts [counts]."""
+        return float(self.aggregates(total[None])[0])
+
+    def value(self, counts: FloatArray) -> float:
+        return self.aggregate(counts.sum(axis=0))
+
+    def values(self, counts: FloatArray, weights: FloatArray) -> FloatArray:
+        return self.aggregates(weights @ counts)
+
+    def report(self, counts: FloatArray) -> dict[str, float]:
+        return self.details(counts.sum(axis=0))
 
 
 class HasText(Protocol):
@@ -86,7 +123,7 @@ class Region(Protocol):
     def text(self) -> str: ...
 
 
-class LineAccuracy:
+class LineAccuracy(Summed):
     """Share of lines read exactly right, spaces removed first (PaddleOCR's RecMetric with ignore_space).
 
     Counts: right (0 or 1), normalized edit similarity (0..1), 1.
@@ -98,9 +135,6 @@ class LineAccuracy:
     def score(self, prediction: HasText, label: str) -> FloatArray:
         read, true = prediction.text.replace(" ", ""), label.replace(" ", "")
         return np.array([read == true, Levenshtein.normalized_similarity(read, true), 1.0])
-
-    def aggregate(self, total: FloatArray) -> float:
-        return float(self.aggregates(total[None])[0])
 
     def aggregates(self, totals: FloatArray) -> FloatArray:
         return _percent(totals[:, 0], totals[:, 2])
@@ -117,7 +151,7 @@ class LineAccuracy:
         return np.array([1.0, 1.0, 1.0]), np.array([0.0, 0.0, 1.0])
 
 
-class Hmean:
+class Hmean(Summed):
     """Harmonic mean of precision and recall of text regions, by the ICDAR 2015 rules as PaddleOCR applies them.
 
     Counts: matched, detected, labelled. A pair matches when IoU > 0.5; labels and, within a label,
@@ -133,9 +167,6 @@ class Hmean:
         labelled = _valid_polygons(region.points for region in label if region.text != IGNORED)
         detected = _judged(_valid_polygons(prediction.polygons), ignored)
         return np.array([_matches(labelled, detected), len(detected), len(labelled)], dtype=np.float64)
-
-    def aggregate(self, total: FloatArray) -> float:
-        return float(self.aggregates(total[None])[0])
 
     def aggregates(self, totals: FloatArray) -> FloatArray:
         # 2 p r / (p + r) with p = matched / detected and r = matched / labelled
@@ -156,7 +187,7 @@ class Hmean:
         return before, after
 
 
-class Top1:
+class Top1(Summed):
     """Share of pictures whose most probable class is the labelled one (PaddleX's and PaddleClas' top-1).
 
     Counts: right (0 or 1), 1, then for each class: right of this class, pictures of this class.
@@ -172,9 +203,6 @@ class Top1:
         counts = np.zeros((1 + prediction.classes, 2))
         counts[[0, 1 + label]] = prediction.index == label, 1
         return counts.ravel()
-
-    def aggregate(self, total: FloatArray) -> float:
-        return float(self.aggregates(total[None])[0])
 
     def aggregates(self, totals: FloatArray) -> FloatArray:
         return _percent(totals[:, 0], totals[:, 1])
@@ -198,7 +226,13 @@ class Top1:
         return before, after
 
 
-_METRICS: dict[str, type[LineAccuracy | Hmean | Top1]] = {metric.name: metric for metric in (LineAccuracy, Hmean, Top1)}
+_METRICS: dict[str, Callable[[], Metric]] = {
+    LineAccuracy.name: LineAccuracy,
+    Hmean.name: Hmean,
+    Top1.name: Top1,
+    "map50": partial(MeanAveragePrecision, "map50", (0,)),
+    "map": partial(MeanAveragePrecision, "map", range(len(THRESHOLDS))),
+}
 
 
 def make_metric(name: str) -> Metric:

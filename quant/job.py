@@ -123,8 +123,26 @@ def prepared_graph(job: Job) -> Graph:
 
 
 def latency_feed(job: Job) -> Feed:
-    """Noise of the recipe's latency shape for every input."""
-    return dict.fromkeys(prepared_graph(job).inputs, noise(job.recipe, job.recipe.latency.shape))
+    """Inputs of the recipe's latency shape."""
+    return feed_of(job, job.recipe.latency.shape)
+
+
+def feed_of(job: Job, shape: Sequence[int]) -> Feed:
+    """Inputs to time a model with: noise as the picture, of a given shape, beside it what goes with such a picture.
+
+    Args:
+        shape: batch, channels, height, width.
+    """
+    batch, _, height, width = shape
+    inputs = job.adapter.preprocess(np.full((height, width, 3), 128, dtype=np.uint8)).inputs
+    picture = picture_input(inputs)
+    beside = {name: np.repeat(values, batch, axis=0) for name, values in inputs.items() if name != picture}
+    return {picture: noise(job.recipe, shape), **beside}
+
+
+def picture_input(inputs: Feed) -> str:
+    """Name of the input that holds the picture; others hold numbers about it."""
+    return next(name for name, values in inputs.items() if values.ndim == 4)
 
 
 def noise(recipe: Recipe, shape: Sequence[int]) -> np.ndarray:

@@ -10,7 +10,7 @@ from eval.benchmark import BenchRow, Cell, Timing, interleaved_latency
 from eval.gate import SkippedRow
 from quant.errors import Unavailable
 from quant.graph import Shape
-from quant.job import Job, Options, fp32_folders, noise, prepared_graph
+from quant.job import Job, Options, feed_of, fp32_folders, latency_feed, picture_input, prepared_graph
 from quant.judging import find_evaluation, skipped_rows
 from quant.recipe import Recipe
 from quant.runtime import Precision, Session, model_bytes, open_session
@@ -77,7 +77,7 @@ def time_cells(
     """
     latency = job.recipe.latency
     shapes = [[batch, *shape[1:]] for batch in BATCHES for shape in (latency.shapes or [latency.shape])]
-    name, declared = model_input(job)
+    declared = declared_picture(job)
     notes = [misfit(shape, declared) for shape in shapes]
     timings: list[dict[Precision, Timing]] = [{} for _ in shapes]
     precisions: tuple[Precision, ...] = ("f32", "default") if target == "openvino" else ("f32",)
@@ -86,7 +86,7 @@ def time_cells(
         for place, shape in enumerate(shapes):
             if notes[place]:
                 continue
-            feed = {name: noise(job.recipe, shape)}
+            feed = feed_of(job, shape)
             try:
                 timings[place][precision] = Timing(**interleaved_latency(sessions, feed, latency.runs, seconds))
             except Exception as error:  # every runtime has exceptions of its own for sizes that a graph cannot take
@@ -98,11 +98,10 @@ def time_cells(
     ]
 
 
-def model_input(job: Job) -> tuple[str, Shape]:
-    """Name of the input and its sizes, None where any will do."""
+def declared_picture(job: Job) -> Shape:
+    """Sizes of the picture that the graph reads, None where any will do."""
     graph = prepared_graph(job)
-    (name,) = graph.inputs
-    return name, graph.shape(name) or ()
+    return graph.shape(picture_input(latency_feed(job))) or ()
 
 
 def misfit(shape: list[int], declared: Shape) -> str:

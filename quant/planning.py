@@ -30,6 +30,7 @@ from quant.job import (
     counted,
     first_feeds,
     labels_digest,
+    latency_feed,
     prepared_graph,
     prepared_stage,
     sample_ids,
@@ -394,8 +395,7 @@ def _search_scores(job: Job, session: Session, what: str) -> np.ndarray:
 
 
 def _operators(job: Job, graph: Graph, choice: TargetChoice) -> list[Operator]:
-    feed = {name: np.zeros(job.recipe.latency.shape, dtype=np.float32) for name in graph.inputs}
-    operators = quantizable_operators(graph, count_work(graph, feed, job.options.threads).macs)
+    operators = quantizable_operators(graph, count_work(graph, latency_feed(job), job.options.threads).macs)
     known = {op.name for op in operators}
     if unknown := [name for name in choice.fp32 if name not in known]:
         raise InputError(f"targets.*.fp32: '{unknown[0]}' is no Conv, ConvTranspose or MatMul of {job.recipe.name}")

@@ -81,16 +81,19 @@ def read_proof(folder: Path) -> Proof:
 
 def check_outputs(files: ModelFiles, adapter: TaskAdapter, feed: Feed, outputs: list[np.ndarray]) -> None:
     """See whether a model's outputs for a feed have the shape that the task decodes; raises InputError if not."""
-    expected = adapter.expected_shape(feed)
+    expected = adapter.expected_shapes(feed)
     shapes = [value.shape for value in outputs]
-    fits = len(shapes) == 1 and len(shapes[0]) == len(expected)
-    if not fits or any(want not in (None, size) for want, size in zip(expected, shapes[0], strict=True)):
+    if len(shapes) != len(expected) or not all(map(_fits, shapes, expected)):
         found = " and ".join(str(list(shape)) for shape in shapes)
-        wanted = ", ".join("any" if size is None else str(size) for size in expected)
+        wanted = " and ".join(f"[{', '.join('any' if s is None else str(s) for s in shape)}]" for shape in expected)
         raise InputError(
-            f"{files.model}: it writes {found} where the recipe's task and classes need [{wanted}]: "
+            f"{files.model}: it writes {found} where the recipe's task and classes need {wanted}: "
             "this is another model than the recipe's"
         )
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(want in (None, size) for want, size in zip(expected, shape, strict=True))
 
 
 def _renamed(imported: Imported, feed: Feed, files: ModelFiles) -> Graph:

@@ -30,7 +30,7 @@ from quant.target import TARGETS, ActivationType, EqualizationScope, Placement, 
 
 SCHEMA_VERSION = 1
 
-Task = Literal["text_detection", "text_recognition", "image_classification"]
+Task = Literal["text_detection", "text_recognition", "image_classification", "layout_detection"]
 MethodName = Literal["ptq", "paddleslim"]
 BiasCorrection = Literal["none", "fast", "full"]
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy", "moving_average", "per_tensor"]
@@ -43,6 +43,7 @@ METRICS: dict[Task, tuple[str, ...]] = {
     "text_detection": ("hmean",),
     "text_recognition": ("line_accuracy",),
     "image_classification": ("top1",),
+    "layout_detection": ("map50", "map"),
 }
 """Names of the metrics in eval.metric that can judge each task; a table, as eval.metric loads numpy and shapely."""
 
@@ -118,7 +119,7 @@ class Splits(_Part):
 class GeneratedSet(_Part):
     """The built-in set, used when no other set can be had."""
 
-    kind: Literal["text_lines", "text_pages", "document_pages"]
+    kind: Literal["text_lines", "text_pages", "document_pages", "layout_pages"]
     samples: int = Field(ge=8, le=100_000)
     seed: int = Field(0, ge=0)
 
@@ -249,9 +250,9 @@ class Recipe(_Part):
 
 
 def class_labels(recipe: Recipe) -> list[str]:
-    """Names of a classifier's classes, in the order of their index; none for other tasks."""
+    """Names of the classes that a classifier or a layout model knows, by their index; none for other tasks."""
     place: Any = recipe.inference
-    for key in ("PostProcess", "Topk", "label_list"):
+    for key in ("label_list",) if recipe.task == "layout_detection" else ("PostProcess", "Topk", "label_list"):
         place = place.get(key) if isinstance(place, dict) else None
     return [str(label) for label in place] if isinstance(place, list) else []
 

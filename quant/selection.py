@@ -8,7 +8,19 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from calib_data.registry import FORMATS, DatasetFolder, generated_dataset, resolve_dataset
-from eval.dataset import SPLITS, Dataset, Sample, Split, check_disjoint, pick, picture_of, read_dataset, split, turned
+from eval.dataset import (
+    SPLITS,
+    Dataset,
+    Sample,
+    Split,
+    check_disjoint,
+    in_model_words,
+    pick,
+    picture_of,
+    read_dataset,
+    split,
+    turned,
+)
 from quant.archive import Progress
 from quant.errors import InputError, Unavailable
 from quant.manifest import DataRecord
@@ -117,6 +129,8 @@ def _read(folder: DatasetFolder, recipe: Recipe) -> Dataset:
     if rotations and folder.format == FORMATS[rotations.of]:
         return turned(_read_lines(folder), rotations)
     known = class_labels(recipe)
+    if folder.format == "coco":
+        return in_model_words(_read_lines(folder), known)
     if folder.classes and len(folder.classes) != len(known):
         raise InputError(
             f"the data set {folder.name} has the classes {', '.join(folder.classes)}, "

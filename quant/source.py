@@ -32,6 +32,10 @@ _ORIGIN = "origin.json"
 _WEIGHTS = ".pdiparams"
 _LOD_TENSOR = 7
 _EXPECTED = "expected inference.pdmodel or inference.json with inference.pdiparams beside it"
+_PARTS = {"Global": dict, "PreProcess": dict, "PostProcess": dict}
+_DETECTOR_PARTS = {"Global": dict, "Preprocess": list, "label_list": list}
+"""Sections of inference.yml and their kinds; PaddleDetection, which detectors are exported by, has its own."""
+
 _ITEM_BYTES = {0: 1, 1: 2, 2: 4, 3: 8, 4: 2, 5: 4, 6: 8, 20: 1, 21: 1, 22: 2, 23: 8, 24: 16}
 """Bytes of one number, by Paddle's VarType.Type: bool, int16..int64, fp16..fp64, uint8, int8, bf16, complex."""
 
@@ -291,9 +295,9 @@ def _inference_yml(recipe: Recipe, folder: Path) -> dict[str, Any]:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    parts = ("Global", "PreProcess", "PostProcess")
-    if not isinstance(document, dict) or not all(isinstance(document.get(part), dict) for part in parts):
-        raise InputError(f"{path} is not PaddleX's description of a model; expected the mappings {', '.join(parts)}")
+    parts = _DETECTOR_PARTS if recipe.task == "layout_detection" else _PARTS
+    if not isinstance(document, dict) or not all(isinstance(document.get(part), kind) for part, kind in parts.items()):
+        raise InputError(f"{path} is not PaddleX's description of a model; expected the sections {', '.join(parts)}")
     name = document["Global"].get("model_name")
     if name != recipe.name:
         raise InputError(f"{path} is of model {name}, not {recipe.name}: give the folder of that model")

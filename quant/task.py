@@ -1,7 +1,7 @@
 """Tasks: from a picture to the model's inputs, and from the model's outputs to a prediction.
 
 All arithmetic is done by the classes of PaddleX 3.7.2, set up from `inference.yml` as its own
-predictors (`TextDetRunnerPredictor`, `TextRecRunnerPredictor`, `ClasRunnerPredictor`) set them up
+predictors (`TextDetRunnerPredictor`, `TextRecRunnerPredictor`, `ClasRunnerPredictor`, `DetRunnerPredictor`) set them up
 with default arguments and batch size 1. PaddleX is imported when an adapter is made, not when this module is.
 """
 
@@ -75,7 +75,24 @@ class ClassPrediction:
     classes: int
 
 
-Prediction = TextPrediction | BoxPrediction | ClassPrediction
+@dataclass(frozen=True)
+class LayoutPrediction:
+    """Regions of a page, of every score above 0.
+
+    Args:
+        boxes: [n, 4] x and y of the upper left and lower right corner, in pixels of the original picture.
+        scores: [n], 0..1.
+        classes: [n] indexes of `labels`.
+        labels: names of the model's classes.
+    """
+
+    boxes: npt.NDArray[np.float64]
+    scores: npt.NDArray[np.float64]
+    classes: npt.NDArray[np.int64]
+    labels: tuple[str, ...]
+
+
+Prediction = TextPrediction | BoxPrediction | ClassPrediction | LayoutPrediction
 
 
 class TaskAdapter(Protocol):
@@ -89,8 +106,8 @@ class TaskAdapter(Protocol):
         """Args: outputs: the model's outputs for one prepared picture; context: from `Prepared`."""
         ...
 
-    def expected_shape(self, inputs: Mapping[str, FloatArray]) -> tuple[int | None, ...]:
-        """Shape of the output for these inputs, None where any size will do: it tells foreign models apart."""
+    def expected_shapes(self, inputs: Mapping[str, FloatArray]) -> list[tuple[int | None, ...]]:
+        """Shape of each output for these inputs, None where any size will do: it tells foreign models apart."""
         ...
 
 
@@ -105,7 +122,7 @@ class TextDetection:
             {"DetResizeForTest", "NormalizeImage", "ToCHWImage"},
         )
         post = _postprocess(inference_yml, model_name, "DBPostProcess")
-        _prefer_offline()
+        prefer_offline()
         from paddlex.inference.models.common import ToBatch, ToCHWImage
         from paddlex.inference.models.text_detection.predictor import (
             _get_text_det_postprocess_defaults,
@@ -136,7 +153,7 @@ class TextDetection:
 
     def preprocess(self, image: Image) -> Prepared:
         """Context: [[source height, source width, height ratio, width ratio]]."""
-        _check_image(image)
+        check_image(image)
         resized, shapes = self._resize(imgs=self._read(imgs=[image]))
         (batch,) = self._to_batch(imgs=self._to_chw(imgs=self._normalize(imgs=resized)))
         return Prepared({INPUT_NAME: np.ascontiguousarray(batch)}, shapes)
@@ -147,9 +164,9 @@ class TextDetection:
             [np.asarray(polygon, dtype=np.int32) for polygon in polygons[0]], [float(score) for score in scores[0]]
         )
 
-    def expected_shape(self, inputs: Mapping[str, FloatArray]) -> tuple[int | None, ...]:
+    def expected_shapes(self, inputs: Mapping[str, FloatArray]) -> list[tuple[int | None, ...]]:
         height, width = inputs[INPUT_NAME].shape[2:]
-        return 1, 1, height, width
+        return [(1, 1, height, width)]
 
 
 class TextRecognition:
@@ -174,7 +191,7 @@ class TextRecognition:
             raise InputError(
                 f"inference.yml of {model_name}: RecResizeImg.image_shape must be [channels, height, width]"
             )
-        _prefer_offline()
+        prefer_offline()
         from paddlex.inference.models.text_recognition.processors import CTCLabelDecode, OCRReisizeNormImg, ToBatch
 
         self._read = _reader(operators)
@@ -185,7 +202,7 @@ class TextRecognition:
 
     def preprocess(self, image: Image) -> Prepared:
         """Context: None."""
-        _check_image(image)
+        check_image(image)
         (batch,) = self._to_batch(imgs=self._resize(imgs=self._read(imgs=[image])))
         return Prepared({INPUT_NAME: np.ascontiguousarray(batch)}, None)
 
@@ -193,8 +210,8 @@ class TextRecognition:
         texts, scores = self._decode(outputs)
         return TextPrediction(texts[0], float(scores[0]))
 
-    def expected_shape(self, inputs: Mapping[str, FloatArray]) -> tuple[int | None, ...]:
-        return 1, None, self._classes
+    def expected_shapes(self, inputs: Mapping[str, FloatArray]) -> list[tuple[int | None, ...]]:
+        return [(1, None, self._classes)]
 
 
 class ImageClassification:
@@ -208,7 +225,7 @@ class ImageClassification:
             {"ResizeImage", "NormalizeImage", "ToCHWImage"},
         )
         labels = _class_labels(inference_yml, model_name)
-        _prefer_offline()
+        prefer_offline()
         from paddlex.inference.common.reader import ReadImage
         from paddlex.inference.models.common import Normalize, ToBatch, ToCHWImage
         from paddlex.inference.models.image_classification.processors import Crop, Topk
@@ -231,7 +248,7 @@ class ImageClassification:
 
     def preprocess(self, image: Image) -> Prepared:
         """Context: None."""
-        _check_image(image)
+        check_image(image)
         images: Any = [image]
         for step in self._steps:
             images = step(imgs=images)
@@ -242,14 +259,21 @@ class ImageClassification:
         indexes, scores, names = self._decode(outputs, topk=1)
         return ClassPrediction(int(indexes[0][0]), str(names[0][0]), float(scores[0][0]), self._classes)
 
-    def expected_shape(self, inputs: Mapping[str, FloatArray]) -> tuple[int | None, ...]:
-        return 1, self._classes
+    def expected_shapes(self, inputs: Mapping[str, FloatArray]) -> list[tuple[int | None, ...]]:
+        return [(1, self._classes)]
+
+
+def _layout_detection(inference_yml: Mapping[str, Any], model_name: str) -> TaskAdapter:
+    from quant.layout import LayoutDetection  # not above: it imports this module
+
+    return LayoutDetection(inference_yml, model_name)
 
 
 _TASKS: dict[str, Callable[[Mapping[str, Any], str], TaskAdapter]] = {
     "text_detection": TextDetection,
     "text_recognition": TextRecognition,
     "image_classification": ImageClassification,
+    "layout_detection": _layout_detection,
 }
 
 
@@ -257,7 +281,7 @@ def make_task(task: str, inference_yml: Mapping[str, Any], model_name: str) -> T
     """The adapter of a task.
 
     Args:
-        task: `text_detection`, `text_recognition` or `image_classification`.
+        task: a task that recipes may name.
         inference_yml: the parsed file that lies beside a PaddleX model.
         model_name: PaddleX derives defaults from it.
 
@@ -269,8 +293,8 @@ def make_task(task: str, inference_yml: Mapping[str, Any], model_name: str) -> T
     return _TASKS[task](inference_yml, model_name)
 
 
-def _prefer_offline() -> None:
-    """PaddleX probes its model hosters when it is imported, unless this is set."""
+def prefer_offline() -> None:
+    """To be called before PaddleX is imported, which probes its model hosters unless this is set."""
     os.environ.setdefault("PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK", "True")
 
 
@@ -364,7 +388,7 @@ def _normalization(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_image(image: Image) -> None:
+def check_image(image: Image) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise InputError(
             f"a picture must be uint8 [height, width, 3] with at least one pixel, not {image.dtype} {list(image.shape)}"

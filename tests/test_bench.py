@@ -151,7 +151,7 @@ def test_a_batch_that_the_model_does_not_take_says_so(
     recipe_and_options: tuple[Recipe, Options], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, options = recipe_and_options
-    monkeypatch.setattr(latency, "model_input", lambda job: ("x", (1, 3, HEIGHT, None)))
+    monkeypatch.setattr(latency, "declared_picture", lambda job: (1, 3, HEIGHT, None))
     rows = [found for found in bench_model(recipe, options) if isinstance(found, BenchRow)]
     assert {found.note for found in rows if found.shape[0] == 8} == {"the model's batch is fixed at 1"}
     assert all(found.ms and not found.note for found in rows if found.shape[0] == 1)
@@ -167,7 +167,7 @@ def test_a_size_that_breaks_a_runtime_costs_its_cell_alone(recipe_and_options: t
         return {name: open_session("onnxruntime", folder / "onnxruntime", 1) for name in ("fp32", "int8")}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "model_input", lambda job: ("x", ()))
+        patch.setattr(latency, "declared_picture", lambda job: ())
         cells = time_cells(job, "onnxruntime", open_all)
     assert [bool(cell.note) for cell in cells] == [True, False, True, False]
     assert cells[0].ms is None and "does not run at this size" in cells[0].note

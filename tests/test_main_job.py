@@ -69,7 +69,7 @@ def paddlex_value(model: str, folder: Path, threads: int) -> float:
         else:
             prediction = BoxPrediction([np.asarray(polygon) for polygon in result["dt_polys"]], result["dt_scores"])
         counts.append(metric.score(prediction, sample.label))
-    return metric.aggregate(np.sum(counts, axis=0))
+    return metric.value(np.array(counts))
 
 
 @needs_real_data

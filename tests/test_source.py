@@ -330,8 +330,8 @@ def test_the_folder_describes_itself(folder: Path) -> None:
     ("text", "why"),
     [
         ("{", "is no YAML"),
-        ("- a\n", "expected the mappings"),
-        (f"Global: {{model_name: {DET}}}\n", "expected the mappings"),
+        ("- a\n", "expected the sections"),
+        (f"Global: {{model_name: {DET}}}\n", "expected the sections"),
         ("Global: {model_name: other}\nPreProcess: {}\nPostProcess: {}\n", f"is of model other, not {DET}"),
     ],
 )
@@ -339,6 +339,15 @@ def test_a_wrong_description(folder: Path, text: str, why: str) -> None:
     (folder / "inference.yml").write_text(text)
     with pytest.raises(InputError, match=why):
         resolve_model(load_recipe(DET), folder)
+
+
+def test_a_detector_is_described_by_other_sections(folder: Path) -> None:
+    described = load_recipe("PP-DocLayout-S").inference
+    (folder / "inference.yml").write_text(yaml.safe_dump(described))
+    assert resolve_model(load_recipe("PP-DocLayout-S"), folder).inference_yml == described
+    (folder / "inference.yml").write_text(yaml.safe_dump({**described, "Preprocess": {}}))
+    with pytest.raises(InputError, match="expected the sections Global, Preprocess, label_list"):
+        resolve_model(load_recipe("PP-DocLayout-S"), folder)
 
 
 def test_a_description_without_characters(tmp_path: Path) -> None:
