@@ -17,8 +17,8 @@ from quant.errors import InputError, Unavailable
 from quant.recipe import Sha256, Task
 from quant.source import cache_dir, search_path
 
-LabelFormat = Literal["det_label", "rec_label", "cls_label"]
-GeneratedKind = Literal["text_lines", "text_pages", "document_pages"]
+LabelFormat = Literal["det_label", "rec_label", "cls_label", "table_label", "latex_lines"]
+GeneratedKind = Literal["text_lines", "text_pages", "document_pages", "tables", "formulas"]
 
 GENERATED = "generated-"
 """What the names of generated sets begin with."""
@@ -27,11 +27,25 @@ FORMATS: dict[Task, LabelFormat] = {
     "text_detection": "det_label",
     "text_recognition": "rec_label",
     "image_classification": "cls_label",
+    "table_structure": "table_label",
+    "formula_recognition": "rec_label",
 }
 """The label format of each task: det_label = image TAB JSON, rec_label = image TAB text, cls_label = image SPACE index.
 
 A folder in cls_label has PaddleX's layout: train.txt and val.txt list pictures, label.txt the classes (`index name`).
+table_label = a JSON object in each line of label.jsonl, or of PaddleX's train.txt and val.txt: `filename` and `html`, as
+text or, as in PubTabNet, as the tokens of structure and cells. latex_lines = UniMER-Test: line k of NAME.txt is the LaTeX
+of the k-th picture, by name, in the folder NAME.
 """
+
+
+_GENERATED_FORMATS: dict[GeneratedKind, LabelFormat] = {
+    "text_lines": "rec_label",
+    "text_pages": "det_label",
+    "document_pages": "det_label",
+    "tables": "table_label",
+    "formulas": "rec_label",
+}
 
 
 class _Part(BaseModel):
@@ -165,6 +179,9 @@ def _own(folder: Path, tasks: list[Task]) -> DatasetFolder:
     labels: tuple[Path, ...] = (folder / "label.txt",)
     classes: tuple[str, ...] = ()
     label_format = FORMATS[tasks[-1]]
+    if label_format == "table_label":
+        lists = tuple(folder / name for name in ("train.txt", "val.txt") if (folder / name).is_file())
+        labels = (folder / "label.jsonl",) if not lists or (folder / "label.jsonl").is_file() else lists
     if "cls_label" in (FORMATS[task] for task in tasks):
         lists = tuple(folder / name for name in ("train.txt", "val.txt") if (folder / name).is_file())
         if lists:
@@ -255,6 +272,8 @@ EXAMPLES: dict[LabelFormat, str] = {
     "det_label": 'images/1.jpg<TAB>[{"transcription": "text", "points": [[0, 0], [9, 0], [9, 5], [0, 5]]}]',
     "rec_label": "images/1.jpg<TAB>text",
     "cls_label": "images/1.jpg 0",
+    "table_label": '{"filename": "images/1.jpg", "html": "<html><body><table><tr><td>text</td></tr></table></body></html>"}',
+    "latex_lines": "\\frac{a}{b}",
 }
 """One line of a label file, for messages."""
 
@@ -286,7 +305,7 @@ def generated_dataset(kind: GeneratedKind, samples: int, seed: int, progress: Pr
         except OSError as error:
             reason = f"the generated data cannot be written to {folder}: {error.strerror or error}"
             raise Unavailable(reason, "Free some space, or set QUANT_CACHE to a folder that can be written") from error
-    label_format: LabelFormat = "rec_label" if kind == "text_lines" else "det_label"
+    label_format = _GENERATED_FORMATS[kind]
     source = f"the built-in generator (seed {seed})"
-    labels = (folder / "label.txt",)
+    labels = (folder / generator.label_file(kind),)
     return DatasetFolder(f"{GENERATED}{kind}", folder, labels, folder, label_format, source, "generated, no terms")

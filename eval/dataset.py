@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -24,6 +25,11 @@ IGNORE = "###"
 
 Split = Literal["calibration", "search", "report"]
 SPLITS: tuple[Split, ...] = ("calibration", "search", "report")
+
+
+_TABLE = re.compile(r"<table\b.*</table>", re.DOTALL)
+_CELL_START = re.compile(r"<t[dh]\b[^>]*>")
+_SPAN = re.compile(r"""(rowspan|colspan)\s*=\s*["']?(\d+)""")
 
 
 class BrokenPicture(InputError):
@@ -53,7 +59,7 @@ class Sample:
         id: first 16 hex digits of the sha256 of the picture file; `-180` and the like is added for a turned one.
         dataset: name of the set it is from.
         image: the picture file.
-        label: text of a line, boxes of a page, or index of a class.
+        label: text of a line, LaTeX of a formula, HTML of a table, boxes of a page, or index of a class.
         turn: by how many degrees the picture in the file is to be turned clockwise.
     """
 
@@ -99,7 +105,7 @@ def read_dataset(folder: DatasetFolder) -> Dataset:
     """
     samples: dict[str, Sample] = {}
     broken: list[str] = []
-    lines = [line for path in folder.label_files for line in _lines(path, folder.format)]
+    lines = [line for path in folder.label_files for line in _labelled_lines(folder, path)]
     duplicates = 0
     for path, number, text in lines:
         try:
@@ -148,6 +154,17 @@ def _aspect(path: Path) -> float:
     return height / width if sideways else width / height
 
 
+def _labelled_lines(folder: DatasetFolder, path: Path) -> list[tuple[Path, int, str]]:
+    lines = _lines(path, folder.format)
+    if folder.format != "latex_lines":
+        return lines
+    pictures = sorted(picture.name for picture in (folder.images / path.stem).glob("*.*"))
+    if len(pictures) != lines[-1][1]:
+        where = folder.images / path.stem
+        raise InputError(f"{path} has {lines[-1][1]} formulas for the {len(pictures)} pictures in {where}")
+    return [(path, number, f"{path.stem}/{pictures[number - 1]}\t{text}") for path, number, text in lines]
+
+
 def _lines(path: Path, label_format: LabelFormat) -> list[tuple[Path, int, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -168,7 +185,8 @@ def _expectation(label_format: LabelFormat) -> str:
 
 
 def _sample(folder: DatasetFolder, line: str) -> Sample:
-    name, label = _class(folder, line) if folder.format == "cls_label" else _after_tab(folder, line)
+    read = {"cls_label": _class, "table_label": _table}.get(folder.format, _after_tab)
+    name, label = read(folder, line)
     image = folder.images / _relative(name)
     return Sample(_content_id(image, name), folder.name, image, label)
 
@@ -187,6 +205,42 @@ def _class(folder: DatasetFolder, line: str) -> tuple[str, Label]:
     if folder.classes and int(index) >= len(folder.classes):
         raise _BrokenLine(f"class {index}, but the set has {len(folder.classes)} classes, numbered from 0")
     return name, int(index)
+
+
+def _table(folder: DatasetFolder, line: str) -> tuple[str, Label]:
+    """A table: `html` is text, or PubTabNet's structure and cells, whose pictures lie in a folder for each `split`."""
+    try:
+        entry = json.loads(line)
+        name, html = entry["filename"], entry["html"]
+        markup = html if isinstance(html, str) else _joined(html["structure"]["tokens"], html["cells"])
+        if "split" in entry and not (folder.images / _relative(name)).is_file():
+            name = f"{entry['split']}/{name}"
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _BrokenLine("the label is no JSON object with 'filename' and 'html'") from error
+    return name, _table_html(markup)
+
+
+def _joined(structure: list[str], cells: list[dict[str, Any]]) -> str:
+    """The structure's tokens with the text of each cell before the cell's end."""
+    texts = iter("".join(cell["tokens"]) for cell in cells)
+    tokens = [f"{token.removesuffix('</td>')}{next(texts)}</td>" if "</td>" in token else token for token in structure]
+    return f"<table>{''.join(tokens)}</table>"
+
+
+def _table_html(markup: str) -> str:
+    """A table as `<html><body><table>...`: head cells are cells, and of their attributes only the spans are kept."""
+    tables = _TABLE.findall(markup)
+    if len(tables) != 1 or tables[0].count("<table") != 1:
+        raise _BrokenLine("the HTML is not one table")
+    table = _CELL_START.sub(_bare_cell, tables[0]).replace("</th>", "</td>")
+    if not table.count("<td") or table.count("<td") != table.count("</td>"):
+        raise _BrokenLine("the HTML has no cells, or cells without an end")
+    return f"<html><body>{table}</body></html>"
+
+
+def _bare_cell(match: re.Match[str]) -> str:
+    spans = (f' {name}="{number}"' for name, number in _SPAN.findall(match[0]))
+    return f"<td{''.join(spans)}>"
 
 
 def _relative(name: str) -> Path:

@@ -75,7 +75,29 @@ class ClassPrediction:
     classes: int
 
 
-Prediction = TextPrediction | BoxPrediction | ClassPrediction
+@dataclass(frozen=True)
+class TablePrediction:
+    """The skeleton of a table.
+
+    Args:
+        html: `<html><body><table>...`, cells without their text.
+        boxes: of the cells in their order, x and y of four corners in pixels of the original picture.
+        score: mean probability of the tokens, 0..1 (0 for no token).
+    """
+
+    html: str
+    boxes: list[list[int]]
+    score: float
+
+
+@dataclass(frozen=True)
+class FormulaPrediction:
+    """A formula as LaTeX."""
+
+    text: str
+
+
+Prediction = TextPrediction | BoxPrediction | ClassPrediction | TablePrediction | FormulaPrediction
 
 
 class TaskAdapter(Protocol):
@@ -89,8 +111,13 @@ class TaskAdapter(Protocol):
         """Args: outputs: the model's outputs for one prepared picture; context: from `Prepared`."""
         ...
 
-    def expected_shape(self, inputs: Mapping[str, FloatArray]) -> tuple[int | None, ...]:
-        """Shape of the output for these inputs, None where any size will do: it tells foreign models apart."""
+    def expected_shape(
+        self, inputs: Mapping[str, FloatArray]
+    ) -> tuple[int | None, ...] | list[tuple[int | None, ...]]:
+        """Shape of the output for these inputs, None where any size will do: it tells foreign models apart.
+
+        A list where the model has several outputs.
+        """
         ...
 
 
@@ -246,10 +273,24 @@ class ImageClassification:
         return 1, self._classes
 
 
+def _table_structure(inference_yml: Mapping[str, Any], model_name: str) -> TaskAdapter:
+    from quant.table import TableStructure
+
+    return TableStructure(inference_yml, model_name)
+
+
+def _formula_recognition(inference_yml: Mapping[str, Any], model_name: str) -> TaskAdapter:
+    from quant.formula import FormulaRecognition
+
+    return FormulaRecognition(inference_yml, model_name)
+
+
 _TASKS: dict[str, Callable[[Mapping[str, Any], str], TaskAdapter]] = {
     "text_detection": TextDetection,
     "text_recognition": TextRecognition,
     "image_classification": ImageClassification,
+    "table_structure": _table_structure,
+    "formula_recognition": _formula_recognition,
 }
 
 
@@ -257,7 +298,7 @@ def make_task(task: str, inference_yml: Mapping[str, Any], model_name: str) -> T
     """The adapter of a task.
 
     Args:
-        task: `text_detection`, `text_recognition` or `image_classification`.
+        task: one of `_TASKS`, for example `text_detection`.
         inference_yml: the parsed file that lies beside a PaddleX model.
         model_name: PaddleX derives defaults from it.
 
