@@ -18,8 +18,10 @@ from calib_data.photography import Picture
 from calib_data.wording import Rng
 
 _LATIN = tuple("abcdefghijkmnpqrstuvwxyz") + tuple("ABCDEFGHLMNPRSTVWX")
-_GREEK = tuple(rf"\{name}" for name in
-               "alpha beta gamma delta epsilon theta lambda mu nu pi rho sigma tau phi omega Gamma Delta Omega".split())
+_GREEK = (
+    r"\alpha", r"\beta", r"\gamma", r"\delta", r"\epsilon", r"\theta", r"\lambda", r"\mu", r"\nu", r"\pi", r"\rho",
+    r"\sigma", r"\tau", r"\phi", r"\omega", r"\Gamma", r"\Delta", r"\Omega",
+)  # fmt: skip
 _RELATIONS = ("=", "=", "=", r"\leq", r"\geq", r"\neq", r"\approx", r"\in", "<", ">", r"\equiv", r"\rightarrow")
 _SIGNS = ("+", "+", "-", "-", r"\cdot", r"\times", r"\pm")
 _FUNCTIONS = (r"\sin", r"\cos", r"\exp", r"\log", r"\ln", r"\tan")
@@ -123,7 +125,9 @@ def _structure(rng: Rng, world: FormulaWorld, kind: str, depth: int) -> str:
         return rf"\sqrt{{{_side(rng, world, depth)}}}"
     if kind == "sum":
         index = _one(rng, ("i", "j", "k", "n"))
-        return rf"\sum_{{{index} = {int(rng.integers(0, 2))}}}^{{{_one(rng, world.letters)}}} {_term(rng, world, depth)}"
+        return (
+            rf"\sum_{{{index} = {int(rng.integers(0, 2))}}}^{{{_one(rng, world.letters)}}} {_term(rng, world, depth)}"
+        )
     if kind == "integral":
         variable = _one(rng, ("x", "t", "u"))
         return rf"\int_{{{_atom(rng, world)}}}^{{{_atom(rng, world)}}} {_term(rng, world, depth)} d {variable}"

@@ -33,9 +33,9 @@ FORMATS: dict[Task, LabelFormat] = {
 """The label format of each task: det_label = image TAB JSON, rec_label = image TAB text, cls_label = image SPACE index.
 
 A folder in cls_label has PaddleX's layout: train.txt and val.txt list pictures, label.txt the classes (`index name`).
-table_label = a JSON object in each line of label.jsonl, or of PaddleX's train.txt and val.txt: `filename` and `html`, as
-text or, as in PubTabNet, as the tokens of structure and cells. latex_lines = UniMER-Test: line k of NAME.txt is the LaTeX
-of the k-th picture, by name, in the folder NAME.
+table_label = a JSON object in each line of label.jsonl, or of PaddleX's train.txt and val.txt: `filename` and `html`,
+as text or, as in PubTabNet, as the tokens of structure and cells. latex_lines = UniMER-Test: line k of NAME.txt is the
+LaTeX of the k-th picture, by name, in the folder NAME.
 """
 
 
@@ -272,7 +272,7 @@ EXAMPLES: dict[LabelFormat, str] = {
     "det_label": 'images/1.jpg<TAB>[{"transcription": "text", "points": [[0, 0], [9, 0], [9, 5], [0, 5]]}]',
     "rec_label": "images/1.jpg<TAB>text",
     "cls_label": "images/1.jpg 0",
-    "table_label": '{"filename": "images/1.jpg", "html": "<html><body><table><tr><td>text</td></tr></table></body></html>"}',
+    "table_label": '{"filename": "images/1.jpg", "html": "<table><tr><td>text</td></tr></table>"}',
     "latex_lines": "\\frac{a}{b}",
 }
 """One line of a label file, for messages."""

@@ -222,8 +222,13 @@ def _table(folder: DatasetFolder, line: str) -> tuple[str, Label]:
 
 def _joined(structure: list[str], cells: list[dict[str, Any]]) -> str:
     """The structure's tokens with the text of each cell before the cell's end."""
-    texts = iter("".join(cell["tokens"]) for cell in cells)
-    tokens = [f"{token.removesuffix('</td>')}{next(texts)}</td>" if "</td>" in token else token for token in structure]
+    texts = ["".join(cell["tokens"]) for cell in cells]
+    ends = [place for place, token in enumerate(structure) if token.endswith("</td>")]
+    if len(ends) != len(texts):
+        raise _BrokenLine(f"the structure has {len(ends)} cells, and there are {len(texts)} texts")
+    tokens = list(structure)
+    for place, text in zip(ends, texts, strict=True):
+        tokens[place] = f"{structure[place].removesuffix('</td>')}{text}</td>"
     return f"<table>{''.join(tokens)}</table>"
 
 

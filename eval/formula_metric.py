@@ -17,8 +17,7 @@ from rapidfuzz.distance import Levenshtein
 from eval.metric import FloatArray, HasText, MeanScore
 
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\S", re.DOTALL)
-_DELIMITED = re.compile(r"\s*(\$\$|\$|\\\[|\\\()(.*)(\$\$|\$|\\\]|\\\))\s*", re.DOTALL)
-_CLOSES = {"$$": "$$", "$": "$", "\\[": "\\]", "\\(": "\\)"}
+_DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"))
 _ORDERS = 4  # n-grams of 1 to 4 tokens
 
 
@@ -59,9 +58,10 @@ def corpus_bleu(counts: Sequence[float] | FloatArray) -> float:
 
 def latex_tokens(latex: str) -> list[str]:
     """The tokens of a formula, without blanks and without the delimiters around it."""
-    delimited = _DELIMITED.fullmatch(latex)
-    if delimited and _CLOSES[delimited[1]] == delimited[3]:
-        latex = delimited[2]
+    latex = latex.strip()
+    for start, end in _DELIMITERS:
+        if len(latex) > len(start + end) and latex.startswith(start) and latex.endswith(end):
+            return _TOKEN.findall(latex[len(start) : -len(end)])
     return _TOKEN.findall(latex)
 
 

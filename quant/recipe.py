@@ -30,9 +30,7 @@ from quant.target import TARGETS, ActivationType, EqualizationScope, Placement, 
 
 SCHEMA_VERSION = 1
 
-Task = Literal[
-    "text_detection", "text_recognition", "image_classification", "table_structure", "formula_recognition"
-]
+Task = Literal["text_detection", "text_recognition", "image_classification", "table_structure", "formula_recognition"]
 MethodName = Literal["ptq", "paddleslim"]
 BiasCorrection = Literal["none", "fast", "full"]
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy", "moving_average", "per_tensor"]

@@ -111,9 +111,7 @@ class TaskAdapter(Protocol):
         """Args: outputs: the model's outputs for one prepared picture; context: from `Prepared`."""
         ...
 
-    def expected_shape(
-        self, inputs: Mapping[str, FloatArray]
-    ) -> tuple[int | None, ...] | list[tuple[int | None, ...]]:
+    def expected_shape(self, inputs: Mapping[str, FloatArray]) -> tuple[int | None, ...] | list[tuple[int | None, ...]]:
         """Shape of the output for these inputs, None where any size will do: it tells foreign models apart.
 
         A list where the model has several outputs.
