@@ -9,16 +9,21 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from eval.metric import FloatArray, HasText, MeanScore
+from eval.metric import FloatArray, MeanScore
 
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\S", re.DOTALL)
 _DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"))
 _ORDERS = 4  # n-grams of 1 to 4 tokens
+
+
+class HasLatex(Protocol):
+    @property
+    def latex(self) -> str: ...
 
 
 class Bleu(MeanScore):
@@ -35,8 +40,8 @@ class Bleu(MeanScore):
     name = "bleu"
     scores = ("bleu", "exact_match", "normalized_edit_similarity")
 
-    def score(self, prediction: HasText, label: str) -> FloatArray:
-        read, true = latex_tokens(prediction.text), latex_tokens(label)
+    def score(self, prediction: HasLatex, label: str) -> FloatArray:
+        read, true = latex_tokens(prediction.latex), latex_tokens(label)
         result = _sacrebleu().sentence_score(" ".join(read), [" ".join(true)])
         similarity = Levenshtein.normalized_similarity(read, true)
         lengths = (result.sys_len, result.ref_len)

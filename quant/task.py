@@ -92,9 +92,9 @@ class TablePrediction:
 
 @dataclass(frozen=True)
 class FormulaPrediction:
-    """A formula as LaTeX."""
+    """A formula."""
 
-    text: str
+    latex: str
 
 
 Prediction = TextPrediction | BoxPrediction | ClassPrediction | TablePrediction | FormulaPrediction

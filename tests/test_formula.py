@@ -87,15 +87,15 @@ def test_our_path_equals_create_model(name: str, side: int, tmp_path: Path) -> N
         assert prepared.inputs["x"].dtype == np.float32
         formula = adapter.postprocess(session.run(prepared.inputs), prepared.context)
         assert isinstance(formula, FormulaPrediction)
-        assert formula.text == next(iter(client.predict(image)))["rec_formula"]
-        texts.add(formula.text)
+        assert formula.latex == next(iter(client.predict(image)))["rec_formula"]
+        texts.add(formula.latex)
     assert len(texts) == 4  # the outputs do depend on the picture
 
 
 def test_reading_stops_at_the_end_token() -> None:
     adapter = make_task("formula_recognition", inference_yml(), MODEL)
     ids = [0, *(WORDS.index(word) for word in ("\\frac", "{", "a", "}", "{", "2", "}")), 2, WORDS.index("x"), 1]
-    assert adapter.postprocess([np.array([ids], dtype=np.int64)], None).text == r"\frac{a}{2}"  # type: ignore
+    assert adapter.postprocess([np.array([ids], dtype=np.int64)], None).latex == r"\frac{a}{2}"  # type: ignore
 
 
 @pytest.mark.parametrize("characters", [None, {"tokenizer_config_file": {}}])
