@@ -18,11 +18,11 @@ from quant.task import (
     FormulaPrediction,
     Image,
     Prepared,
-    _check_image,
     _operators,
     _postprocess,
-    _prefer_offline,
     _reader,
+    check_image,
+    prefer_offline,
 )
 
 
@@ -47,7 +47,7 @@ class FormulaRecognition:
         if not isinstance(size, list) or len(size) != 2:
             raise InputError(f"inference.yml of {model_name}: UniMERNetImgDecode.input_size must be [height, width]")
         tokenizer = _tokenizer(inference_yml, model_name)
-        _prefer_offline()
+        prefer_offline()
         from paddlex.inference.models.formula_recognition.processors import (
             LatexImageFormat,
             ToBatch,
@@ -68,7 +68,7 @@ class FormulaRecognition:
 
     def preprocess(self, image: Image) -> Prepared:
         """Context: None."""
-        _check_image(image)
+        check_image(image)
         squares = self._crop_and_pad(imgs=self._read(imgs=[image]))
         (batch,) = self._to_batch(imgs=self._format(imgs=self._normalize(imgs=squares)))
         return Prepared({INPUT_NAME: np.ascontiguousarray(batch)}, None)
@@ -77,8 +77,8 @@ class FormulaRecognition:
         (text,) = self._decode([tokens.reshape([-1]) for tokens in outputs[0]])
         return FormulaPrediction(text)
 
-    def expected_shape(self, inputs: Mapping[str, FloatArray]) -> tuple[int | None, ...]:
-        return 1, None
+    def expected_shapes(self, inputs: Mapping[str, FloatArray]) -> list[tuple[int | None, ...]]:
+        return [(1, None)]
 
 
 def _tokenizer(inference_yml: Mapping[str, Any], model_name: str) -> dict[str, Any]:

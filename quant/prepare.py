@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -82,23 +81,19 @@ def read_proof(folder: Path) -> Proof:
 
 def check_outputs(files: ModelFiles, adapter: TaskAdapter, feed: Feed, outputs: list[np.ndarray]) -> None:
     """See whether a model's outputs for a feed have the shape that the task decodes; raises InputError if not."""
-    expected = adapter.expected_shape(feed)
-    wanted = expected if isinstance(expected, list) else [expected]
+    expected = adapter.expected_shapes(feed)
     shapes = [value.shape for value in outputs]
-    if len(shapes) != len(wanted) or not all(map(_fits, shapes, wanted)):
-        found, needed = (" and ".join(map(_sizes, all_shapes)) for all_shapes in (shapes, wanted))
+    if len(shapes) != len(expected) or not all(map(_fits, shapes, expected)):
+        found = " and ".join(str(list(shape)) for shape in shapes)
+        wanted = " and ".join(f"[{', '.join('any' if s is None else str(s) for s in shape)}]" for shape in expected)
         raise InputError(
-            f"{files.model}: it writes {found} where the recipe's task and classes need {needed}: "
+            f"{files.model}: it writes {found} where the recipe's task and classes need {wanted}: "
             "this is another model than the recipe's"
         )
 
 
-def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(wanted) and all(want in (None, size) for want, size in zip(wanted, shape, strict=True))
-
-
-def _sizes(shape: Sequence[int | None]) -> str:
-    return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(want in (None, size) for want, size in zip(expected, shape, strict=True))
 
 
 def _renamed(imported: Imported, feed: Feed, files: ModelFiles) -> Graph:

@@ -17,11 +17,11 @@ from quant.task import (
     Image,
     Prepared,
     TablePrediction,
-    _check_image,
     _operators,
     _postprocess,
-    _prefer_offline,
     _reader,
+    check_image,
+    prefer_offline,
 )
 
 _BOX_NUMBERS = 8  # x and y of four corners
@@ -57,7 +57,7 @@ class TableStructure:
                 "it must list the HTML tokens that the model was trained on"
             )
         merged = bool(operators["TableLabelEncode"].get("merge_no_span_structure", True))
-        _prefer_offline()
+        prefer_offline()
         from paddlex.inference.models.common import Normalize, ResizeByLong, ToBatch, ToCHWImage
         from paddlex.inference.models.table_structure_recognition.processors import Pad, TableLabelDecode
 
@@ -80,7 +80,7 @@ class TableStructure:
 
     def preprocess(self, image: Image) -> Prepared:
         """Context: sizes of the padded and of the original picture, each [width, height]."""
-        _check_image(image)
+        check_image(image)
         resized = self._normalize(imgs=self._resize(imgs=self._read(imgs=[image])))
         ((padded, size),) = self._pad(imgs=resized)
         (batch,) = self._to_batch(imgs=self._to_chw(imgs=[padded]))
@@ -92,5 +92,5 @@ class TableStructure:
         (table,) = self._decode(pred=outputs, img_size=[padded], ori_img_size=[original])
         return TablePrediction("".join(table["structure"]), table["bbox"], float(table["structure_score"]))
 
-    def expected_shape(self, inputs: Mapping[str, FloatArray]) -> list[tuple[int | None, ...]]:
+    def expected_shapes(self, inputs: Mapping[str, FloatArray]) -> list[tuple[int | None, ...]]:
         return [(1, None, _BOX_NUMBERS), (1, None, self._classes)]

@@ -111,11 +111,8 @@ class TaskAdapter(Protocol):
         """Args: outputs: the model's outputs for one prepared picture; context: from `Prepared`."""
         ...
 
-    def expected_shape(self, inputs: Mapping[str, FloatArray]) -> tuple[int | None, ...] | list[tuple[int | None, ...]]:
-        """Shape of the output for these inputs, None where any size will do: it tells foreign models apart.
-
-        A list where the model has several outputs.
-        """
+    def expected_shapes(self, inputs: Mapping[str, FloatArray]) -> list[tuple[int | None, ...]]:
+        """Shape of each output for these inputs, None where any size will do: it tells foreign models apart."""
         ...
 
 
@@ -130,7 +127,7 @@ class TextDetection:
             {"DetResizeForTest", "NormalizeImage", "ToCHWImage"},
         )
         post = _postprocess(inference_yml, model_name, "DBPostProcess")
-        _prefer_offline()
+        prefer_offline()
         from paddlex.inference.models.common import ToBatch, ToCHWImage
         from paddlex.inference.models.text_detection.predictor import (
             _get_text_det_postprocess_defaults,
@@ -161,7 +158,7 @@ class TextDetection:
 
     def preprocess(self, image: Image) -> Prepared:
         """Context: [[source height, source width, height ratio, width ratio]]."""
-        _check_image(image)
+        check_image(image)
         resized, shapes = self._resize(imgs=self._read(imgs=[image]))
         (batch,) = self._to_batch(imgs=self._to_chw(imgs=self._normalize(imgs=resized)))
         return Prepared({INPUT_NAME: np.ascontiguousarray(batch)}, shapes)
@@ -172,9 +169,9 @@ class TextDetection:
             [np.asarray(polygon, dtype=np.int32) for polygon in polygons[0]], [float(score) for score in scores[0]]
         )
 
-    def expected_shape(self, inputs: Mapping[str, FloatArray]) -> tuple[int | None, ...]:
+    def expected_shapes(self, inputs: Mapping[str, FloatArray]) -> list[tuple[int | None, ...]]:
         height, width = inputs[INPUT_NAME].shape[2:]
-        return 1, 1, height, width
+        return [(1, 1, height, width)]
 
 
 class TextRecognition:
@@ -199,7 +196,7 @@ class TextRecognition:
             raise InputError(
                 f"inference.yml of {model_name}: RecResizeImg.image_shape must be [channels, height, width]"
             )
-        _prefer_offline()
+        prefer_offline()
         from paddlex.inference.models.text_recognition.processors import CTCLabelDecode, OCRReisizeNormImg, ToBatch
 
         self._read = _reader(operators)
@@ -210,7 +207,7 @@ class TextRecognition:
 
     def preprocess(self, image: Image) -> Prepared:
         """Context: None."""
-        _check_image(image)
+        check_image(image)
         (batch,) = self._to_batch(imgs=self._resize(imgs=self._read(imgs=[image])))
         return Prepared({INPUT_NAME: np.ascontiguousarray(batch)}, None)
 
@@ -218,8 +215,8 @@ class TextRecognition:
         texts, scores = self._decode(outputs)
         return TextPrediction(texts[0], float(scores[0]))
 
-    def expected_shape(self, inputs: Mapping[str, FloatArray]) -> tuple[int | None, ...]:
-        return 1, None, self._classes
+    def expected_shapes(self, inputs: Mapping[str, FloatArray]) -> list[tuple[int | None, ...]]:
+        return [(1, None, self._classes)]
 
 
 class ImageClassification:
@@ -233,7 +230,7 @@ class ImageClassification:
             {"ResizeImage", "NormalizeImage", "ToCHWImage"},
         )
         labels = _class_labels(inference_yml, model_name)
-        _prefer_offline()
+        prefer_offline()
         from paddlex.inference.common.reader import ReadImage
         from paddlex.inference.models.common import Normalize, ToBatch, ToCHWImage
         from paddlex.inference.models.image_classification.processors import Crop, Topk
@@ -256,7 +253,7 @@ class ImageClassification:
 
     def preprocess(self, image: Image) -> Prepared:
         """Context: None."""
-        _check_image(image)
+        check_image(image)
         images: Any = [image]
         for step in self._steps:
             images = step(imgs=images)
@@ -267,8 +264,8 @@ class ImageClassification:
         indexes, scores, names = self._decode(outputs, topk=1)
         return ClassPrediction(int(indexes[0][0]), str(names[0][0]), float(scores[0][0]), self._classes)
 
-    def expected_shape(self, inputs: Mapping[str, FloatArray]) -> tuple[int | None, ...]:
-        return 1, self._classes
+    def expected_shapes(self, inputs: Mapping[str, FloatArray]) -> list[tuple[int | None, ...]]:
+        return [(1, self._classes)]
 
 
 def _table_structure(inference_yml: Mapping[str, Any], model_name: str) -> TaskAdapter:
@@ -296,7 +293,7 @@ def make_task(task: str, inference_yml: Mapping[str, Any], model_name: str) -> T
     """The adapter of a task.
 
     Args:
-        task: one of `_TASKS`, for example `text_detection`.
+        task: a task that recipes may name.
         inference_yml: the parsed file that lies beside a PaddleX model.
         model_name: PaddleX derives defaults from it.
 
@@ -308,8 +305,8 @@ def make_task(task: str, inference_yml: Mapping[str, Any], model_name: str) -> T
     return _TASKS[task](inference_yml, model_name)
 
 
-def _prefer_offline() -> None:
-    """PaddleX probes its model hosters when it is imported, unless this is set."""
+def prefer_offline() -> None:
+    """To be called before PaddleX is imported, which probes its model hosters unless this is set."""
     os.environ.setdefault("PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK", "True")
 
 
@@ -403,7 +400,7 @@ def _normalization(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_image(image: Image) -> None:
+def check_image(image: Image) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise InputError(
             f"a picture must be uint8 [height, width, 3] with at least one pixel, not {image.dtype} {list(image.shape)}"

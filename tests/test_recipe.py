@@ -103,7 +103,10 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         ("a: [1", "unreadable"),
         ("- 1\n", "list"),
         ("", "NoneType"),
-        ("base: nothing\n", "must be one of formula_recognition, image_classification, table_structure, text_detection"),
+        (
+            "base: nothing\n",
+            "must be one of formula_recognition, image_classification, table_structure, text_detection",
+        ),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, said: str) -> None:

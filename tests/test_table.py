@@ -92,7 +92,7 @@ def test_the_adapter_leaves_the_recipe_as_it_is() -> None:
     """PaddleX's decoder changes the list of tokens that it is given."""
     inference = load_recipe(MODEL).inference
     before = json.dumps(inference)
-    shapes = [make_task("table_structure", inference, MODEL).expected_shape({}) for _ in range(2)]
+    shapes = [make_task("table_structure", inference, MODEL).expected_shapes({}) for _ in range(2)]
     assert json.dumps(inference) == before
     assert shapes == [[(1, None, 8), (1, None, TOKENS)]] * 2
 
