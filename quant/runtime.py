@@ -142,7 +142,12 @@ class _OpenVino:
         import openvino
 
         core = openvino.Core()
-        self._compiled = core.compile_model(core.read_model(str(file)), "CPU", openvino_settings(threads, precision))
+        model = core.read_model(str(file))
+        settings = openvino_settings(threads, precision)
+        if any(operator.get_type_name() == "Loop" for operator in model.get_ops()):
+            # Kernels kept for one length are taken for others where a cache grows (see docs/targets.md).
+            settings["CPU_RUNTIME_CACHE_CAPACITY"] = "0"
+        self._compiled = core.compile_model(model, "CPU", settings)
         self._request = self._compiled.create_infer_request()
 
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]:

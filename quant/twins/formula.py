@@ -36,7 +36,7 @@ WORLD = FormulaWorld(
     sizes=(28, 36),
 )
 _HARDNESS = 0.2
-_FORMULAS, _BATCH = 2500, 16
+_FORMULAS, _BATCH, _STEPS = 1600, 16, 450
 _MOST_STEPS = 64
 _START, _PAD, _END = 0, 1, 2
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
@@ -123,9 +123,9 @@ def _network() -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.encoder = nn.Sequential(
-                conv(1, 16, 5, 4),
-                conv(16, 16, 3, 1, 16),
-                conv(16, 32, 3, 2),
+                conv(1, 12, 5, 4),
+                conv(12, 32, 3, 2),
+                conv(32, 32, 3, 1, 32),
                 conv(32, 48, 3, (2, 1)),
                 conv(48, 64, 3, (2, 1)),
                 conv(64, width, 3, 1),
@@ -238,7 +238,7 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
         )
         return functional.cross_entropy(logits, wanted, ignore_index=_PAD) + 0.3 * alignment
 
-    steps = train_until(end, net.parameters(), 2e-3, batch_loss)
+    steps = train_until(end, net.parameters(), 3e-3, batch_loss, _STEPS)
     print(f"{steps} steps, loss {float(batch_loss()):.4f}")
     save_inference(net, [None, 1, 384, 384], inference_yml(), folder)
 

@@ -24,10 +24,10 @@ from quant.twins.training import save_inference, train_in_child, train_until
 
 MODEL = "SLANet_plus"
 WORLD = TableWorld(
-    rows=(2, 4), columns=(2, 4), heads=1, spans=0.25, empty=0.05, rulings=("full",), sizes=(14, 20), chinese=0
+    rows=(2, 4), columns=(2, 4), heads=1, spans=0.15, empty=0.05, rulings=("full",), sizes=(14, 20), chinese=0
 )
 _HARDNESS = 0.3
-_TABLES, _BATCH = 500, 8
+_TABLES, _BATCH, _STEPS = 500, 8, 320
 _MOST_STEPS = 500
 _TAG = re.compile(r"</?(?:thead|tbody|tr)>|<td[^>]*>")
 _SPAN = re.compile(r' (?:row|col)span="\d+"')
@@ -209,7 +209,7 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
         logits = net.taught(paddle.to_tensor(np.stack([inputs[index] for index in chosen])), given)
         return functional.cross_entropy(logits, wanted, ignore_index=-1)
 
-    steps = train_until(end, net.parameters(), 3e-3, batch_loss)
+    steps = train_until(end, net.parameters(), 3e-3, batch_loss, _STEPS)
     print(f"{steps} steps, loss {float(batch_loss()):.4f}")
     save_inference(net, [None, 3, 488, 488], inference_yml, folder)
 

@@ -60,7 +60,7 @@ def train_until(
         optimizer.clear_grad()
         done += 1
         if done % 10 == 0:
-            print(done, round(time.monotonic() - start, 1), float(loss), flush=True)
+            print(done, round(time.monotonic() - start, 1), round(time.process_time(), 1), float(loss), flush=True)
     return done
 
 
