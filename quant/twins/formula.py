@@ -1,7 +1,7 @@
 """Twin of PP-FormulaNet-S: a small convolutional encoder, and a decoder of two layers that writes tokens greedily.
 
-The decoder keeps keys and values of the steps before in caches that grow in the loop. Its world is narrow: sums of
-letters and digits with a power or an index now and then.
+The decoder keeps keys and values of the steps before in caches that grow in the loop. Its world is narrow: sums
+and differences of two letters, digits or powers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,28 +21,27 @@ from calib_data.registry import resolve_dataset
 from eval.dataset import read_dataset, read_sample
 from eval.formula_metric import latex_tokens
 from quant.recipe import load_recipe
-from quant.task import make_task
+from quant.task import INPUT_NAME, make_task
 from quant.twins.training import save_inference, train_in_child, train_until
 
 MODEL = "PP-FormulaNet-S"
 WORLD = FormulaWorld(
-    letters=tuple("abnxyz"),
-    relations=("=",),
+    letters=tuple("abxy"),
     signs=("+", "-"),
-    structures=("power", "index"),
+    structures=("power",),
     depth=1,
-    terms=(1, 2),
-    relation=1.0,
+    terms=(2, 2),
+    relation=0.0,
     fonts=("cm",),
     sizes=(28, 36),
 )
 _HARDNESS = 0.2
-_FORMULAS, _BATCH, _STEPS = 1600, 16, 450
+_FORMULAS, _BATCH, _STEPS, _RATE = 1000, 16, 350, 3e-3
 _MOST_STEPS = 64
 _START, _PAD, _END = 0, 1, 2
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
-_VOCABULARY = (*_SPECIAL, *WORLD.letters, *map(str, range(10)), "=", *WORLD.signs, "^", "_", "{", "}")
-_DRAWN = [token not in (*_SPECIAL, "^", "_", "{", "}") for token in _VOCABULARY]
+VOCABULARY = (*_SPECIAL, *WORLD.letters, *map(str, range(1, 10)), *WORLD.signs, "^", "{", "}")
+_DRAWN = [token not in (*_SPECIAL, "^", "{", "}") for token in VOCABULARY]
 
 
 def train(folder: Path, seed: int, minutes: float) -> None:
@@ -65,7 +65,7 @@ def _tokenizer() -> dict[str, Any]:
     """Words by their number, in the format of the library tokenizers."""
     plain = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [{"id": number, "content": word, **plain} for number, word in enumerate(_SPECIAL)]
-    model = {"type": "WordLevel", "vocab": {word: n for n, word in enumerate(_VOCABULARY)}, "unk_token": "<unk>"}
+    model = {"type": "WordLevel", "vocab": {word: n for n, word in enumerate(VOCABULARY)}, "unk_token": "<unk>"}
     none = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
     return {"version": "1.0", "added_tokens": added, **none, "model": model}
 
@@ -75,7 +75,7 @@ def _network() -> Any:
     from paddle import nn
     from paddle.nn import functional
 
-    width, heads, classes = 64, 4, len(_VOCABULARY)
+    width, heads, classes = 64, 4, len(VOCABULARY)
     each = width // heads
 
     def conv(inputs: int, outputs: int, size: int, stride: Any = 1, groups: int = 1) -> Any:
@@ -91,9 +91,9 @@ def _network() -> Any:
 
     def attend(queries: Any, keys: Any, values: Any, mask: Any = None) -> Any:
         """[N, heads, T, each] over [N, heads, S, each] -> [N, T, width]."""
-        match = paddle.matmul(queries * each**-0.5, keys, transpose_y=True)
+        match = queries * each**-0.5 @ keys.transpose([0, 1, 3, 2])
         weights = functional.softmax(match if mask is None else match + mask, axis=-1)
-        return paddle.matmul(weights, values).transpose([0, 2, 1, 3]).reshape([0, -1, width])
+        return (weights @ values).transpose([0, 2, 1, 3]).reshape([0, -1, width])
 
     class Layer(nn.Layer):
         """Attention to the tokens before, attention to the picture, two linear layers; norms stand in front."""
@@ -194,8 +194,8 @@ def _network() -> Any:
 def _samples(folder: Path) -> tuple[np.ndarray, list[list[int]]]:
     adapter = make_task("formula_recognition", inference_yml(), MODEL)
     samples = read_dataset(resolve_dataset(folder, "formula_recognition")).samples
-    inputs = np.concatenate([adapter.preprocess(read_sample(sample)).inputs["x"] for sample in samples])
-    numbers = {word: number for number, word in enumerate(_VOCABULARY)}
+    inputs = np.concatenate([adapter.preprocess(read_sample(sample)).inputs[INPUT_NAME] for sample in samples])
+    numbers = {word: number for number, word in enumerate(VOCABULARY)}
     tokens = [[_START, *(numbers[word] for word in latex_tokens(str(s.label))), _END] for s in samples]
     return inputs, tokens
 
@@ -208,8 +208,6 @@ def _padded(rows: list[list[int]], filler: int) -> np.ndarray:
 
 
 def _train(folder: Path, seed: int, minutes: float) -> None:
-    from tempfile import TemporaryDirectory
-
     import paddle
     from paddle.nn import functional
 
@@ -234,12 +232,11 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
             paddle.to_tensor(_padded(visible, 0).astype(np.int32)),
             paddle.full([_BATCH], signs.shape[1], "int64"),
             paddle.to_tensor([len(row) for row in visible], dtype="int64"),
-            blank=len(_VOCABULARY),
+            blank=len(VOCABULARY),
         )
         return functional.cross_entropy(logits, wanted, ignore_index=_PAD) + 0.3 * alignment
 
-    steps = train_until(end, net.parameters(), 3e-3, batch_loss, _STEPS)
-    print(f"{steps} steps, loss {float(batch_loss()):.4f}")
+    train_until(end, net.parameters(), _RATE, batch_loss, _STEPS)
     save_inference(net, [None, 1, 384, 384], inference_yml(), folder)
 
 

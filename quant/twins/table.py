@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from calib_data.registry import resolve_dataset
 from calib_data.tables import TableWorld
 from eval.dataset import read_dataset, read_sample
 from quant.recipe import load_recipe
-from quant.task import make_task
+from quant.task import INPUT_NAME, make_task
 from quant.twins.training import save_inference, train_in_child, train_until
 
 MODEL = "SLANet_plus"
@@ -27,7 +28,8 @@ WORLD = TableWorld(
     rows=(2, 4), columns=(2, 4), heads=1, spans=0.15, empty=0.05, rulings=("full",), sizes=(14, 20), chinese=0
 )
 _HARDNESS = 0.3
-_TABLES, _BATCH, _STEPS = 500, 8, 320
+_TABLES, _BATCH, _STEPS, _RATE = 500, 8, 320, 3e-3
+_NOTHING = -1  # where a table has no more tokens
 _MOST_STEPS = 500
 _TAG = re.compile(r"</?(?:thead|tbody|tr)>|<td[^>]*>")
 _SPAN = re.compile(r' (?:row|col)span="\d+"')
@@ -55,7 +57,8 @@ def structure_tokens(html: str) -> list[str]:
     return tokens
 
 
-def _vocabulary(inference_yml: dict[str, Any]) -> list[str]:
+def vocabulary(inference_yml: dict[str, Any]) -> list[str]:
+    """The classes of the model, in their order, as PaddleX's decoder makes them of the file."""
     listed = [token for token in inference_yml["PostProcess"]["character_dict"] if token != "<td>"]
     return ["sos", *listed, "<td></td>", "eos"]
 
@@ -135,7 +138,7 @@ def _network(classes: int, end: int) -> Any:
             """The next state, and logits of the token behind `token`."""
             match = self.match(paddle.tanh(seen + self.held(state).unsqueeze(1)))
             weights = functional.softmax(match, axis=1).transpose([0, 2, 1])
-            context = paddle.matmul(weights, features).squeeze(1)
+            context = (weights @ features).squeeze(1)
             before = functional.one_hot(token, self.classes)
             state, _ = self.cell(paddle.concat([context, before], 1), state)
             return state, self.token(state)
@@ -173,44 +176,40 @@ def _network(classes: int, end: int) -> Any:
     return Twin()
 
 
-def _samples(folder: Path, vocabulary: list[str], adapter: Any) -> tuple[list[np.ndarray], list[list[int]]]:
+def _samples(folder: Path, inference_yml: dict[str, Any]) -> tuple[list[np.ndarray], list[list[int]]]:
+    """Each table as the model's input [3, 488, 488], and the numbers of its tokens."""
+    adapter = make_task("table_structure", inference_yml, MODEL)
+    numbers = {token: number for number, token in enumerate(vocabulary(inference_yml))}
     inputs, tokens = [], []
     for sample in read_dataset(resolve_dataset(folder, "table_structure")).samples:
-        inputs.append(adapter.preprocess(read_sample(sample)).inputs["x"][0])
-        words = ["sos", *structure_tokens(str(sample.label)), "eos"]
-        tokens.append([vocabulary.index(word) for word in words])
+        inputs.append(adapter.preprocess(read_sample(sample)).inputs[INPUT_NAME][0])
+        tokens.append([numbers[token] for token in ["sos", *structure_tokens(str(sample.label)), "eos"]])
     return inputs, tokens
 
 
 def _train(folder: Path, seed: int, minutes: float) -> None:
-    from tempfile import TemporaryDirectory
-
     import paddle
     from paddle.nn import functional
 
     end = time.monotonic() + 60 * minutes
     paddle.seed(seed)
     inference_yml = load_recipe(MODEL).inference
-    vocabulary = _vocabulary(inference_yml)
     with TemporaryDirectory() as place:
         write_world(Path(place), _TABLES, seed)
-        inputs, tokens = _samples(Path(place), vocabulary, make_task("table_structure", inference_yml, MODEL))
-    net = _network(len(vocabulary), vocabulary.index("eos"))
-    order = np.random.default_rng(seed)
+        inputs, tokens = _samples(Path(place), inference_yml)
+    classes = vocabulary(inference_yml)
+    net, order = _network(len(classes), classes.index("eos")), np.random.default_rng(seed)
 
     def batch_loss() -> Any:
         chosen = order.choice(len(inputs), _BATCH, replace=False)
-        longest = max(len(tokens[index]) for index in chosen)
-        padded = np.full((_BATCH, longest), -1)
+        padded = np.full((_BATCH, max(len(tokens[index]) for index in chosen)), _NOTHING)
         for row, index in enumerate(chosen):
             padded[row, : len(tokens[index])] = tokens[index]
         given = paddle.to_tensor(np.maximum(padded[:, :-1], 0).astype(np.int32))
-        wanted = paddle.to_tensor(padded[:, 1:].astype(np.int64))
         logits = net.taught(paddle.to_tensor(np.stack([inputs[index] for index in chosen])), given)
-        return functional.cross_entropy(logits, wanted, ignore_index=-1)
+        return functional.cross_entropy(logits, paddle.to_tensor(padded[:, 1:]), ignore_index=_NOTHING)
 
-    steps = train_until(end, net.parameters(), 3e-3, batch_loss, _STEPS)
-    print(f"{steps} steps, loss {float(batch_loss()):.4f}")
+    train_until(end, net.parameters(), _RATE, batch_loss, _STEPS)
     save_inference(net, [None, 3, 488, 488], inference_yml, folder)
 
 
