@@ -1,4 +1,4 @@
-"""The built-in set: pictures of text lines and pages with exact labels, for places without network.
+"""The built-in set: pictures of text lines, pages, tables and formulas with exact labels, for places without network.
 
 Rendered text is too clean to calibrate on: its activation ranges are not those of photographs. So every
 sample passes a chain that imitates a photograph (ground, ink, view, light, lens, sensor, compression), with a
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calib_data import photography, wording
+from calib_data.formulas import FormulaWorld, formula
 from calib_data.lettering import (
     Fonts,
     Lettering,
@@ -33,6 +34,7 @@ from calib_data.lettering import (
     lay,
 )
 from calib_data.photography import Colour, Photo, Picture
+from calib_data.tables import TableWorld, table
 from calib_data.wording import Rng
 
 __all__ = [
@@ -42,6 +44,8 @@ __all__ = [
     "fonts_fingerprint",
     "save_photo",
     "write_document_pages",
+    "write_formulas",
+    "write_tables",
     "write_text_lines",
     "write_text_pages",
 ]
@@ -120,6 +124,59 @@ def write_document_pages(directory: Path, count: int, seed: int, progress: Calla
     _write_pages(directory, count, seed, _PAPER_KINDS, progress)
 
 
+def write_tables(
+    directory: Path,
+    count: int,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+    world: TableWorld | None = None,
+    hardness: float = 1.0,
+) -> None:
+    """Write `count` pictures of tables and `label.jsonl` (`{"filename", "html"}` in each line).
+
+    Args:
+        directory: is made if missing; `label.jsonl` is written last.
+        seed: 0 or above.
+        progress: is called with the number of samples written so far.
+        world: which tables; all kinds if not given.
+        hardness: most damage, 0 none .. 1 hard to read.
+    """
+    fonts, chosen = find_fonts(), world or TableWorld()
+
+    def sample(rng: Rng) -> tuple[Photo, str]:
+        picture, drawn = table(rng, fonts, chosen)
+        return _damaged(rng, picture, hardness), drawn.to_html()
+
+    _write(directory, count, seed, sample, progress, "label.jsonl")
+
+
+def write_formulas(
+    directory: Path,
+    count: int,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+    world: FormulaWorld | None = None,
+    hardness: float = 1.0,
+) -> None:
+    """Write `count` pictures of formulas and `label.txt` (`image<TAB>LaTeX`); arguments as of `write_tables`."""
+    chosen = world or FormulaWorld()
+
+    def sample(rng: Rng) -> tuple[Photo, str]:
+        picture, latex = formula(rng, chosen)
+        return _damaged(rng, picture, hardness), latex
+
+    _write(directory, count, seed, sample, progress)
+
+
+def _damaged(rng: Rng, picture: Picture, hardness: float) -> Photo:
+    """A cut-out from a page: mostly scanned or rendered, sometimes photographed."""
+    amount = hardness * float(rng.beta(1.2, 2.5))
+    if rng.random() < 0.75:
+        return _scan(rng, Sheet(picture), amount)[0]
+    picture = photography.defocus(photography.light(rng, picture, amount), 1.5 * amount * float(rng.random()))
+    return photography.develop(photography.sensor(rng, picture, 0.15 + amount))
+
+
 def _write_pages(
     directory: Path, count: int, seed: int, kinds: dict[str, float], progress: Callable[[int], None] | None
 ) -> None:
@@ -138,7 +195,7 @@ def _entry(region: Region) -> dict[str, object]:
 
 def _write(
     directory: Path, count: int, seed: int, sample: Callable[[Rng], tuple[Photo, str]],
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None] | None, file: str = "label.txt",
 ) -> None:  # fmt: skip
     (directory / "images").mkdir(parents=True, exist_ok=True)
     labels = []
@@ -146,10 +203,13 @@ def _write(
         rng = np.random.default_rng([seed, index])
         photo, label = sample(rng)
         name = f"images/{index:06}{save_photo(rng, photo, directory / 'images' / f'{index:06}')}"
-        labels.append(f"{name}\t{label}\n")
+        if file.endswith(".jsonl"):
+            labels.append(json.dumps({"filename": name, "html": label}, ensure_ascii=False) + "\n")
+        else:
+            labels.append(f"{name}\t{label}\n")
         if progress is not None:
             progress(index + 1)
-    (directory / "label.txt").write_text("".join(labels), encoding="utf-8", newline="\n")
+    (directory / file).write_text("".join(labels), encoding="utf-8", newline="\n")
 
 
 def save_photo(rng: Rng, photo: Photo, stem: Path) -> str:

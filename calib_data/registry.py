@@ -19,8 +19,8 @@ from quant.errors import InputError, Unavailable
 from quant.recipe import Sha256, Task
 from quant.source import cache_dir, search_path
 
-LabelFormat = Literal["det_label", "rec_label", "cls_label", "coco"]
-GeneratedKind = Literal["text_lines", "text_pages", "document_pages", "layout_pages"]
+LabelFormat = Literal["det_label", "rec_label", "cls_label", "coco", "table_label", "latex_lines"]
+GeneratedKind = Literal["text_lines", "text_pages", "document_pages", "layout_pages", "tables", "formulas"]
 
 GENERATED = "generated-"
 """What the names of generated sets begin with."""
@@ -30,11 +30,16 @@ FORMATS: dict[Task, LabelFormat] = {
     "text_recognition": "rec_label",
     "image_classification": "cls_label",
     "layout_detection": "coco",
+    "table_structure": "table_label",
+    "formula_recognition": "rec_label",
 }
 """The label format of each task: det_label = image TAB JSON, rec_label = image TAB text, cls_label = image SPACE index.
 
 A folder in cls_label has PaddleX's layout: train.txt and val.txt list pictures, label.txt the classes (`index name`).
 One in coco has `instances.json`, or PaddleX's layout: `images` and `annotations/instance_{train,val}.json`.
+table_label = a JSON object in each line of label.jsonl, or of PaddleX's train.txt and val.txt: `filename` and `html`,
+as text or, as in PubTabNet, as the tokens of structure and cells. latex_lines = UniMER-Test: line k of NAME.txt is the
+LaTeX of the k-th picture, by name, in the folder NAME.
 """
 
 PADDLEX_COCO = ("annotations/instance_train.json", "annotations/instance_val.json")
@@ -185,6 +190,9 @@ def _own(folder: Path, tasks: list[Task]) -> DatasetFolder:
         labels = (folder / "instances.json",)
         if not labels[0].is_file() and (folder / "annotations").is_dir():
             labels, images = tuple(folder / name for name in PADDLEX_COCO), folder / "images"
+    elif label_format == "table_label":
+        lists = tuple(folder / name for name in ("train.txt", "val.txt") if (folder / name).is_file())
+        labels = (folder / "label.jsonl",) if not lists or (folder / "label.jsonl").is_file() else lists
     elif "cls_label" in (FORMATS[task] for task in tasks):
         lists = tuple(folder / name for name in ("train.txt", "val.txt") if (folder / name).is_file())
         if lists:
@@ -278,6 +286,8 @@ EXAMPLES: dict[LabelFormat, str] = {
     "cls_label": "images/1.jpg 0",
     "coco": '{"images": [{"id": 1, "file_name": "images/1.jpg"}], "categories": [{"id": 1, "name": "text"}], '
     '"annotations": [{"image_id": 1, "category_id": 1, "bbox": [x, y, width, height]}]}',
+    "table_label": '{"filename": "images/1.jpg", "html": "<table><tr><td>text</td></tr></table>"}',
+    "latex_lines": "\\frac{a}{b}",
 }
 """One line of a label file, for messages; a whole file where labels are not in lines."""
 
@@ -292,6 +302,8 @@ GENERATED_SETS: dict[GeneratedKind, tuple[str, LabelFormat, str]] = {
     "text_pages": ("calib_data.generator", "det_label", "label.txt"),
     "document_pages": ("calib_data.generator", "det_label", "label.txt"),
     "layout_pages": ("calib_data.layouts", "coco", "instances.json"),
+    "tables": ("calib_data.generator", "table_label", "label.jsonl"),
+    "formulas": ("calib_data.generator", "rec_label", "label.txt"),
 }
 """The module that makes each kind of generated set, the format of its labels, and the label file."""
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -25,6 +26,11 @@ IGNORE = "###"
 
 Split = Literal["calibration", "search", "report"]
 SPLITS: tuple[Split, ...] = ("calibration", "search", "report")
+
+
+_TABLE = re.compile(r"<table\b.*</table>", re.DOTALL)
+_CELL_START = re.compile(r"<t[dh]\b[^>]*>")
+_SPAN = re.compile(r"""(rowspan|colspan)\s*=\s*["']?(\d+)""")
 
 
 class BrokenPicture(InputError):
@@ -54,7 +60,7 @@ class Sample:
         id: first 16 hex digits of the sha256 of the picture file; `-180` and the like is added for a turned one.
         dataset: name of the set it is from.
         image: the picture file.
-        label: text of a line, boxes of a page, index of a class, or layout of a page.
+        label: text of a line, LaTeX of a formula, HTML of a table, boxes or layout of a page, or index of a class.
         turn: by how many degrees the picture in the file is to be turned clockwise.
     """
 
@@ -100,7 +106,7 @@ def read_dataset(folder: DatasetFolder) -> Dataset:
     """
     samples: dict[str, Sample] = {}
     broken: list[str] = []
-    lines = [line for path in folder.label_files for line in _lines(path, folder.format)]
+    lines = [line for path in folder.label_files for line in _labelled_lines(folder, path)]
     duplicates = 0
     for place, content in lines:
         try:
@@ -169,10 +175,25 @@ def _aspect(path: Path) -> float:
 _Page = tuple[str, Layout | BrokenLayout]
 
 
-def _lines(path: Path, label_format: LabelFormat) -> list[tuple[str, str | _Page]]:
+def _labelled_lines(folder: DatasetFolder, path: Path) -> list[tuple[str, str | _Page]]:
     """What a label file says of each picture, and where it says it."""
-    if label_format == "coco":
+    if folder.format == "coco":
         return [(f"{path} picture {page[0]}", page) for page in read_layouts(path).pages]
+    lines = _lines(path, folder.format)
+    names = _names(folder, path, lines) if folder.format == "latex_lines" else [""] * len(lines)
+    return [(f"{path} line {number}", f"{name}{text}") for name, (number, text) in zip(names, lines, strict=True)]
+
+
+def _names(folder: DatasetFolder, path: Path, lines: list[tuple[int, str]]) -> list[str]:
+    """What stands before the tab where the lines themselves name no picture: line k is of the k-th picture."""
+    pictures = sorted(picture.name for picture in (folder.images / path.stem).glob("*.*"))
+    if len(pictures) != lines[-1][0]:
+        where = folder.images / path.stem
+        raise InputError(f"{path} has {lines[-1][0]} formulas for the {len(pictures)} pictures in {where}")
+    return [f"{path.stem}/{pictures[number - 1]}\t" for number, _ in lines]
+
+
+def _lines(path: Path, label_format: LabelFormat) -> list[tuple[int, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -181,10 +202,10 @@ def _lines(path: Path, label_format: LabelFormat) -> list[tuple[str, str | _Page
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no UTF-8 text (byte {error.start}). {_expectation(label_format)}") from error
     # Not splitlines(): a text may hold characters that it splits at.
-    lines = [(f"{path} line {number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise InputError(f"{path} is empty. {_expectation(label_format)}")
-    return [*lines]
+    return lines
 
 
 def _expectation(label_format: LabelFormat) -> str:
@@ -199,7 +220,8 @@ def _sample(folder: DatasetFolder, content: str | _Page) -> Sample:
 
 def _parsed(folder: DatasetFolder, content: str | _Page) -> tuple[str, Label]:
     if isinstance(content, str):
-        return _class(folder, content) if folder.format == "cls_label" else _after_tab(folder, content)
+        read = {"cls_label": _class, "table_label": _table}.get(folder.format, _after_tab)
+        return read(folder, content)
     name, layout = content
     if isinstance(layout, BrokenLayout):
         raise _BrokenLine(str(layout))
@@ -220,6 +242,47 @@ def _class(folder: DatasetFolder, line: str) -> tuple[str, Label]:
     if folder.classes and int(index) >= len(folder.classes):
         raise _BrokenLine(f"class {index}, but the set has {len(folder.classes)} classes, numbered from 0")
     return name, int(index)
+
+
+def _table(folder: DatasetFolder, line: str) -> tuple[str, Label]:
+    """A table: `html` is text, or PubTabNet's structure and cells, whose pictures lie in a folder for each `split`."""
+    try:
+        entry = json.loads(line)
+        name, html = entry["filename"], entry["html"]
+        markup = html if isinstance(html, str) else _joined(html["structure"]["tokens"], html["cells"])
+        if "split" in entry and not (folder.images / _relative(name)).is_file():
+            name = f"{entry['split']}/{name}"
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _BrokenLine("the label is no JSON object with 'filename' and 'html'") from error
+    return name, _table_html(markup)
+
+
+def _joined(structure: list[str], cells: list[dict[str, Any]]) -> str:
+    """The structure's tokens with the text of each cell before the cell's end."""
+    texts = ["".join(cell["tokens"]) for cell in cells]
+    ends = [place for place, token in enumerate(structure) if token.endswith("</td>")]
+    if len(ends) != len(texts):
+        raise _BrokenLine(f"the structure has {len(ends)} cells, and there are {len(texts)} texts")
+    tokens = list(structure)
+    for place, text in zip(ends, texts, strict=True):
+        tokens[place] = f"{structure[place].removesuffix('</td>')}{text}</td>"
+    return f"<table>{''.join(tokens)}</table>"
+
+
+def _table_html(markup: str) -> str:
+    """A table as `<html><body><table>...`: head cells are cells, and of their attributes only the spans are kept."""
+    tables = _TABLE.findall(markup)
+    if len(tables) != 1 or tables[0].count("<table") != 1:
+        raise _BrokenLine("the HTML is not one table")
+    table = _CELL_START.sub(_bare_cell, tables[0]).replace("</th>", "</td>")
+    if not table.count("<td") or table.count("<td") != table.count("</td>"):
+        raise _BrokenLine("the HTML has no cells, or cells without an end")
+    return f"<html><body>{table}</body></html>"
+
+
+def _bare_cell(match: re.Match[str]) -> str:
+    spans = (f' {name}="{number}"' for name, number in _SPAN.findall(match[0]))
+    return f"<td{''.join(spans)}>"
 
 
 def _relative(name: str) -> Path:

@@ -26,6 +26,7 @@ BoolArray = npt.NDArray[np.bool_]
 IGNORED = "###"
 MIN_IOU = 0.5
 MAX_IGNORED_SHARE = 0.5
+_SAME_SCORE = 1e-9  # of 1: scores that differ by less differ by the rounding of floats
 
 
 class Metric(Protocol):
@@ -226,12 +227,54 @@ class Top1(Summed):
         return before, after
 
 
+class MeanScore(Summed):
+    """Mean over samples of a score 0..1: a base for metrics whose samples are neither right nor wrong.
+
+    Counts: the scores that `scores` names, the first of which judges, then 1, then whatever `details` needs.
+    """
+
+    name: str
+    scores: tuple[str, ...]
+
+    def aggregates(self, totals: FloatArray) -> FloatArray:
+        return _percent(totals[:, 0], totals[:, len(self.scores)])
+
+    def details(self, total: FloatArray) -> dict[str, float]:
+        """The mean of each score."""
+        count = len(self.scores)
+        means = _percent(total[:count], np.repeat(total[count : count + 1], count))
+        return dict(zip(self.scores, map(float, means), strict=True))
+
+    def outcome_differs(self, first: FloatArray, second: FloatArray) -> BoolArray:
+        return np.asarray(np.abs(first[..., 0] - second[..., 0]) > _SAME_SCORE)
+
+    def lost_sample(self, fp32: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """One sample that FP32 gets wholly right and INT8 wholly wrong: the worst that can happen to it."""
+        count = len(self.scores)
+        before, after = np.zeros(fp32.shape[1]), np.zeros(fp32.shape[1])
+        before[: count + 1] = 1
+        after[count] = 1
+        return before, after
+
+
+def _teds_struct() -> Metric:
+    from eval.table_metric import TedsStruct
+
+    return TedsStruct()
+
+
+def _bleu() -> Metric:
+    from eval.formula_metric import Bleu
+
+    return Bleu()
+
+
 _METRICS: dict[str, Callable[[], Metric]] = {
-    LineAccuracy.name: LineAccuracy,
-    Hmean.name: Hmean,
-    Top1.name: Top1,
+    **{metric.name: metric for metric in (LineAccuracy, Hmean, Top1)},
     "map50": partial(MeanAveragePrecision, "map50", (0,)),
     "map": partial(MeanAveragePrecision, "map", range(len(THRESHOLDS))),
+    "teds_struct": _teds_struct,
+    "bleu": _bleu,
 }
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from quant.errors import InputError
 from quant.pir import with_fetches
-from quant.runtime import Feed
+from quant.runtime import Feed, writes_in_steps
 from quant.source import ModelFiles
 
 OPSET = 17
@@ -133,6 +133,8 @@ def _run_original(model: str, params: str, feeds: list[Feed], folder: Path) -> N
     config = inference.Config(model, params)
     config.disable_gpu()
     config.disable_glog_info()
+    if writes_in_steps(Path(model)):
+        config.disable_mkldnn()
     predictor = inference.create_predictor(config)
     inputs, outputs = predictor.get_input_names(), predictor.get_output_names()
     (folder / "names.json").write_text(json.dumps({"inputs": inputs, "outputs": outputs}), encoding="utf-8")

@@ -17,6 +17,7 @@ from eval.evaluation import readable
 from quant.archive import Progress
 from quant.errors import InputError
 from quant.graph import Graph
+from quant.loop import has_loop
 from quant.manifest import products_saturate, versions
 from quant.prepare import check_outputs, prepare
 from quant.recipe import Recipe
@@ -123,7 +124,9 @@ def prepared_graph(job: Job) -> Graph:
 
 
 def latency_feed(job: Job) -> Feed:
-    """Inputs of the recipe's latency shape."""
+    """Inputs of the recipe's latency shape; with a loop, whose length hangs on it, a real picture."""
+    if has_loop(prepared_graph(job)):
+        return first_feeds(job, job.selection.report, 1)[0]
     return feed_of(job, job.recipe.latency.shape)
 
 

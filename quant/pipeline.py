@@ -18,14 +18,16 @@ from quant.export import check_artifact, export_artifact, fitted
 from quant.job import Job, Options, first_feeds, prepared_graph, prepared_stage, sample_ids, start
 from quant.judging import judge_target, skipped_rows
 from quant.ladder import Rung, load_rung
+from quant.loop import check_runtime, has_loop
 from quant.manifest import Manifest, load_manifest, newest_run, now, processor, versions
 from quant.plan import QuantPlan, load_plan
 from quant.planning import planned_stage
 from quant.prepare import read_proof
 from quant.recipe import Recipe
+from quant.runtime import target_format
 from quant.source import without_places
 from quant.stage import code_digest, digest, file_digests
-from quant.target import TargetName
+from quant.target import TARGETS, TargetName
 
 CHECK_PICTURES = 12
 
@@ -113,8 +115,11 @@ def quantize(job: Job, target: TargetName) -> Quantized:
     plan.target = target
 
     def build(folder: Path) -> None:
-        export_artifact(target, graph, plan, job.files.inference_yml, folder)
         feeds = first_feeds(job, job.selection.calibration, CHECK_PICTURES)
+        if has_loop(graph) and target_format(target) == "onnx" and TARGETS[target].executed:
+            prepared = prepared_stage(job) / "prepared"
+            check_runtime(target, prepared, feeds, job.recipe.tolerance, job.options.threads)
+        export_artifact(target, graph, plan, job.files.inference_yml, folder)
         check_artifact(target, folder, graph, plan, feeds, job.options.threads)
 
     artifact = job.store.result("artifact", {**job.key, "plan": file_digests(planned), "target": target}, build)

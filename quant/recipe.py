@@ -30,7 +30,14 @@ from quant.target import TARGETS, ActivationType, EqualizationScope, Placement, 
 
 SCHEMA_VERSION = 1
 
-Task = Literal["text_detection", "text_recognition", "image_classification", "layout_detection"]
+Task = Literal[
+    "text_detection",
+    "text_recognition",
+    "image_classification",
+    "layout_detection",
+    "table_structure",
+    "formula_recognition",
+]
 MethodName = Literal["ptq", "paddleslim"]
 BiasCorrection = Literal["none", "fast", "full"]
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy", "moving_average", "per_tensor"]
@@ -44,6 +51,8 @@ METRICS: dict[Task, tuple[str, ...]] = {
     "text_recognition": ("line_accuracy",),
     "image_classification": ("top1",),
     "layout_detection": ("map50", "map"),
+    "table_structure": ("teds_struct",),
+    "formula_recognition": ("bleu",),
 }
 """Names of the metrics in eval.metric that can judge each task; a table, as eval.metric loads numpy and shapely."""
 
@@ -119,7 +128,7 @@ class Splits(_Part):
 class GeneratedSet(_Part):
     """The built-in set, used when no other set can be had."""
 
-    kind: Literal["text_lines", "text_pages", "document_pages", "layout_pages"]
+    kind: Literal["text_lines", "text_pages", "document_pages", "layout_pages", "tables", "formulas"]
     samples: int = Field(ge=8, le=100_000)
     seed: int = Field(0, ge=0)
 

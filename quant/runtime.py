@@ -76,6 +76,11 @@ def open_session(target: TargetName, folder: Path, threads: int, precision: Prec
         raise InputError(f"{folder}: {target} cannot load the model: {first}") from error
 
 
+def writes_in_steps(model: Path) -> bool:
+    """Whether a Paddle program has a loop. PaddleX runs such models without oneDNN, which fails on empty caches."""
+    return b"while" in model.read_bytes()
+
+
 def streams(target: TargetName, threads: int) -> tuple[int, int]:
     """How to judge many pictures: sessions side by side, and threads of each.
 
@@ -137,7 +142,12 @@ class _OpenVino:
         import openvino
 
         core = openvino.Core()
-        self._compiled = core.compile_model(core.read_model(str(file)), "CPU", openvino_settings(threads, precision))
+        model = core.read_model(str(file))
+        settings = openvino_settings(threads, precision)
+        if any(operator.get_type_name() == "Loop" for operator in model.get_ops()):
+            # Kernels kept for one length are taken for others where a cache grows (see docs/targets.md).
+            settings["CPU_RUNTIME_CACHE_CAPACITY"] = "0"
+        self._compiled = core.compile_model(model, "CPU", settings)
         self._request = self._compiled.create_infer_request()
 
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]:
@@ -157,9 +167,12 @@ class _PaddleInference:
         config.disable_gpu()
         config.disable_glog_info()
         config.set_cpu_math_library_num_threads(threads)
-        config.enable_mkldnn()
-        # Every new picture size would keep its own buffers: 5 GB after 90 pages without these.
-        config.set_mkldnn_cache_capacity(1)
+        if writes_in_steps(Path(model)):
+            config.disable_mkldnn()
+        else:
+            config.enable_mkldnn()
+            # Every new picture size would keep its own buffers: 5 GB after 90 pages without these.
+            config.set_mkldnn_cache_capacity(1)
         if not model.endswith(".json"):  # Paddle 3.2.2 stumbles over the pass for a PIR program under this flag
             config.enable_memory_optim()
         self._predictor = inference.create_predictor(config)

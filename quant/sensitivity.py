@@ -26,7 +26,8 @@ class OutputError:
     """What INT8 does to the outputs.
 
     Attributes:
-        damage: mean over pictures of sum|int8 - fp32| / sum|fp32| over all outputs, 0 = none.
+        damage: mean over pictures of sum|int8 - fp32| / sum|fp32| over all outputs, 0 = none; for token ids the share
+            of tokens that differ.
         snr_db: 10 * log10(sum fp32^2 / sum (int8 - fp32)^2), sums over all outputs of all pictures; None where the
             outputs are equal, or zero.
     """
@@ -70,9 +71,9 @@ def compare_outputs(found: Outputs, exact: Outputs) -> OutputError:
     """The error of outputs, one list of arrays for each picture."""
     signal = noise = 0.0
     for arrays, outputs in zip(found, exact, strict=True):
-        for array, output in zip(arrays, outputs, strict=True):
-            signal += float(np.square(output, dtype=np.float64).sum())
-            noise += float(np.square(array.astype(np.float64) - output).sum())
+        for array, output in map(comparable, arrays, outputs):
+            signal += float(np.square(output).sum())
+            noise += float(np.square(array - output).sum())
     ratio = 10 * float(np.log10(signal / noise)) if signal and noise else None
     return OutputError(float(np.mean(relative_errors(found, exact))), ratio)
 
@@ -86,10 +87,31 @@ def relative_errors(found: Outputs, exact: Outputs) -> list[float]:
     """sum|found - exact| / sum|exact| over all outputs, for each picture."""
     errors = []
     for arrays, outputs in zip(found, exact, strict=True):
-        pairs = list(zip(arrays, outputs, strict=True))
-        moved = sum(float(np.abs(a.astype(np.float64) - b).sum()) for a, b in pairs)
+        pairs = list(map(comparable, arrays, outputs))
+        moved = sum(float(np.abs(a - b).sum()) for a, b in pairs)
         errors.append(moved / max(sum(float(np.abs(b).sum()) for _, b in pairs), 1e-12))
     return errors
+
+
+def comparable(found: np.ndarray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two outputs as float64 of one shape, whose difference means something.
+
+    Models with a loop may write more or fewer steps: what one of them lacks counts as 0. The difference of two token
+    ids says nothing: where they are integers, each exact one counts 1, and the one found 1 if it is the same, else 0.
+    """
+    if found.shape != exact.shape:
+        shape = tuple(map(max, found.shape, exact.shape))
+        lacking = -1 if np.issubdtype(exact.dtype, np.integer) else 0
+        found, exact = (_extended(values, shape, lacking) for values in (found, exact))
+    if np.issubdtype(exact.dtype, np.integer):
+        return (found == exact).astype(np.float64), np.ones(exact.shape)
+    return found.astype(np.float64), exact.astype(np.float64)
+
+
+def _extended(values: np.ndarray, shape: tuple[int, ...], filler: int) -> np.ndarray:
+    extended = np.full(shape, filler, dtype=values.dtype)
+    extended[tuple(map(slice, values.shape))] = values
+    return extended
 
 
 def save_errors(errors: Mapping[str, OutputError], file: Path) -> None:

@@ -92,7 +92,29 @@ class LayoutPrediction:
     labels: tuple[str, ...]
 
 
-Prediction = TextPrediction | BoxPrediction | ClassPrediction | LayoutPrediction
+@dataclass(frozen=True)
+class TablePrediction:
+    """The skeleton of a table.
+
+    Args:
+        html: `<html><body><table>...`, cells without their text.
+        boxes: of the cells in their order, x and y of four corners in pixels of the original picture.
+        score: mean probability of the tokens, 0..1 (0 for no token).
+    """
+
+    html: str
+    boxes: list[list[int]]
+    score: float
+
+
+@dataclass(frozen=True)
+class FormulaPrediction:
+    """A formula."""
+
+    latex: str
+
+
+Prediction = TextPrediction | BoxPrediction | ClassPrediction | LayoutPrediction | TablePrediction | FormulaPrediction
 
 
 class TaskAdapter(Protocol):
@@ -269,11 +291,25 @@ def _layout_detection(inference_yml: Mapping[str, Any], model_name: str) -> Task
     return LayoutDetection(inference_yml, model_name)
 
 
+def _table_structure(inference_yml: Mapping[str, Any], model_name: str) -> TaskAdapter:
+    from quant.table import TableStructure
+
+    return TableStructure(inference_yml, model_name)
+
+
+def _formula_recognition(inference_yml: Mapping[str, Any], model_name: str) -> TaskAdapter:
+    from quant.formula import FormulaRecognition
+
+    return FormulaRecognition(inference_yml, model_name)
+
+
 _TASKS: dict[str, Callable[[Mapping[str, Any], str], TaskAdapter]] = {
     "text_detection": TextDetection,
     "text_recognition": TextRecognition,
     "image_classification": ImageClassification,
     "layout_detection": _layout_detection,
+    "table_structure": _table_structure,
+    "formula_recognition": _formula_recognition,
 }
 
 

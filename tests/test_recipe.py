@@ -18,7 +18,7 @@ from eval.metric import make_metric
 from quant import recipe as recipe_module
 from quant.errors import InputError
 from quant.recipe import METRICS, RecipeError, Task, limited_to, load_recipe, recipe_names, recipes_dir
-from quant.task import BoxPrediction, ClassPrediction, TextPrediction
+from quant.task import BoxPrediction, ClassPrediction, FormulaPrediction, TablePrediction, TextPrediction
 
 REC = "PP-OCRv4_mobile_rec"
 DET = "PP-OCRv4_mobile_det"
@@ -155,6 +155,8 @@ def test_every_task_has_metrics_and_every_metric_a_task() -> None:
         ("text_detection", BoxPrediction([], []), []),
         ("text_recognition", TextPrediction("a", 1.0), "a"),
         ("image_classification", ClassPrediction(1, "180", 1.0, 2), 1),
+        ("table_structure", TablePrediction("<table><tr><td></td></tr></table>", [], 1.0), "<table></table>"),
+        ("formula_recognition", FormulaPrediction("a"), "a"),
     ],
 )
 def test_the_metrics_of_a_task_are_those_that_judge_its_predictions(task: Task, prediction: Any, label: Any) -> None:

@@ -46,13 +46,60 @@ net.eval()
 paddle.jit.save(net, sys.argv[1], input_spec=[paddle.static.InputSpec([None, 3, 8, 16], "float32", "x")])
 """
 
+_LOOP_WRITER = """
+import sys
+import paddle
+from paddle import nn
+
+class Tiny(nn.Layer):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2D(3, 8, 3, 2, padding=1)
+        self.words, self.places = nn.Embedding(6, 8), nn.Embedding(12, 8)
+        self.cell = nn.GRUCell(16, 8)
+        self.last = nn.Linear(8, 6)
+
+    def forward(self, x):
+        seen = nn.functional.adaptive_max_pool2d(8 * (self.stem(x) - 1.5), 1).flatten(1)
+        count = paddle.shape(x)[0]
+        nothing = paddle.zeros([1], "int64")[0]
+        state = paddle.zeros([count, 8])
+        token = paddle.zeros([count], "int64")
+        written = paddle.full([count, nothing + 1], 0, "int64")
+        kept = paddle.zeros([count, nothing, 8])
+        place = paddle.zeros([], "int64")
+        goes_on = paddle.ones([], "bool")
+        while place < 12 and goes_on:
+            kept = paddle.concat([kept, state.unsqueeze(1)], 1)
+            state, _ = self.cell(paddle.concat([4 * (self.words(token) + self.places(place)), seen], 1), kept.max(1))
+            token = (5 * self.last(state)).argmax(-1)
+            written = paddle.concat([written, token.unsqueeze(1)], 1)
+            goes_on = paddle.logical_not((token == 5).all())
+            place = place + 1
+        return written
+
+paddle.seed(3)
+net = Tiny()
+net.eval()
+paddle.jit.save(net, sys.argv[1], input_spec=[paddle.static.InputSpec([None, 3, 8, 16], "float32", "x")])
+"""
+
 
 def write_tiny_pir(folder: Path) -> ModelFiles:
     """Convolution, batch norm, HardSwish, depthwise convolution, mean, linear, softmax; two classes."""
+    return _written(folder, _WRITER)
+
+
+def write_tiny_loop(folder: Path) -> ModelFiles:
+    """Convolution, mean, and a loop that writes token ids, int64 [N, steps], until it chooses token 5."""
+    return _written(folder, _LOOP_WRITER)
+
+
+def _written(folder: Path, code: str) -> ModelFiles:
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"FLAGS_enable_pir_api": "1"}  # in a process of its own: the flag counts once
     script = folder / "writer.py"  # Paddle reads the source of what it traces
-    script.write_text(_WRITER, encoding="utf-8")
+    script.write_text(code, encoding="utf-8")
     command = [sys.executable, str(script), str(folder / "inference")]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     return pir_files(folder)

@@ -14,6 +14,8 @@ from typing import Any
 from quant.errors import InputError
 from quant.export import write_inference_yml
 
+_WARM_UP = 20  # steps
+
 
 def train_in_child(module: str, folder: Path, seed: int, minutes: float) -> None:
     """Run `python -m MODULE FOLDER SEED MINUTES`: PIR programs are written under a flag that counts once a process.
@@ -21,8 +23,11 @@ def train_in_child(module: str, folder: Path, seed: int, minutes: float) -> None
     Raises:
         InputError: the training failed; its last line is named.
     """
-    environment = os.environ | {"FLAGS_enable_pir_api": "1", "GLOG_minloglevel": "2", "PYTHONWARNINGS": "ignore"}
+    package = str(Path(__file__).parents[2])
+    path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH")) if part)
+    flags = {"FLAGS_enable_pir_api": "1", "GLOG_minloglevel": "2", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", module, str(folder), str(seed), str(minutes)]
+    environment = os.environ | flags | {"PYTHONPATH": path}
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if child.returncode:
         last = (child.stderr.strip().splitlines() or [f"the process ended with {child.returncode}"])[-1]
@@ -52,10 +57,9 @@ def train_until(
     while time.monotonic() < end and (steps is None or done < steps):
         passed = (time.monotonic() - start) / (end - start)
         progress = max(passed, done / steps) if steps else passed
-        warm = min(1.0, (done + 1) / 20)
+        warm = min(1.0, (done + 1) / _WARM_UP)
         optimizer.set_lr(rate * warm * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2))
-        loss = batch_loss()
-        loss.backward()
+        batch_loss().backward()
         optimizer.step()
         optimizer.clear_grad()
         done += 1
