@@ -54,11 +54,11 @@ class Bleu(MeanScore):
 
 def corpus_bleu(counts: Sequence[float] | FloatArray) -> float:
     """BLEU of a set in percent, from summed counts: matched n-grams [4], read n-grams [4], tokens read and labelled."""
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
-    matched, read = (list(map(float, part)) for part in (counts[:_ORDERS], counts[_ORDERS : 2 * _ORDERS]))
-    lengths = (round(float(length)) for length in counts[2 * _ORDERS :])
-    return float(BLEU.compute_bleu(matched, read, *lengths).score)
+    whole = [round(float(count)) for count in counts]
+    matched, read, (found, labelled) = whole[:_ORDERS], whole[_ORDERS : 2 * _ORDERS], whole[2 * _ORDERS :]
+    return float(BLEU.compute_bleu(matched, read, found, labelled).score)
 
 
 def latex_tokens(latex: str) -> list[str]:
@@ -72,6 +72,6 @@ def latex_tokens(latex: str) -> list[str]:
 
 @cache
 def _sacrebleu() -> Any:
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     return BLEU(tokenize="none", effective_order=True)

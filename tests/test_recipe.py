@@ -103,7 +103,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         ("a: [1", "unreadable"),
         ("- 1\n", "list"),
         ("", "NoneType"),
-        ("base: nothing\n", "must be one of image_classification, "),
+        ("base: nothing\n", "must be one of formula_recognition, image_classification, "),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, said: str) -> None:
