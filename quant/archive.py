@@ -23,6 +23,7 @@ from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
 from quant.errors import InputError, Unavailable
+from quant.transfer import transfer
 
 Progress = Callable[[str, int, int | None], None]
 """Told `(what, done, total)` as a long step moves on; the step is over when done equals total."""
@@ -196,11 +197,12 @@ def _retrieve(url: str, known: str | None, name: str, folder: Path, progress: Pr
 
     pooch.get_logger().setLevel(logging.ERROR)
 
-    def fetch(url: str, output_file: str, pooch_: Any) -> None:
+    what = f"downloading {PurePosixPath(urlsplit(url).path).name}"
+    report = (lambda done, total: progress(what, done, total)) if progress else (lambda done, total: None)
+
+    def fetch(url: str, output_file: str, _: Any) -> None:
         _probe(url)
-        meter: Any = _Meter(url, progress) if progress else False
-        timeout = (CONNECT_SECONDS, READ_SECONDS)
-        pooch.HTTPDownloader(progressbar=meter, chunk_size=_CHUNK, timeout=timeout)(url, output_file, pooch_)
+        transfer(url, Path(output_file), folder / f"{name}.part", (CONNECT_SECONDS, READ_SECONDS), report)
 
     known_hash = f"sha256:{known}" if known else None
     try:
@@ -212,31 +214,6 @@ def _retrieve(url: str, known: str | None, name: str, folder: Path, progress: Pr
         if isinstance(error, (requests.ConnectionError, requests.Timeout)):
             _unreachable[_endpoint(url)] = "the connection failed before"
         raise Unavailable(f"the download of {url} broke off ({_cause(error)})", _try_again()) from error
-
-
-class _Meter:
-    """What pooch takes for a progress bar, passed on to a `Progress`."""
-
-    total = 0
-
-    def __init__(self, url: str, progress: Progress) -> None:
-        self._what = f"downloading {PurePosixPath(urlsplit(url).path).name}"
-        self._progress = progress
-        self._done = 0
-
-    def update(self, amount: int) -> None:
-        # pooch reports full chunks even for the last one, which is shorter.
-        done = min(self._done + amount, self.total) if self.total else self._done + amount
-        if done != self._done:
-            self._done = done
-            self._progress(self._what, done, self.total or None)
-
-    def reset(self) -> None:
-        """Called before pooch reports the total once more: what is done stays done."""
-
-    def close(self) -> None:
-        if not self.total:
-            self._progress(self._what, self._done, self._done)
 
 
 def _endpoint(url: str) -> tuple[str, int]:

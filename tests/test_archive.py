@@ -26,12 +26,18 @@ from quant.errors import InputError, Unavailable
 
 
 class OfficialHost:
-    """Plays the host of the official archives on this machine."""
+    """Plays the host of the official archives on this machine.
+
+    `cut_off` breaks the connection in the middle of what was asked for; `tags` gives files an ETag, with which parts
+    of them can be had; `ranges` holds what was asked for so.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.cut_off: set[str] = set()
+        self.tags: dict[str, str] = {}
         self.requests: list[str] = []
+        self.ranges: list[str] = []
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -41,7 +47,16 @@ class OfficialHost:
                 if body is None:
                     self.send_error(404)
                     return
-                self.send_response(200)
+                tag, wanted = outer.tags.get(self.path), self.headers.get("Range")
+                if tag and wanted and self.headers.get("If-Range") == tag:
+                    outer.ranges.append(wanted)
+                    start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+                    self.send_response(206 if start < len(body) else 416)
+                    body = body[start:]
+                else:
+                    self.send_response(200)
+                if tag:
+                    self.send_header("ETag", tag)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body[: len(body) // 2] if self.path in outer.cut_off else body)
@@ -73,7 +88,9 @@ def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
 
 
 def files_below(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+    """Files in a folder, without the locks of downloads."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    return sorted(str(path) for path in files if ".locks" not in path.parts)
 
 
 def unused_port() -> int:
@@ -215,6 +232,59 @@ def no_space(*args: Any, **kwargs: Any) -> Any:
 
 def interrupt(*args: Any, **kwargs: Any) -> Any:
     raise KeyboardInterrupt
+
+
+def test_a_broken_download_goes_on(host: OfficialHost, tmp_path: Path) -> None:
+    url = host.put("/a.tar", BODY)
+    host.tags["/a.tar"] = '"one"'
+    host.cut_off.add("/a.tar")
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="broke off"):
+            download(url, sha256(BODY), tmp_path)
+        archive._unreachable.clear()
+    host.cut_off.clear()
+    told: list[int] = []
+    path = download(url, sha256(BODY), tmp_path, lambda what, done, total: told.append(done))
+    assert path.read_bytes() == BODY
+    starts = [int(wanted.removeprefix("bytes=").removesuffix("-")) for wanted in host.ranges]
+    assert 0 < starts[0] < starts[1] < len(BODY), "each attempt begins where the one before broke off"
+    assert told[0] > starts[1] and told[-1] == len(BODY)
+    assert files_below(tmp_path) == [path.name]
+
+
+def test_a_download_killed_at_its_end_needs_no_byte_more(host: OfficialHost, tmp_path: Path) -> None:
+    url = host.put("/a.tar", BODY)
+    host.tags["/a.tar"] = '"one"'
+    part = tmp_path / f"{archive.archive_name(url)}.part"
+    part.write_bytes(BODY)
+    part.with_name(f"{part.name}.json").write_text('{"mark": "\\"one\\""}')
+    assert download(url, sha256(BODY), tmp_path).read_bytes() == BODY
+    assert host.ranges == [f"bytes={len(BODY)}-"]
+
+
+def test_parts_of_two_versions_do_not_meet(host: OfficialHost, tmp_path: Path) -> None:
+    url = host.put("/a.tar", BODY)
+    host.tags["/a.tar"] = '"one"'
+    host.cut_off.add("/a.tar")
+    with pytest.raises(Unavailable):
+        download(url, None, tmp_path)
+    archive._unreachable.clear()
+    host.cut_off.clear()
+    newer = os.urandom(600_000)
+    host.put("/a.tar", newer)
+    host.tags["/a.tar"] = '"two"'
+    assert download(url, None, tmp_path).read_bytes() == newer
+
+
+@pytest.mark.parametrize("tag", [None, 'W/"one"'])
+def test_where_the_server_names_no_version_nothing_is_kept(host: OfficialHost, tmp_path: Path, tag: str | None) -> None:
+    url = host.put("/a.tar", BODY)
+    if tag:
+        host.tags["/a.tar"] = tag
+    host.cut_off.add("/a.tar")
+    with pytest.raises(Unavailable):
+        download(url, None, tmp_path)
+    assert files_below(tmp_path) == []
 
 
 def test_a_full_disk_during_the_download(host: OfficialHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
