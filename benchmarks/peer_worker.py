@@ -26,9 +26,13 @@ from eval.gate import judge
 from eval.metric import make_metric
 from eval.statistics import estimate_drop
 from quant.job import Options, fp32_folders
+from quant.judging import outcomes_of
 from quant.latency import time_cells
-from quant.runtime import Precision, Session, model_bytes, open_session, openvino_session, streams
+from quant.runtime import Precision, Session, model_bytes, open_session, openvino_session
 from quant.target import TargetName
+
+IR = "inference.xml"
+"""OpenVINO's own format, which some quantizers write."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +104,18 @@ def _judged(task: Task) -> dict[str, Any]:
     fp32 = fp32_folders(job, target)
     report = job.selection.report
     samples = report if task.report is None else pick(report, task.report, recipe.seed)
-    workers, each = streams(target, task.threads)
 
     def open_pair() -> tuple[Session, Session]:
-        return open_session(target, fp32["fp32"], each), _open(target, artifact, each)
+        return open_session(target, fp32["fp32"], task.threads), _open(target, artifact, task.threads)
 
     def open_all(precision: Precision) -> Mapping[str, Session]:
         sessions = {name: open_session(target, folder, task.threads, precision) for name, folder in fp32.items()}
         return {**sessions, "int8": _open(target, artifact, task.threads, precision)}
 
-    found = compare(open_pair, by_shape(samples), job.adapter, metric, workers)
+    if (artifact / IR).is_file():
+        found = compare(open_pair, by_shape(samples), job.adapter, metric)
+    else:
+        found = outcomes_of(job, target, artifact, samples)
     pictures = [picture_of(sample) for sample in found.ids]
     estimate = estimate_drop(metric, found.fp32, found.int8, seed=recipe.seed, pictures=pictures)
     bounds = (estimate.drop, estimate.relative_drop, estimate.drop_upper95, estimate.relative_drop_upper95)
@@ -124,14 +130,14 @@ def _judged(task: Task) -> dict[str, Any]:
 
 
 def _open(target: TargetName, folder: Path, threads: int, precision: Precision = "f32") -> Session:
-    ir = folder / "inference.xml"
+    ir = folder / IR
     if ir.is_file():
         return openvino_session(ir, threads, precision)
     return open_session(target, folder, threads, precision)
 
 
 def _bytes(target: TargetName, folder: Path) -> int:
-    ir = [folder / "inference.xml", folder / "inference.bin"]
+    ir = [folder / IR, folder / "inference.bin"]
     return sum(path.stat().st_size for path in ir) if ir[0].is_file() else model_bytes(target, folder)
 
 

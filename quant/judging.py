@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.benchmark import interleaved_latency
 from eval.dataset import Sample, by_shape
-from eval.evaluation import compare, judged_rows, load_outcomes
+from eval.evaluation import Outcomes, judged_rows, load_outcomes
 from eval.gate import EvalReport, JudgedRow, SkippedRow
 from eval.metric import make_metric
 from quant.errors import InputError, Unavailable
@@ -20,8 +20,9 @@ from quant.job import Job, Options, counted, fp32_folders, labels_digest, latenc
 from quant.manifest import Manifest, load_manifest, newest_run, versions
 from quant.plan import QuantPlan, load_plan
 from quant.recipe import Recipe
-from quant.runtime import Session, model_bytes, open_session, streams
+from quant.runtime import model_bytes, open_session, streams
 from quant.selection import Selection, find_datasets, select, unused
+from quant.shares import Share, judged_in_processes
 from quant.source import cache_dir, resolve_model
 from quant.stage import StageStore, file_digests
 from quant.target import TARGETS, TargetName
@@ -129,7 +130,6 @@ def judge_target(
 def _judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path, samples: Sequence[Sample]) -> Path:
     """Stage: outcomes of every sample, latencies, and what the runtime executes in integers."""
     recipe, threads = job.recipe, job.options.threads
-    shipped = prepared_stage(job) / "shipped"
     key = {
         "artifact": file_digests(artifact),
         "fp32": job.files.sha256,
@@ -145,12 +145,7 @@ def _judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path,
 
     def build(folder: Path) -> None:
         advance = counted(job.options.progress, f"{recipe.name}: evaluating {target}", len(samples))
-        workers, each = streams(target, threads)
-
-        def open_pair() -> tuple[Session, Session]:
-            return open_session(target, shipped, each), open_session(target, artifact, each)
-
-        outcomes = compare(open_pair, by_shape(samples), job.adapter, make_metric(recipe.metric), workers, advance)
+        outcomes = outcomes_of(job, target, artifact, samples, advance)
         outcomes.save(folder / "outcomes.npz")
         latency = _latency(job, target, artifact)
         (folder / "latency.json").write_text(json.dumps(latency), encoding="utf-8")
@@ -158,6 +153,19 @@ def _judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path,
         (folder / "execution.json").write_text(json.dumps(execution), encoding="utf-8")
 
     return job.store.result("evaluation", key, build)
+
+
+def outcomes_of(
+    job: Job, target: TargetName, artifact: Path, samples: Sequence[Sample], advance: Callable[[], None] = lambda: None
+) -> Outcomes:
+    """FP32 as shipped and an artifact on the same pictures, in as many threads or processes as is fastest."""
+    recipe, threads = job.recipe, job.options.threads
+    processes = recipe.targets[target].judged_in == "processes"
+    workers, each = (threads, 1) if processes else streams(target, threads)
+    folders = (fp32_folders(job, target)["fp32"], artifact)
+    described = (recipe.task, job.files.inference_yml, recipe.name, recipe.metric)
+    share = Share(target, *folders, each, *described, by_shape(samples))
+    return judged_in_processes(share, workers, advance) if processes else share.judged(workers, advance)
 
 
 def _latency(job: Job, target: TargetName, artifact: Path) -> dict[str, float]:

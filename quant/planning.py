@@ -170,7 +170,7 @@ def full_stage(job: Job, choice: TargetChoice) -> Path:
     recipe = job.recipe
     key = {
         **job.key,
-        "choice": choice.model_dump(exclude={"min_coverage"}),
+        "choice": choice.model_dump(exclude={"min_coverage", "judged_in"}),
         "largest_weight": _largest_weight(choice),
         "calibration": recipe.calibration.model_dump(),
         "slim": recipe.paddleslim.model_dump(),

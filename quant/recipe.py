@@ -217,6 +217,9 @@ class TargetChoice(_Part):
     )
     fp32: list[str] = Field(default_factory=list, description="operators that stay in FP32, by their output tensors")
     min_coverage: float | None = Field(None, ge=0, le=1, description="overrides ladder.min_coverage")
+    judged_in: Literal["threads", "processes"] = Field(
+        "threads", description="processes: one for each thread, for small pictures on Paddle (see quant.shares)"
+    )
 
 
 class Gate(_Part):

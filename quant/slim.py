@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from quant.child import child_command, child_environment, last_line
 from quant.errors import InputError
 from quant.graph import Graph
 from quant.plan import (
@@ -200,13 +201,11 @@ def _save_feeds(feeds: Iterable[dict[str, Array]], folder: Path) -> int:
 
 def _run_child(work: Path, progress: Progress | None) -> None:
     log = work / LOG_FILE
-    package = str(Path(__file__).parents[1])
-    path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH")) if part)
     # One thread: sums, and with them the scales, do not depend on the number of cores.
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     # PaddleX sets the flag to 1 in the environment of the process that loads a model.
-    environment = {**os.environ, "PYTHONPATH": path, **threads, "FLAGS_enable_pir_api": "0"}
-    command = [sys.executable, "-m", "quant.slim", str(work)]
+    environment = child_environment(**threads, FLAGS_enable_pir_api="0")
+    command = child_command("quant.slim", work)
     with (
         log.open("wb") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True) as child,
@@ -222,12 +221,7 @@ def _run_child(work: Path, progress: Progress | None) -> None:
     if child.returncode:
         with tempfile.NamedTemporaryFile(prefix="paddleslim-", suffix=".log", delete=False) as kept:
             kept.write(log.read_bytes())  # the working folder vanishes
-        raise RuntimeError(f"PaddleSlim failed with code {child.returncode}, see {kept.name}: {_last_line(log)}")
-
-
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "(the log is empty)"
+        raise RuntimeError(f"PaddleSlim failed with code {child.returncode}, see {kept.name}: {last_line(log)}")
 
 
 def _left_out(graph: Graph, found: SlimScales) -> tuple[str, ...]:

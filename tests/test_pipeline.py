@@ -20,13 +20,13 @@ import pytest
 import yaml
 from tiny_models import TinyNet
 
-from eval.dataset import read_image
+from eval.dataset import Sample, read_image
 from eval.gate import JudgedRow, SkippedRow
-from quant import export, judging, pipeline
+from quant import export, judging, pipeline, shares
 from quant.cli import _export_fp32
 from quant.errors import InputError, Unavailable
 from quant.execution import executed_coverage
-from quant.job import Options, start
+from quant.job import Options, prepared_stage, start
 from quant.judging import evaluate_model
 from quant.manifest import Manifest, load_manifest, newest_run, processor
 from quant.pipeline import Finished, run_model
@@ -35,6 +35,7 @@ from quant.planning import planned_stage
 from quant.program import write_program
 from quant.recipe import Recipe, limited_to, load_recipe
 from quant.runtime import MODEL_FILES, open_session, target_format
+from quant.shares import Share, judged_in_processes
 from quant.stage import StageStore, file_digests
 
 NAME = "colour_reader"
@@ -356,6 +357,42 @@ def test_a_search_leaves_its_front_beside_the_plan(place: Place, first: First, t
     assert again.reused and again.folder == finished.folder
     assert finished.folder.name != start(recipe, place.options()).run_name, "latencies are an input, too"
     assert not (first.folder / "plans" / "onnxruntime" / "search.json").exists(), "only where it was asked for"
+
+
+# --- shares of the pictures ------------------------------------------------------------------------
+
+
+def share_of(place: Place, artifact: Path, samples: list[Sample]) -> Share:
+    job = start(place.recipe, place.options())
+    recipe, files = place.recipe, job.files
+    shipped = prepared_stage(job) / "shipped"
+    described = (recipe.task, files.inference_yml, recipe.name, recipe.metric)
+    return Share("paddle", shipped, artifact, 1, *described, samples)
+
+
+def test_processes_side_by_side_judge_as_one(
+    place: Place, first: First, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shares, "LEAST_SAMPLES", 1)
+    samples = list(start(place.recipe, place.options()).selection.report)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    samples[3] = replace(samples[3], image=tmp_path / "broken.png")
+    share = share_of(place, first.folder / "paddle", samples)
+    steps: list[int] = []
+    alone, together = share.judged(1, lambda: None), judged_in_processes(share, 2, lambda: steps.append(1))
+    assert together.ids == alone.ids and together.datasets == alone.datasets
+    assert np.array_equal(together.fp32, alone.fp32) and np.array_equal(together.int8, alone.int8)
+    assert together.broken == alone.broken and len(together.broken) == 1
+    assert len(steps) == len(samples)
+
+
+def test_a_process_that_fails_says_why(
+    place: Place, first: First, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shares, "LEAST_SAMPLES", 1)
+    samples = list(start(place.recipe, place.options()).selection.report)
+    with pytest.raises(InputError, match=r"judging on paddle failed: .*inference.pdmodel is missing"):
+        judged_in_processes(share_of(place, tmp_path, samples), 2, lambda: None)
 
 
 # --- the same run again ----------------------------------------------------------------------------

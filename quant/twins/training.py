@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quant.child import child_command, child_environment
 from quant.errors import InputError
 from quant.export import write_inference_yml
 
@@ -23,11 +22,8 @@ def train_in_child(module: str, folder: Path, seed: int, minutes: float) -> None
     Raises:
         InputError: the training failed; its last line is named.
     """
-    package = str(Path(__file__).parents[2])
-    path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH")) if part)
     flags = {"FLAGS_enable_pir_api": "1", "GLOG_minloglevel": "2", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", module, str(folder), str(seed), str(minutes)]
-    environment = os.environ | flags | {"PYTHONPATH": path}
+    command, environment = child_command(module, folder, seed, minutes), child_environment(**flags)
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if child.returncode:
         last = (child.stderr.strip().splitlines() or [f"the process ended with {child.returncode}"])[-1]

@@ -1,0 +1,128 @@
+"""Pictures judged in several processes side by side, each with a share of them.
+
+For runtimes of which one process holds one model at a time, on pictures so small that a second thread helps little: a
+text line of a new width costs Paddle more time to prepare kernels, on one core, than to compute.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.dataset import Sample
+from eval.evaluation import Outcomes, compare, load_outcomes
+from eval.metric import make_metric
+from quant.child import child_command, child_environment, last_line
+from quant.errors import InputError
+from quant.runtime import Session, open_session
+from quant.target import TargetName
+from quant.task import make_task
+
+LEAST_SAMPLES = 40
+"""Fewer for each process are judged before it has started."""
+
+_SHARE, _OUTCOMES, _LOG = "share.pickle", "outcomes.npz", "log.txt"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process judges.
+
+    Attributes:
+        fp32, int8: folders of the two models.
+        threads: of each session.
+    """
+
+    target: TargetName
+    fp32: Path
+    int8: Path
+    threads: int
+    task: str
+    inference_yml: dict[str, Any]
+    model: str
+    metric: str
+    samples: Sequence[Sample]
+
+    def judged(self, workers: int, advance: Callable[[], None]) -> Outcomes:
+        """The outcomes, in this process."""
+
+        def open_pair() -> tuple[Session, Session]:
+            fp32, int8 = (open_session(self.target, folder, self.threads) for folder in (self.fp32, self.int8))
+            return fp32, int8
+
+        adapter = make_task(self.task, self.inference_yml, self.model)
+        return compare(open_pair, self.samples, adapter, make_metric(self.metric), workers, advance)
+
+
+def judged_in_processes(whole: Share, count: int, advance: Callable[[], None]) -> Outcomes:
+    """The outcomes of all samples, in their order, judged in `count` processes; here, where they are few.
+
+    Raises:
+        InputError: a process failed; names the last line of its log.
+    """
+    if len(whole.samples) < LEAST_SAMPLES * count or count == 1:
+        return whole.judged(1, advance)
+    lock = threading.Lock()
+
+    def step() -> None:
+        with lock:
+            advance()
+
+    shares = [replace(whole, samples=list(whole.samples[start::count])) for start in range(count)]
+    with tempfile.TemporaryDirectory(prefix="shares-") as place, ThreadPoolExecutor(len(shares)) as pool:
+        folders = [Path(place) / str(index) for index in range(len(shares))]
+        parts = list(pool.map(lambda share, folder: _judged(share, folder, step), shares, folders))
+    return _in_order(parts, whole.samples)
+
+
+def _judged(share: Share, folder: Path, step: Callable[[], None]) -> Outcomes:
+    folder.mkdir()
+    (folder / _SHARE).write_bytes(pickle.dumps(share))
+    command = child_command("quant.shares", folder)
+    with (
+        (folder / _LOG).open("wb") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=child_environment(), text=True) as child,
+    ):
+        try:
+            for _ in child.stdout or ():
+                step()
+        except BaseException:
+            child.kill()
+            raise
+    if child.returncode:
+        raise InputError(f"judging on {share.target} failed: {last_line(folder / _LOG)[:300]}")
+    return load_outcomes(folder / _OUTCOMES)
+
+
+def _in_order(parts: Sequence[Outcomes], samples: Sequence[Sample]) -> Outcomes:
+    """Parts as one, in the order of the samples; pictures that could not be read are missing in all of them."""
+    places = {(sample.dataset, sample.id): index for index, sample in enumerate(samples)}
+    ids = [name for part in parts for name in part.ids]
+    datasets = [name for part in parts for name in part.datasets]
+    order = np.argsort([places[key] for key in zip(datasets, ids, strict=True)], kind="stable")
+    fp32, int8 = (np.concatenate([getattr(part, name) for part in parts])[order] for name in ("fp32", "int8"))
+    broken = [sentence for part in parts for sentence in part.broken]
+    return Outcomes([ids[i] for i in order], [datasets[i] for i in order], fp32, int8, broken)
+
+
+def main(folder: Path) -> None:
+    """What a process does; a line on stdout for each picture. The pickle is one that this program has just written."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    share: Share = pickle.loads((folder / _SHARE).read_bytes())
+    share.judged(1, lambda: print(file=channel, flush=True)).save(folder / _OUTCOMES)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
