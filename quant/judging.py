@@ -162,9 +162,17 @@ def outcomes_of(
     recipe, threads = job.recipe, job.options.threads
     processes = recipe.targets[target].judged_in == "processes"
     workers, each = (threads, 1) if processes else streams(target, threads)
-    folders = (fp32_folders(job, target)["fp32"], artifact)
-    described = (recipe.task, job.files.inference_yml, recipe.name, recipe.metric)
-    share = Share(target, *folders, each, *described, by_shape(samples))
+    share = Share(
+        target=target,
+        fp32=fp32_folders(job, target)["fp32"],
+        int8=artifact,
+        threads=each,
+        task=recipe.task,
+        inference_yml=job.files.inference_yml,
+        model=recipe.name,
+        metric=recipe.metric,
+        samples=by_shape(samples),
+    )
     return judged_in_processes(share, workers, advance) if processes else share.judged(workers, advance)
 
 
