@@ -25,7 +25,7 @@ from quant.twins.training import save_inference, train_in_child, train_until
 
 MODEL = "SLANet_plus"
 WORLD = TableWorld(
-    rows=(2, 4), columns=(2, 4), heads=1, spans=0.15, empty=0.05, rulings=("full",), sizes=(14, 20), chinese=0
+    rows=(2, 4), columns=(2, 3), heads=1, spans=0.15, empty=0.05, rulings=("full",), sizes=(14, 20), chinese=0
 )
 _HARDNESS = 0.3
 _TABLES, _BATCH, _STEPS, _RATE = 500, 8, 320, 3e-3
