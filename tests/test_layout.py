@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import yaml
 from onnx import TensorProto, helper, numpy_helper
 
 from quant.errors import InputError
+from quant.job import feed_of, picture_input
 from quant.layout import LayoutDetection
 from quant.recipe import load_recipe
 from quant.task import LayoutPrediction, make_task
@@ -102,6 +104,20 @@ def test_inputs_are_named_and_measured_as_the_models_want_them() -> None:
     np.testing.assert_allclose(large["im_shape"], [[640, 640]])
     low, high = large["image"].min(), large["image"].max()
     assert low >= 0 and 0.9 < high <= 1
+
+
+def test_what_a_model_is_timed_on_has_all_of_its_inputs() -> None:
+    for model, side in zip(MODELS, (480, 640), strict=True):
+        job: Any = SimpleNamespace(
+            recipe=load_recipe(model), adapter=make_task("layout_detection", inference(model), model)
+        )
+        feed = feed_of(job, [8, 3, side, side])
+        assert picture_input(feed) == "image"
+        assert {name: values.shape for name, values in feed.items() if name != "image"} == {
+            name: (8, 2) for name in feed if name != "image"
+        }
+        assert feed["image"].shape == (8, 3, side, side) and feed["image"].min() < 0
+        np.testing.assert_array_equal(feed["scale_factor"], np.ones((8, 2)))
 
 
 def test_only_the_boxes_of_the_picture_are_read() -> None:
