@@ -90,6 +90,19 @@ def _check_plan(plan: QuantPlan | None) -> None:
             )
 
 
+def serialize_program(paddle: Any, program: Any, inputs: list[str], outputs: list[str]) -> tuple[bytes, bytes]:
+    """An inference program of what the outputs depend on, and its parameters in the sorted order of their names."""
+    static, block = paddle.static, program.global_block()
+    feeds, fetches = ([block.var(name) for name in names] for names in (inputs, outputs))
+    normal = static.normalize_program(program, feeds, fetches)
+    for operator in (operator for part in normal.blocks for operator in part.ops):
+        if operator.has_attr("op_callstack"):
+            operator.desc.remove_attr("op_callstack")  # holds paths of this machine
+    parameters = static.serialize_persistables(feeds, fetches, static.Executor(paddle.CPUPlace()), program=normal)
+    # `static.serialize_program` would add feed and fetch operators anew, call stacks included.
+    return normal.desc.serialize_to_string(), parameters or b""
+
+
 class ProgramBuilder:
     """A Paddle program under construction, one operator of the graph after the other."""
 
@@ -115,17 +128,7 @@ class ProgramBuilder:
 
     def serialize(self) -> tuple[bytes, bytes]:
         """The finished program and its parameters (in the sorted order of their names)."""
-        static = self._paddle.static
-        feeds = [self._block.var(name) for name in self._graph.inputs]
-        fetches = [self._block.var(name) for name in self._graph.outputs]
-        executor = static.Executor(self._paddle.CPUPlace())
-        program = static.normalize_program(self._program, feeds, fetches)
-        for operator in program.global_block().ops:
-            if operator.has_attr("op_callstack"):
-                operator.desc.remove_attr("op_callstack")  # holds paths of this machine
-        parameters = static.serialize_persistables(feeds, fetches, executor, program=program)
-        # `static.serialize_program` would add feed and fetch operators anew, call stacks included.
-        return program.desc.serialize_to_string(), parameters or b""
+        return serialize_program(self._paddle, self._program, self._graph.inputs, self._graph.outputs)
 
     def emit(self, kind: str, inputs: dict[str, str | list[str]], outputs: dict[str, str], **attributes: Any) -> None:
         """Append one Paddle operator; its outputs are declared here, their shapes by Paddle."""
