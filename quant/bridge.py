@@ -2,7 +2,7 @@
 
 PaddleSlim quantizes and trains old-IR programs alone. The bridge lowers a PIR program operator by operator
 (`quant.lowering`), gives it the weights by their names, and proves it: both programs compute the same outputs,
-without graph optimizations on either side, which fuse different operators in the two forms.
+without graph optimizations and oneDNN on either side, which act differently in the two forms.
 
 Paddle's flags act once in a process, so the work is done in one of its own: `python -m quant.bridge JOB.json`.
 """
@@ -132,6 +132,7 @@ def _outputs(model: str, params: str, feeds: list[Feed]) -> list[np.ndarray]:
     config.disable_gpu()
     config.disable_glog_info()
     config.switch_ir_optim(False)
+    config.disable_mkldnn()  # on by default, and then only the new IR uses it
     predictor = inference.create_predictor(config)
     results = []
     for feed in feeds:

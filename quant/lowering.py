@@ -200,24 +200,23 @@ class Lowering:
         self._names |= {number: self._names[item] for (number, _, _), item in zip(results_of(operator), items)}
 
     def write_loop(self, operator: Document) -> None:
-        """`while`: the first value that is carried says whether to go on."""
+        """`while`: the first operand, and the first value that its body gives, says whether to go on."""
         arguments, (body,) = region_arguments(operator), inner_operators(operator)
 
-        def step(*given: Any) -> list[Any]:
+        def step(_: Any, *given: Any) -> list[Any]:
             self._names |= {number: value.name for number, value in zip(arguments, given, strict=True)}
             return self._lower_region(body)
 
-        carried = [self._copied(number) for number in operands_of(operator)[: len(arguments)]]
-        self._name_results(operator, self._paddle.static.nn.while_loop(lambda *given: given[0], step, carried))
+        carried = [self._copied(number) for number in operands_of(operator)]
+        _, *found = self._paddle.static.nn.while_loop(lambda goes_on, *_: goes_on, step, carried)
+        self._name_results(operator, found)
 
     def write_branch(self, operator: Document) -> None:
-        """`if`: two regions, one of which gives the results."""
-        taken, other = inner_operators(operator)
-        condition = self._variable(operands_of(operator)[0])
-        found = self._paddle.static.nn.cond(
-            condition, lambda: self._lower_region(taken), lambda: self._lower_region(other)
-        )
-        self._name_results(operator, list(found))
+        """`if`: both regions are computed, they have no effect but their results, and one is chosen."""
+        taken, other = ([value.name for value in self._lower_region(inner)] for inner in inner_operators(operator))
+        for index, (one, two) in enumerate(zip(taken, other, strict=True)):
+            inputs = {"Condition": self.operand(operator, 0), "X": [one], "Y": [two]}
+            self.emit("where", operator, inputs, {"Out": [self.declare(operator, index)]})
 
     def _lower_region(self, operators: list[Document]) -> list[Any]:
         *inner, last = operators
@@ -258,8 +257,9 @@ def unknown(operator: Document, why: str) -> InputError:
 def _write_full(lowering: Lowering, operator: Document) -> None:
     """One number, repeated."""
     values = attributes_of(operator)
-    if values["shape"] in ([], [1]):
-        lowering.remember(operator, values["value"])
+    if values["shape"] in ([], [1]):  # every number is written as a float
+        whole = values["dtype"].startswith("int")
+        lowering.remember(operator, int(values["value"]) if whole else values["value"])
     _fill(lowering, operator, values["value"], values["dtype"], shape=values["shape"])
 
 
