@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from quant.comparison import side_by_side
 from quant.graph import Graph, attribute
 from quant.ladder import SearchScore
 from quant.plan import Operator, QuantPlan, weight_axis
@@ -70,7 +71,7 @@ def compare_outputs(found: Outputs, exact: Outputs) -> OutputError:
     """The error of outputs, one list of arrays for each picture."""
     signal = noise = 0.0
     for arrays, outputs in zip(found, exact, strict=True):
-        for array, output in zip(arrays, outputs, strict=True):
+        for array, output in side_by_side(arrays, outputs):
             signal += float(np.square(output, dtype=np.float64).sum())
             noise += float(np.square(array.astype(np.float64) - output).sum())
     ratio = 10 * float(np.log10(signal / noise)) if signal and noise else None
@@ -86,7 +87,7 @@ def relative_errors(found: Outputs, exact: Outputs) -> list[float]:
     """sum|found - exact| / sum|exact| over all outputs, for each picture."""
     errors = []
     for arrays, outputs in zip(found, exact, strict=True):
-        pairs = list(zip(arrays, outputs, strict=True))
+        pairs = side_by_side(arrays, outputs)
         moved = sum(float(np.abs(a.astype(np.float64) - b).sum()) for a, b in pairs)
         errors.append(moved / max(sum(float(np.abs(b).sum()) for _, b in pairs), 1e-12))
     return errors
