@@ -4,11 +4,14 @@ The old IR has the same kernels under other names. Most operators differ in name
 operands what is an attribute there (sizes, axes, factors): a constant becomes the attribute, what is computed goes
 into the slot that the old operator has for it.
 
-Values are named by their kind and number (`conv2d_275`), weights by their names, inputs and outputs as the model's.
+Values are named as paddle2onnx names them, by kind, how many of the kind stand before, and result
+(`p2o.pd_op.conv2d.3.0`), so that a graph that it made and a lowered program can be put together (`quant.splice`).
+Weights, inputs and outputs keep the model's names.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +70,7 @@ class Lowering:
         self._names: dict[int, str] = {}
         self._constants: dict[int, Any] = {}
         self._lists: dict[int, list[int]] = {}
+        self._counts: Counter[str] = Counter()
         self.feeds: list[str] = []
         self.fetches: list[str] = []
         self._outputs = {
@@ -83,6 +87,8 @@ class Lowering:
     def lower(self, operator: Document) -> None:
         """Append what one operator, a weight or an input means."""
         kind = kind_of(operator)
+        if not self._program.current_block().idx:
+            self._counts[kind] += 1
         if kind in _SAME:
             self._lower_same(operator, _SAME[kind])
         elif kind in _WRITERS:
@@ -116,15 +122,22 @@ class Lowering:
     def declare(self, operator: Document, index: int = 0) -> str:
         """Name and declare a value that an operator writes."""
         number, element, _ = results_of(operator)[index]
-        name = self._outputs.get(number) or f"{kind_of(operator)}_{number}"
-        return self._declare(number, name, element)
+        return self._declare(number, self._outputs.get(number) or self._named(operator, index), element)
+
+    def _named(self, operator: Document, index: int) -> str:
+        """Bodies of loops stand in the middle of what is counted, so their values have their numbers."""
+        kind = kind_of(operator)
+        if self._program.current_block().idx:
+            return f"inner.{kind}.{results_of(operator)[index][0]}"
+        return f"p2o.pd_op.{kind}.{self._counts[kind] - 1}.{index}"
 
     def declare_list(self, operator: Document, count: int) -> list[str]:
         """Name and declare the values of a list that an operator writes."""
         number, element, _ = results_of(operator)[0]
         items = [-(_LIST * number + place) for place in range(count)]
         self._lists[number] = items
-        return [self._declare(item, f"{kind_of(operator)}_{number}.{i}", element) for i, item in enumerate(items)]
+        stem = self._named(operator, 0)
+        return [self._declare(item, f"{stem}.part{index}", element) for index, item in enumerate(items)]
 
     def _declare(self, number: int, name: str, element: str) -> str:
         self._program.current_block().create_var(name=name, dtype=_TYPES[element], persistable=False)
