@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 Shape = tuple[int | None, ...]
 
@@ -141,6 +141,16 @@ class Graph:
         self._names.add(new)
         self._shapes = None
         self.outputs = [new if name == old else name for name in self.outputs]
+
+    def ending_at(self, tensors: Sequence[str]) -> Graph:
+        """A copy that computes some float tensors and nothing else."""
+        model = self.to_model()
+        del model.graph.output[:]
+        for name in tensors:
+            model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, self.shape(name)))
+        part = Graph(model)
+        part.prune()
+        return part
 
     def copy(self) -> Graph:
         return Graph(self.to_model())

@@ -15,7 +15,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ import numpy.typing as npt
 from onnx import NodeProto, TensorProto
 
 from quant.errors import InputError
-from quant.graph import Graph, attribute
+from quant.graph import Graph, attribute, reads
 from quant.plan import Operator, QuantPlan
+from quant.splice import cut_of, splice
 
 MODEL_FILE = "inference.pdmodel"
 PARAMS_FILE = "inference.pdiparams"
@@ -51,34 +53,113 @@ def import_paddle() -> Any:
     return paddle
 
 
-def write_program(graph: Graph, folder: Path, plan: QuantPlan | None = None) -> None:
+def write_program(graph: Graph, folder: Path, plan: QuantPlan | None = None, original: Path | None = None) -> None:
     """Write `inference.pdmodel` and `inference.pdiparams`.
 
     Args:
         graph: prepared graph; its input and output names become the feed and fetch names.
         folder: made if it is missing.
         plan: which operators run in INT8; without it all stay in FP32.
+        original: folder of the old-IR program that the graph was imported from, under the same names. It provides
+            what has no counterpart here (see `quant.splice`).
 
     Raises:
-        InputError: an operator that has no counterpart here; names the operator and its tensor.
+        InputError: an operator that has no counterpart here; names the operator and its tensor. Or the plan quantizes
+            one that comes after it.
         ValueError: the plan holds an activation that is not S8 symmetric.
     """
     _check_plan(plan)
     paddle = import_paddle()
-    # The guards keep parameters and names of different models apart, and work where somebody
-    # imported Paddle before us without the flag.
-    with (
-        paddle.pir_utils.OldIrGuard(),
-        paddle.static.scope_guard(paddle.static.Scope()),
-        paddle.utils.unique_name.guard(),
-    ):
-        builder = ProgramBuilder(paddle, graph, plan)
-        for node in graph.nodes:
+    part = graph if original is None else _before_original(graph, original)
+    if plan is not None:
+        _check_complete(part, plan)
+    with _own_scope(paddle):
+        builder = ProgramBuilder(paddle, part, plan)
+        for node in part.nodes:
             builder.write(node)
         program, parameters = builder.serialize()
+        if original is not None and part is not graph:
+            program, parameters = _continued(paddle, program, original, part.outputs, graph)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MODEL_FILE).write_bytes(program)
     (folder / PARAMS_FILE).write_bytes(parameters)
+
+
+def writable_part(graph: Graph) -> Graph:
+    """What of a graph can be written here: all operators before the first of each path that has no counterpart.
+
+    Returns:
+        The graph itself where that is all of it, else a copy that ends before what is missing.
+    """
+    computed, complete = _writable(graph)
+    if complete:
+        return graph
+    behind = {name for node in graph.nodes if not computed.issuperset(node.output) for name in reads(node)}
+    return graph.ending_at(sorted(computed & (behind | set(graph.outputs))))
+
+
+def _before_original(graph: Graph, original: Path) -> Graph:
+    """What of a graph is written here where the original provides the rest."""
+    computed, complete = _writable(graph)
+    return graph if complete else graph.ending_at(cut_of((original / MODEL_FILE).read_bytes(), computed))
+
+
+def _writable(graph: Graph) -> tuple[set[str], bool]:
+    """Float tensors that can be computed by operators written here, and whether all operators can be."""
+    paddle = import_paddle()
+    missing: set[str] = set()
+    with _own_scope(paddle):
+        builder = ProgramBuilder(paddle, graph, None)
+        for node in graph.nodes:
+            if missing.intersection(reads(node)) or not _is_written(builder, node):
+                missing.update(node.output)
+        computed = {name for node in graph.nodes for name in node.output} - missing
+        return {name for name in computed if name and not builder.is_integer(name)}, not missing
+
+
+def _is_written(builder: ProgramBuilder, node: NodeProto) -> bool:
+    try:
+        builder.write(node)
+    except InputError:
+        return False
+    return True
+
+
+def _check_complete(part: Graph, plan: QuantPlan) -> None:
+    written = {name for node in part.nodes for name in node.output}
+    for operator in plan.quantized().values():
+        if operator.name not in written:
+            raise InputError(
+                f"operator {operator.op_type} '{operator.name}' comes after one that the Paddle program has no "
+                "counterpart for, and cannot be in INT8 there; keep it in FP32 by the recipe's policy"
+            )
+
+
+@contextmanager
+def _own_scope(paddle: Any) -> Iterator[None]:
+    """Keeps parameters and names of different models apart.
+
+    Works where somebody imported Paddle before us without the flag.
+    """
+    scope = paddle.static.scope_guard(paddle.static.Scope())
+    with paddle.pir_utils.OldIrGuard(), scope, paddle.utils.unique_name.guard():
+        yield
+
+
+def _continued(paddle: Any, program: bytes, original: Path, cut: list[str], graph: Graph) -> tuple[bytes, bytes]:
+    """The program with the rest of the original behind it, and the parameters of both."""
+    spliced = splice(program, (original / MODEL_FILE).read_bytes(), cut)
+    scope, executor = paddle.static.global_scope(), paddle.static.Executor(paddle.CPUPlace())
+    with paddle.static.scope_guard(paddle.static.Scope()):
+        paddle.static.load_inference_model(
+            str(original), executor, model_filename=MODEL_FILE, params_filename=PARAMS_FILE
+        )
+        values = {name: np.array(paddle.static.global_scope().find_var(name).get_tensor()) for name in spliced.weights}
+    for name, value in values.items():
+        if scope.find_var(name) is None:
+            scope.var(name).get_tensor().set(value, paddle.CPUPlace())
+    joined = paddle.static.Program.parse_from_string(spliced.program)
+    return serialize_program(paddle, joined, graph.inputs, graph.outputs)
 
 
 def _check_plan(plan: QuantPlan | None) -> None:
@@ -128,7 +209,9 @@ class ProgramBuilder:
 
     def serialize(self) -> tuple[bytes, bytes]:
         """The finished program and its parameters (in the sorted order of their names)."""
-        return serialize_program(self._paddle, self._program, self._graph.inputs, self._graph.outputs)
+        fed = {name for node in self._graph.nodes for name in node.input}
+        inputs = [name for name in self._graph.inputs if name in fed]
+        return serialize_program(self._paddle, self._program, inputs, self._graph.outputs)
 
     def emit(self, kind: str, inputs: dict[str, str | list[str]], outputs: dict[str, str], **attributes: Any) -> None:
         """Append one Paddle operator; its outputs are declared here, their shapes by Paddle."""
