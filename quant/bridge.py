@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from quant.archive import file_sha256
 from quant.errors import InputError
 from quant.lowering import Lowering
 from quant.pir import kind_of, written_operators
 from quant.program import MODEL_FILE, PARAMS_FILE, import_paddle, serialize_program
 from quant.runtime import Feed
-from quant.source import ModelFiles, file_sha256
+from quant.source import ModelFiles
 
 LOG_FILE = "bridge.log"
 
@@ -42,7 +43,7 @@ class Bridged:
     difference: float
 
 
-def bridge(files: ModelFiles, feeds: list[Feed], folder: Path) -> Bridged:
+def bridge(files: ModelFiles, feeds: list[Feed], folder: Path, threads: int = 1) -> Bridged:
     """Write `inference.pdmodel` and `inference.pdiparams` that compute what a PIR model computes.
 
     Args:
@@ -55,7 +56,13 @@ def bridge(files: ModelFiles, feeds: list[Feed], folder: Path) -> Bridged:
     folder.mkdir(parents=True, exist_ok=True)
     for index, feed in enumerate(feeds):
         np.savez(folder / f"feed{index}.npz", **feed)
-    job = {"model": str(files.model), "params": str(files.params), "folder": str(folder), "feeds": len(feeds)}
+    job: dict[str, Any] = {
+        "model": str(files.model),
+        "params": str(files.params),
+        "folder": str(folder),
+        "feeds": len(feeds),
+    }
+    job["threads"] = threads
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     _run_child(files, folder)
     difference = json.loads((folder / "proof.json").read_text(encoding="utf-8"))["difference"]
@@ -114,8 +121,8 @@ def _largest_difference(job: dict[str, Any], folder: Path) -> float:
     for index in range(job["feeds"]):
         with np.load(folder / f"feed{index}.npz", allow_pickle=False) as stored:
             feeds.append({name: stored[name] for name in stored.files})
-    expected = _outputs(job["model"], job["params"], feeds)
-    found = _outputs(str(folder / MODEL_FILE), str(folder / PARAMS_FILE), feeds)
+    expected = _outputs(job["model"], job["params"], feeds, job["threads"])
+    found = _outputs(str(folder / MODEL_FILE), str(folder / PARAMS_FILE), feeds, job["threads"])
     worst = 0.0
     for one, other in zip(expected, found, strict=True):
         if one.shape != other.shape:
@@ -125,7 +132,7 @@ def _largest_difference(job: dict[str, Any], folder: Path) -> float:
     return worst
 
 
-def _outputs(model: str, params: str, feeds: list[Feed]) -> list[np.ndarray]:
+def _outputs(model: str, params: str, feeds: list[Feed], threads: int) -> list[np.ndarray]:
     from paddle import inference
 
     config = inference.Config(model, params)
@@ -133,6 +140,7 @@ def _outputs(model: str, params: str, feeds: list[Feed]) -> list[np.ndarray]:
     config.disable_glog_info()
     config.switch_ir_optim(False)
     config.disable_mkldnn()  # on by default, and then only the new IR uses it
+    config.set_cpu_math_library_num_threads(threads)
     predictor = inference.create_predictor(config)
     results = []
     for feed in feeds:

@@ -71,8 +71,17 @@ def quantized_model(graph: Graph, plan: QuantPlan, inference_yml: Mapping[str, A
     return model
 
 
-def fitted(target: TargetName, graph: Graph, plan: QuantPlan) -> QuantPlan:
-    """The plan in a form that the target computes rightly; no value changes."""
+def fitted(target: TargetName, graph: Graph, plan: QuantPlan, original: Path | None = None) -> QuantPlan:
+    """The plan in a form that the target computes rightly; no value changes.
+
+    Args:
+        original: see `export_artifact`; what comes from there stays in FP32.
+    """
+    if target_format(target) == "paddle" and original is not None:
+        from quant.program import part_before
+
+        part = part_before(graph, original)
+        return plan if part is graph else plan.with_only(set(part.producers()), "Paddle takes it from the original")
     if TARGETS[target].signed_behind_concat:
         return plan
     return with_unsigned(plan, unsafe_signed_concats(corrected_graph(graph, plan), plan))

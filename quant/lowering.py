@@ -12,7 +12,7 @@ Weights, inputs and outputs keep the model's names.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -210,7 +210,8 @@ class Lowering:
     def part_list(self, operator: Document) -> None:
         """`split` takes a list apart again."""
         items = self._lists[operands_of(operator)[0]]
-        self._names |= {number: self._names[item] for (number, _, _), item in zip(results_of(operator), items)}
+        for (number, _, _), item in zip(results_of(operator), items, strict=True):
+            self._names[number] = self._names[item]
 
     def write_loop(self, operator: Document) -> None:
         """`while`: the first operand, and the first value that its body gives, says whether to go on."""
@@ -259,6 +260,19 @@ class Lowering:
 
 
 Writer = Callable[[Lowering, Document], None]
+
+
+def unknown_kinds(document: Document) -> list[str]:
+    """Kinds of operators of a program, those inside of loops and branches included, that are not known here."""
+    kinds = {kind_of(operator) for operator in _all_operators(written_operators(document))}
+    return sorted(kinds - set(_SAME) - set(_WRITERS) - {"yield"})
+
+
+def _all_operators(operators: list[Document]) -> Iterator[Document]:
+    for operator in operators:
+        yield operator
+        for inner in inner_operators(operator):
+            yield from _all_operators(inner)
 
 
 def unknown(operator: Document, why: str) -> InputError:
@@ -472,9 +486,7 @@ def _reduction(kind: str) -> Writer:
         values = attributes_of(operator)
         axes = values["axis"] if "axis" in values else lowering.integers(operator, 1)
         inputs, result = {"X": lowering.operand(operator, 0)}, {"Out": [lowering.declare(operator)]}
-        lowering.emit(
-            kind, operator, inputs, result, dim=axes or [0], keep_dim=values["keepdim"], reduce_all=not axes
-        )
+        lowering.emit(kind, operator, inputs, result, dim=axes or [0], keep_dim=values["keepdim"], reduce_all=not axes)
 
     return write
 
@@ -510,9 +522,7 @@ _SAME: dict[str, Renamed] = {
     "layer_norm": Renamed("layer_norm", ("X", "Scale", "Bias"), ("Y", "Mean", "Variance")),
     "leaky_relu": Renamed("leaky_relu", attributes={"negative_slope": "alpha"}),
     "matmul": Renamed("matmul_v2", ("X", "Y"), attributes={"transpose_x": "trans_x", "transpose_y": "trans_y"}),
-    "multiclass_nms3": Renamed(
-        "multiclass_nms3", ("BBoxes", "Scores", "RoisNum"), ("Out", "Index", "NmsRoisNum")
-    ),
+    "multiclass_nms3": Renamed("multiclass_nms3", ("BBoxes", "Scores", "RoisNum"), ("Out", "Index", "NmsRoisNum")),
     "nearest_interp": Renamed("nearest_interp_v2", ("X", "OutSize", "SizeTensor", "Scale")),
     "bilinear_interp": Renamed("bilinear_interp_v2", ("X", "OutSize", "SizeTensor", "Scale")),
     "stack": Renamed("stack", outputs=("Y",)),

@@ -21,7 +21,7 @@ from quant.ladder import Rung, load_rung
 from quant.manifest import Manifest, load_manifest, newest_run, now, processor, versions
 from quant.plan import QuantPlan, load_plan
 from quant.planning import planned_stage
-from quant.prepare import read_proof
+from quant.prepare import old_ir_form, read_proof
 from quant.recipe import Recipe
 from quant.source import without_places
 from quant.stage import code_digest, file_digests
@@ -100,11 +100,12 @@ def quantize(job: Job, target: TargetName) -> Quantized:
     rungs = [load_rung(document) for document in json.loads((planned / "ladder.json").read_text(encoding="utf-8"))]
     plan = load_plan(planned)
     graph = prepared_graph(job)
-    plan = fitted(target, graph, plan)
+    original = old_ir_form(prepared_stage(job))
+    plan = fitted(target, graph, plan, original)
     plan.target = target
 
     def build(folder: Path) -> None:
-        export_artifact(target, graph, plan, job.files.inference_yml, folder)
+        export_artifact(target, graph, plan, job.files.inference_yml, folder, original)
         feeds = first_feeds(job, job.selection.calibration, CHECK_PICTURES)
         check_artifact(target, folder, graph, plan, feeds, job.options.threads)
 

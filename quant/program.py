@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def write_program(graph: Graph, folder: Path, plan: QuantPlan | None = None, ori
     """
     _check_plan(plan)
     paddle = import_paddle()
-    part = graph if original is None else _before_original(graph, original)
+    part = graph if original is None else part_before(graph, original)
     if plan is not None:
         _check_complete(part, plan)
     with _own_scope(paddle):
@@ -98,8 +98,8 @@ def writable_part(graph: Graph) -> Graph:
     return graph.ending_at(sorted(computed & (behind | set(graph.outputs))))
 
 
-def _before_original(graph: Graph, original: Path) -> Graph:
-    """What of a graph is written here where the original provides the rest."""
+def part_before(graph: Graph, original: Path) -> Graph:
+    """What of a graph is written here where the original provides the rest; the graph itself where nothing is."""
     computed, complete = _writable(graph)
     return graph if complete else graph.ending_at(cut_of((original / MODEL_FILE).read_bytes(), computed))
 
@@ -213,15 +213,22 @@ class ProgramBuilder:
         inputs = [name for name in self._graph.inputs if name in fed]
         return serialize_program(self._paddle, self._program, inputs, self._graph.outputs)
 
-    def emit(self, kind: str, inputs: dict[str, str | list[str]], outputs: dict[str, str], **attributes: Any) -> None:
+    def emit(
+        self,
+        kind: str,
+        inputs: Mapping[str, str | list[str]],
+        outputs: Mapping[str, str | list[str]],
+        **attributes: Any,
+    ) -> None:
         """Append one Paddle operator; its outputs are declared here, their shapes by Paddle."""
-        for name in outputs.values():
+        written = {slot: names if isinstance(names, list) else [names] for slot, names in outputs.items()}
+        for name in (name for names in written.values() for name in names):
             if not self._block.has_var(name):
                 self._block.create_var(name=name, dtype="float32", persistable=False)
         self._block.append_op(
             type=kind,
             inputs={slot: names if isinstance(names, list) else [names] for slot, names in inputs.items()},
-            outputs={slot: [name] for slot, name in outputs.items()},
+            outputs=written,
             attrs=attributes,
         )
 
@@ -577,6 +584,9 @@ def _write_resize(builder: ProgramBuilder, node: NodeProto) -> None:
 
     They take pixel centers for the place of a pixel, which changes nothing where whole pixels are repeated.
     """
+    if len(node.input) > 3 and node.input[3] and builder.constant(node.input[3]) is None:
+        _write_resize_to(builder, node, node.input[3])
+        return
     mode = attribute(node, "mode", "nearest")
     place = attribute(node, "coordinate_transformation_mode", "half_pixel")
     rounding = attribute(node, "nearest_mode", "round_prefer_floor")
@@ -586,16 +596,26 @@ def _write_resize(builder: ProgramBuilder, node: NodeProto) -> None:
     repeated = (mode, place, rounding) == ("nearest", "asymmetric", "floor") and whole
     if len(builder.shape(node.input[0])) != 4 or not (exact or repeated):
         raise unsupported(node, f"mode {mode}, {place}, {rounding} means different things in Paddle's kernels")
-    interpolation = "bilinear" if mode == "linear" else "nearest"
-    _unary(
-        f"{interpolation}_interp_v2",
-        **target,
-        align_corners=False,
-        align_mode=0,
-        interp_method=interpolation,
-        data_layout="NCHW",
-        out_d=-1,
-    )(builder, node)
+    _interpolate(builder, node, "bilinear" if mode == "linear" else "nearest", {}, target)
+
+
+def _interpolate(
+    builder: ProgramBuilder, node: NodeProto, kind: str, sizes: dict[str, list[str]], target: dict[str, Any]
+) -> None:
+    inputs: dict[str, str | list[str]] = {"X": builder.variable(node.input[0]), **sizes}
+    places = {"align_corners": False, "align_mode": 0, "data_layout": "NCHW", "out_d": -1}
+    builder.emit(f"{kind}_interp_v2", inputs, {"Out": node.output[0]}, interp_method=kind, **places, **target)
+
+
+def _write_resize_to(builder: ProgramBuilder, node: NodeProto, sizes: str) -> None:
+    """To computed sizes. Then Paddle takes its plain kernel, which finds pixels as ONNX does."""
+    places = (attribute(node, "mode", "nearest"), attribute(node, "coordinate_transformation_mode", "half_pixel"))
+    if places != ("nearest", "asymmetric") or attribute(node, "nearest_mode", "round_prefer_floor") != "floor":
+        raise unsupported(node, f"mode {places[0]}, {places[1]} to computed sizes is not supported")
+    plane = f"{node.output[0]}.size"
+    ends = {"axes": [0], "starts": [2], "ends": [4], "infer_flags": [1], "decrease_axis": []}
+    builder.emit("slice", {"Input": sizes}, {"Out": plane}, **ends)
+    _interpolate(builder, node, "nearest", {"OutSize": [plane]}, {"scale": [], "out_h": -1, "out_w": -1})
 
 
 def _resize_target(builder: ProgramBuilder, node: NodeProto) -> dict[str, Any]:
@@ -607,6 +627,38 @@ def _resize_target(builder: ProgramBuilder, node: NodeProto) -> dict[str, Any]:
     if scales is None or scales.size != 4 or any(scales[:2] != 1):
         raise unsupported(node, "its scales must be constant and resize height and width only")
     return {"scale": [float(s) for s in scales[2:]], "out_h": -1, "out_w": -1}
+
+
+def _write_split(builder: ProgramBuilder, node: NodeProto) -> None:
+    sizes = builder.integers(node, 1, "sizes") or []
+    parts = {"num": 0 if sizes else len(node.output), "sections": sizes, "axis": attribute(node, "axis", 0)}
+    builder.emit("split", {"X": builder.variable(node.input[0])}, {"Out": list(node.output)}, **parts)
+
+
+def _write_expand(builder: ProgramBuilder, node: NodeProto) -> None:
+    """ONNX lets a size of 1 keep the tensor's own, Paddle a size of -1."""
+    sizes = builder.integers(node, 1, "shape") or []
+    rank = len(builder.shape(node.input[0]))
+    wanted = [-1 if size == 1 and index >= len(sizes) - rank else size for index, size in enumerate(sizes)]
+    _unary("expand_v2", shape=wanted)(builder, node)
+
+
+def _write_top_k(builder: ProgramBuilder, node: NodeProto) -> None:
+    count = builder.integers(node, 1, "number") or []
+    values, places = node.output
+    found = {"Out": values, "Indices": f"{places}.int64"}
+    how = {"axis": attribute(node, "axis", -1), "largest": bool(attribute(node, "largest", 1)), "sorted": True}
+    builder.emit("top_k_v2", {"X": builder.variable(node.input[0])}, found, k=count[0], **how)
+    types = {"in_dtype": builder.element_type("INT64"), "out_dtype": builder.element_type("INT32")}
+    builder.emit("cast", {"X": f"{places}.int64"}, {"Out": places}, **types)
+
+
+def _write_grid_sample(builder: ProgramBuilder, node: NodeProto) -> None:
+    mode, padding = attribute(node, "mode", "linear"), attribute(node, "padding_mode", "zeros")
+    inputs: dict[str, str | list[str]] = {"X": builder.variable(node.input[0]), "Grid": builder.variable(node.input[1])}
+    how = {"mode": {"linear": "bilinear"}.get(mode, mode), "padding_mode": padding}
+    corners = bool(attribute(node, "align_corners", 0))
+    builder.emit("grid_sampler", inputs, {"Output": node.output[0]}, **how, align_corners=corners)
 
 
 def _write_concat(builder: ProgramBuilder, node: NodeProto) -> None:
@@ -772,12 +824,15 @@ def _write_cast(builder: ProgramBuilder, node: NodeProto) -> None:
         _unary("cast", in_dtype=builder.element_type(before), out_dtype=builder.element_type(after))(builder, node)
 
 
-def _write_reduce_mean(builder: ProgramBuilder, node: NodeProto) -> None:
-    axes = attribute(node, "axes") or builder.integers(node, 1, "axes")
-    if not axes:
-        raise unsupported(node, "it must name its axes")
-    keep = bool(attribute(node, "keepdims", 1))
-    _unary("reduce_mean", dim=list(axes), keep_dim=keep, reduce_all=False)(builder, node)
+def _reduction(kind: str) -> OpWriter:
+    def write(builder: ProgramBuilder, node: NodeProto) -> None:
+        axes = attribute(node, "axes") or builder.integers(node, 1, "axes")
+        if not axes:
+            raise unsupported(node, "it must name its axes")
+        keep = bool(attribute(node, "keepdims", 1))
+        _unary(kind, dim=list(axes), keep_dim=keep, reduce_all=False)(builder, node)
+
+    return write
 
 
 _WRITERS: dict[str, OpWriter] = {
@@ -793,18 +848,23 @@ _WRITERS: dict[str, OpWriter] = {
     "Div": _write_div,
     "Erf": _unary("erf"),
     "Exp": _unary("exp"),
+    "Expand": _write_expand,
     "Flatten": _write_flatten,
     "Gather": _write_gather,
     "GlobalAveragePool": _write_global_pool,
+    "GridSample": _write_grid_sample,
     "HardSigmoid": _write_hard_sigmoid,
     "HardSwish": _unary("hard_swish", threshold=6.0, scale=6.0, offset=3.0),
     "LayerNormalization": _write_layer_norm,
     "LeakyRelu": _write_leaky_relu,
+    "Log": _unary("log"),
     "MatMul": _write_matmul,
     "MaxPool": _pool("max"),
     "Mul": _elementwise("elementwise_mul"),
     "Pow": _elementwise("elementwise_pow"),
-    "ReduceMean": _write_reduce_mean,
+    "ReduceMax": _reduction("reduce_max"),
+    "ReduceMean": _reduction("reduce_mean"),
+    "ReduceSum": _reduction("reduce_sum"),
     "Relu": _unary("relu"),
     "Reshape": _write_reshape,
     "Resize": _write_resize,
@@ -812,10 +872,12 @@ _WRITERS: dict[str, OpWriter] = {
     "Sigmoid": _unary("sigmoid"),
     "Slice": _write_slice,
     "Softmax": _write_softmax,
+    "Split": _write_split,
     "Sqrt": _unary("sqrt"),
     "Squeeze": _write_squeeze,
     "Sub": _elementwise("elementwise_sub"),
     "Tanh": _unary("tanh"),
+    "TopK": _write_top_k,
     "Transpose": _write_transpose,
     "Unsqueeze": _write_unsqueeze,
 }

@@ -34,9 +34,7 @@ def splice(head: bytes, original: bytes, cut: Collection[str]) -> Spliced:
     Raises:
         ValueError: the head holds loops or branches.
     """
-    from paddle.base.proto import framework_pb2
-
-    result, source = (framework_pb2.ProgramDesc.FromString(data) for data in (head, original))
+    result, source = _read(head), _read(original)
     if len(result.blocks) != 1:
         raise ValueError("only a program without loops and branches can be continued")
     block, old = result.blocks[0], source.blocks[0]
@@ -72,12 +70,17 @@ def cut_of(original: bytes, available: Collection[str]) -> list[str]:
     Args:
         original: an inference program.
     """
-    from paddle.base.proto import framework_pb2
-
-    block = framework_pb2.ProgramDesc.FromString(original).blocks[0]
+    block = _read(original).blocks[0]
     ends = {name for op in block.ops if op.type == "fetch" for name in _arguments(op.inputs)}
     read = {name for op in _tail(block.ops, available) for name in _arguments(op.inputs)}
     return sorted((read | ends) & set(available))
+
+
+def _read(program: bytes) -> Any:
+    """A program as a protobuf message."""
+    from paddle.base.proto import framework_pb2
+
+    return framework_pb2.ProgramDesc.FromString(program)  # type: ignore[attr-defined]
 
 
 def _tail(operators: Iterable[Any], cut: Collection[str]) -> list[Any]:
