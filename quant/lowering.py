@@ -419,6 +419,18 @@ def _cast(lowering: Lowering, operator: Document, source: str, before: str, resu
     lowering.emit("cast", operator, {"X": [source]}, {"Out": [result]}, **types)
 
 
+def _write_arange(lowering: Lowering, operator: Document) -> None:
+    """The old operator counts in the type of what it reads."""
+    kind = attributes_of(operator)["dtype"]
+    result = lowering.declare(operator)
+    inputs = {}
+    for index, slot in enumerate(("Start", "End", "Step")):
+        (source,) = lowering.operand(operator, index)
+        inputs[slot] = [f"{result}.{slot}"]
+        _cast(lowering, operator, source, lowering.element_name(source), inputs[slot][0], kind)
+    lowering.emit("range", operator, inputs, {"Out": [result]})
+
+
 def _write_slice(lowering: Lowering, operator: Document) -> None:
     values = attributes_of(operator)
     inputs = {"Input": lowering.operand(operator, 0)}
@@ -511,7 +523,6 @@ _SAME: dict[str, Renamed] = {
     "greater_than": _binary("greater_than"),
     "logical_and": _binary("logical_and"),
     "logical_or": _binary("logical_or"),
-    "arange": Renamed("range", ("Start", "End", "Step")),
     "conv2d": Renamed("conv2d", _CONV, ("Output",)),
     "depthwise_conv2d": Renamed("depthwise_conv2d", _CONV, ("Output",)),
     "flatten": Renamed("flatten_contiguous_range", unused=("XShape",)),
@@ -547,6 +558,7 @@ _WRITERS: dict[str, Writer] = {
     "mean": _reduction("reduce_mean"),
     "min": _reduction("reduce_min"),
     "sum": _reduction("reduce_sum"),
+    "arange": _write_arange,
     "argmax": _with_numbers("arg_max", {"axis": 1}),
     "assign_value_": _write_assign_value,
     "batch_norm_": _write_batch_norm,
