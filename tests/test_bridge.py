@@ -10,13 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
-from tiny_pir import SHAPE, pir_files, tiny_feeds, write_tiny_pir
+from tiny_pir import pir_files, tiny_feeds, write_tiny_pir
 
 from quant.bridge import Bridged, bridge
+from quant.calibration import collect_statistics
 from quant.errors import InputError
+from quant.export import check_artifact, export_artifact, fitted
+from quant.graph import Graph
 from quant.lowering import unknown_kinds
+from quant.observer import make_range_method
 from quant.pir import kind_of, written_operators
+from quant.plan import quantizable_operators
+from quant.prepare import old_ir_form, prepare
+from quant.program import write_program
+from quant.ptq import activation_tensors, make_plan
+from quant.runtime import onnx_session, open_session
 from quant.source import ModelFiles
 
 _WRITER = """
@@ -126,6 +136,31 @@ def test_a_loop_with_a_branch_is_equal_bit_for_bit(tmp_path: Path) -> None:
     assert bridged(files, tmp_path / "old").difference == 0
 
 
+def test_a_paddle_artifact_takes_the_loop_from_the_original(tmp_path: Path) -> None:
+    """Convolutions in INT8 by the plan, the loop behind them as the original has it."""
+    files = written(tmp_path / "pir", "loop")
+    feeds = tiny_feeds(3)
+    proof = prepare(files, feeds, 1e-4, 1, tmp_path)
+    original = old_ir_form(tmp_path)
+    assert proof.bridge == "equal bit for bit" and original is not None
+    graph = Graph(onnx.load(tmp_path / "prepared.onnx"))
+    assert "Loop" in {node.op_type for node in graph.nodes}
+    with pytest.raises(InputError, match="operator Expand|operator Loop"):
+        write_program(graph, tmp_path / "alone")
+    write_program(graph, tmp_path / "fp32", None, original)
+    expected = onnx_session(graph.to_model(), 1).run(feeds[0])
+    for one, other in zip(open_session("paddle", tmp_path / "fp32", 1).run(feeds[0]), expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    operators = quantizable_operators(graph, {})
+    statistics = collect_statistics(graph, activation_tensors(operators), feeds, 1)
+    method = make_range_method("minmax", 100)
+    plan = make_plan(graph, operators, statistics, method, model="test", dtype="int8", prepared_sha256="")
+    plan = fitted("paddle", graph, plan, original)
+    assert [op.op_type for op in plan.quantized().values()] == ["Conv"]
+    export_artifact("paddle", graph, plan, {}, tmp_path / "int8", original)
+    check_artifact("paddle", tmp_path / "int8", graph, plan, feeds, 1)
+
+
 def test_weights_stay_trainable_under_their_names(tmp_path: Path) -> None:
     """In a process of its own: PaddleSlim's training finds the parameters, and not batch norm's statistics."""
     files = write_tiny_pir(tmp_path / "pir")
@@ -153,14 +188,3 @@ def test_an_unknown_operator_is_named(tmp_path: Path) -> None:
     assert unknown_kinds(changed) == ["fft"]
     with pytest.raises(InputError, match="PIR operator fft.*: the old IR's form of it is not known here"):
         bridge(files, tiny_feeds(1), tmp_path / "old")
-
-
-def test_other_weights_are_noticed(tmp_path: Path) -> None:
-    """The proof compares with the original, so it cannot pass with weights under wrong names."""
-    files = write_tiny_pir(tmp_path / "pir")
-    found = bridged(files, tmp_path / "old")
-    feed = {"x": np.zeros(SHAPE, dtype=np.float32)}
-    from quant.runtime import open_session
-
-    one, other = (open_session("paddle", folder, 1).run(feed)[0] for folder in (files.folder, found.files.folder))
-    np.testing.assert_allclose(one, other, atol=1e-6)

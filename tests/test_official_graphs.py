@@ -89,7 +89,9 @@ def test_an_official_graph_goes_through(name: str, tmp_path: Path) -> None:
     proof = prepare(files, feeds[:1], tolerance, 2, tmp_path)
     assert read_proof(tmp_path) == proof and proof.bridge == "equal bit for bit"
     graph, original = Graph(onnx.load(tmp_path / "prepared.onnx")), old_ir_form(tmp_path)
-    assert not {"BatchNormalization", "Identity"} & {node.op_type for node in graph.nodes if node.output[0] not in graph.outputs}
+    assert not {"BatchNormalization", "Identity"} & {
+        node.op_type for node in graph.nodes if node.output[0] not in graph.outputs
+    }
     macs = count_work(graph, feeds[0], 2).macs
     policy = [KeptOperators(after=["TopK"], reason="a query list has no fixed order")]
     operators = kept(graph, quantizable_operators(graph, macs), policy)
@@ -104,7 +106,9 @@ def test_an_official_graph_goes_through(name: str, tmp_path: Path) -> None:
         export_artifact(target, graph, plan, YML, folder, original)
         if name in LOOSE:
             shapes = [value.shape[1:] for value in open_session(target, folder, 2).run(feeds[0])]
-            assert shapes == [value.shape[1:] for value in open_session("onnxruntime", shipped(tmp_path), 2).run(feeds[0])]
+            assert shapes == [
+                value.shape[1:] for value in open_session("onnxruntime", shipped(tmp_path), 2).run(feeds[0])
+            ]
         else:
             check_artifact(target, folder, graph, plan, feeds[:2], 2)
 
