@@ -303,6 +303,12 @@ class ProgramBuilder:
         if entries is not None:
             self._values[name] = entries
 
+    def number(self, name: str, value: int) -> str:
+        """An integer as a variable of one element."""
+        kind = self.element_type("INT32")
+        self.emit("fill_constant", {}, {"Out": name}, shape=[1], dtype=kind, value=float(value), str_value=str(value))
+        return name
+
     def element_type(self, name: str) -> int:
         """Paddle's number for FP32, INT32 or INT8."""
         return int(getattr(self._paddle.base.core.VarDesc.VarType, name).value)
@@ -596,26 +602,35 @@ def _write_resize(builder: ProgramBuilder, node: NodeProto) -> None:
     repeated = (mode, place, rounding) == ("nearest", "asymmetric", "floor") and whole
     if len(builder.shape(node.input[0])) != 4 or not (exact or repeated):
         raise unsupported(node, f"mode {mode}, {place}, {rounding} means different things in Paddle's kernels")
-    _interpolate(builder, node, "bilinear" if mode == "linear" else "nearest", {}, target)
-
-
-def _interpolate(
-    builder: ProgramBuilder, node: NodeProto, kind: str, sizes: dict[str, list[str]], target: dict[str, Any]
-) -> None:
-    inputs: dict[str, str | list[str]] = {"X": builder.variable(node.input[0]), **sizes}
-    places = {"align_corners": False, "align_mode": 0, "data_layout": "NCHW", "out_d": -1}
-    builder.emit(f"{kind}_interp_v2", inputs, {"Out": node.output[0]}, interp_method=kind, **places, **target)
+    kind = "bilinear" if mode == "linear" else "nearest"
+    how = {"align_corners": False, "align_mode": 0, "data_layout": "NCHW", "out_d": -1}
+    _unary(f"{kind}_interp_v2", interp_method=kind, **how, **target)(builder, node)
 
 
 def _write_resize_to(builder: ProgramBuilder, node: NodeProto, sizes: str) -> None:
-    """To computed sizes. Then Paddle takes its plain kernel, which finds pixels as ONNX does."""
+    """To computed sizes, by picking rows and columns: the oneDNN kernel errs where steps are no whole pixels.
+
+    Pixel i of n comes from pixel floor(i * m / n) of m.
+    """
     places = (attribute(node, "mode", "nearest"), attribute(node, "coordinate_transformation_mode", "half_pixel"))
     if places != ("nearest", "asymmetric") or attribute(node, "nearest_mode", "round_prefer_floor") != "floor":
         raise unsupported(node, f"mode {places[0]}, {places[1]} to computed sizes is not supported")
-    plane = f"{node.output[0]}.size"
-    ends = {"axes": [0], "starts": [2], "ends": [4], "infer_flags": [1], "decrease_axis": []}
-    builder.emit("slice", {"Input": sizes}, {"Out": plane}, **ends)
-    _interpolate(builder, node, "nearest", {"OutSize": [plane]}, {"scale": [], "out_h": -1, "out_w": -1})
+    data, result = node.input[0], node.output[0]
+    builder.emit("shape", {"Input": builder.variable(data)}, {"Out": f"{result}.shape"})
+    for axis, name in ((2, f"{result}.rows"), (3, result)):
+        for source, end in ((sizes, "new"), (f"{result}.shape", "old")):
+            part = {"axes": [0], "starts": [axis], "ends": [axis + 1], "infer_flags": [1], "decrease_axis": []}
+            builder.emit("slice", {"Input": source}, {"Out": f"{name}.{end}"}, **part)
+        ends = {key: builder.number(f"{name}.{key}", value) for key, value in (("start", 0), ("step", 1))}
+        span = {"Start": ends["start"], "End": f"{name}.new", "Step": ends["step"]}
+        builder.emit("range", span, {"Out": f"{name}.counted"})
+        builder.emit("elementwise_mul", {"X": f"{name}.counted", "Y": f"{name}.old"}, {"Out": f"{name}.far"}, axis=-1)
+        places_of = {"X": f"{name}.far", "Y": f"{name}.new"}
+        builder.emit("elementwise_floordiv", places_of, {"Out": f"{name}.places"}, axis=-1)
+        builder.emit(
+            "gather", {"X": builder.variable(data), "Index": f"{name}.places"}, {"Out": name}, axis=axis, overwrite=True
+        )
+        data = name
 
 
 def _resize_target(builder: ProgramBuilder, node: NodeProto) -> dict[str, Any]:
