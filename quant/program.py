@@ -455,6 +455,13 @@ def _paddings(node: NodeProto) -> list[int]:
 
 
 def _write_matmul(builder: ProgramBuilder, node: NodeProto) -> None:
+    weight = builder.constant(node.input[1])
+    if weight is not None and weight.ndim == 1:  # PaddleSlim looks for the channels of every matmul's weight
+        products = f"{node.output[0]}.products"
+        inputs = {"X": builder.variable(node.input[0]), "Y": builder.variable(node.input[1])}
+        builder.emit("elementwise_mul", inputs, {"Out": products}, axis=-1)
+        builder.emit("reduce_sum", {"X": products}, {"Out": node.output[0]}, dim=[-1], keep_dim=False, reduce_all=False)
+        return
     builder.emit(
         "matmul_v2",
         {"X": builder.operand(node, 0), "Y": builder.operand(node, 1)},

@@ -110,9 +110,7 @@ def slim_scales(
         part = writable_part(graph)
         count = _save_feeds(islice(feeds, settings.samples), work / "feeds")
         write_program(part, work / "fp32")
-        # A weight of another rank than its kernel's, a vector for example, makes PaddleSlim stumble.
-        left = [op.weight for op in quantizable_operators(part, {}) if op.weight and not op.quantized]
-        job = {"algo": settings.algo, "hist_percent": settings.hist_percent, "samples": count, "skipped": left}
+        job = {"algo": settings.algo, "hist_percent": settings.hist_percent, "samples": count}
         (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
         _run_child(work, progress)
         found = load_scales(work)
@@ -287,7 +285,6 @@ def _quantize(paddle: Any, job: dict[str, Any], folder: Path, progress: Progress
         algo=job["algo"],
         hist_percent=job["hist_percent"],
         quantizable_op_type=_OPERATORS,
-        skip_tensor_list=job["skipped"],
         is_full_quantize=False,
         weight_bits=8,
         activation_bits=8,

@@ -205,6 +205,9 @@ OPERATORS: dict[str, Build] = {
     "max pool rounding up": unary("MaxPool", kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1),
     "largest of rows": unary("ReduceMax", axes=[2], keepdims=0),
     "sum of pixels": lambda net: net.op("ReduceSum", "x", ints(net, 2, 3), keepdims=1),
+    "product with a vector": lambda net: net.op(
+        "MatMul", net.op("Slice", "x", ints(net, 0), ints(net, 6), ints(net, 3)), net.const(net.weights(6))
+    ),
     "log of exp": lambda net: net.op("Log", net.op("Exp", "x")),
     "expand": lambda net: net.op("Expand", net.op("GlobalAveragePool", "x"), ints(net, 1, 1, 3, 5)),
     "grid sample": lambda net: net.op(
