@@ -18,7 +18,7 @@ from onnx import NodeProto, helper, numpy_helper
 from onnx.helper import make_tensor_value_info, np_dtype_to_tensor_dtype
 
 from quant.conversion import OPSET
-from quant.graph import Graph
+from quant.graph import Graph, reads
 from quant.placement import written_chains
 from quant.plan import QuantPlan, corrected_graph
 from quant.runtime import Feed, onnx_session
@@ -124,8 +124,8 @@ def _segments(graph: Graph, names: list[str]) -> Iterator[tuple[str, _Segment]]:
     for name in sorted(names, key=lambda name: ends[name]):
         nodes, later = graph.nodes[start : ends[name]], graph.nodes[ends[name] :]
         written = {output for node in nodes for output in node.output}
-        read = dict.fromkeys(key for node in nodes for key in node.input)
-        wanted = {key for node in later for key in node.input} | {name}
+        read = dict.fromkeys(key for node in nodes for key in reads(node) if key)
+        wanted = {key for node in later for key in reads(node)} | {name}
         available |= written
         yield (
             name,

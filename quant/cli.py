@@ -165,6 +165,8 @@ def describe(model: str, overrides: Overrides = None, as_json: AsJson = False) -
         return
     print(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), end="")
     print(f"# source: {route.source}\n# input: {route.format}")
+    if route.bridge:
+        print(f"# bridge: {route.bridge}")
     for target, how in route.targets.items():
         print(f"# target {target}: {how}")
 

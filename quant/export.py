@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import yaml
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, helper
 
 from quant.errors import InputError
 from quant.flow import GATE_READ_SCALE, GATE_SCALE, GATE_ZERO
@@ -31,14 +31,23 @@ _NOISE_DRAWS = 2.0
 
 
 def export_artifact(
-    target: TargetName, graph: Graph, plan: QuantPlan, inference_yml: Mapping[str, Any], folder: Path
+    target: TargetName,
+    graph: Graph,
+    plan: QuantPlan,
+    inference_yml: Mapping[str, Any],
+    folder: Path,
+    original: Path | None = None,
 ) -> None:
-    """Write model files and PaddleX's `inference.yml` for a target into a folder."""
+    """Write model files and PaddleX's `inference.yml` for a target into a folder.
+
+    Args:
+        original: folder of the old-IR form of the model, for operators that the Paddle target takes from there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if target_format(target) == "paddle":
         from quant.program import write_program
 
-        write_program(corrected_graph(graph, plan), folder, plan)
+        write_program(corrected_graph(graph, plan), folder, plan, original)
     else:
         model = quantized_model(graph, plan, inference_yml)
         onnx.checker.check_model(model, full_check=True)
@@ -62,8 +71,17 @@ def quantized_model(graph: Graph, plan: QuantPlan, inference_yml: Mapping[str, A
     return model
 
 
-def fitted(target: TargetName, graph: Graph, plan: QuantPlan) -> QuantPlan:
-    """The plan in a form that the target computes rightly; no value changes."""
+def fitted(target: TargetName, graph: Graph, plan: QuantPlan, original: Path | None = None) -> QuantPlan:
+    """The plan in a form that the target computes rightly; no value changes.
+
+    Args:
+        original: see `export_artifact`; what comes from there stays in FP32.
+    """
+    if target_format(target) == "paddle" and original is not None:
+        from quant.program import part_before
+
+        part = part_before(graph, original)
+        return plan if part is graph else plan.with_only(set(part.producers()), "Paddle takes it from the original")
     if TARGETS[target].signed_behind_concat:
         return plan
     return with_unsigned(plan, unsafe_signed_concats(corrected_graph(graph, plan), plan))
@@ -113,22 +131,12 @@ def first_difference(
         if graph.shape(name) is None:
             continue
         with tempfile.TemporaryDirectory() as place:
-            opened = _ending_at(graph, name)
+            opened = graph.ending_at([name])
             export_artifact(target, opened, plan, {}, Path(place))
             own_error, difference = _differences(target, Path(place), opened, plan, feeds, threads)
         if not difference <= _NOISE_DRAWS * own_error + _ROUNDING:
             return name
     return None
-
-
-def _ending_at(graph: Graph, tensor: str) -> Graph:
-    """The part of a graph that a tensor of known shape depends on."""
-    model = graph.to_model()
-    del model.graph.output[:]
-    model.graph.output.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, graph.shape(tensor)))
-    part = Graph(model)
-    part.prune()
-    return part
 
 
 def _differences(

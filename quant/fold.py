@@ -35,6 +35,7 @@ def fold(graph: Graph) -> dict[str, int]:
         Number of changes by pass name.
     """
     folds: dict[str, Pass] = {
+        "shadowing": Graph.rename_shadowing,
         "identity": remove_identities,
         "batch_norm": split_batch_norms,
         "affine_chain": merge_affine_chains,

@@ -1,5 +1,8 @@
 """An editable view of an ONNX graph: nodes in order, constants as arrays, producers and consumers.
 
+Loops and branches are single nodes. What their bodies hold is left alone; tensors that a body reads from outside count
+as read by the node.
+
 A rule every pass keeps: a tensor name stands for one value. A pass that changes what a tensor
 holds gives it a new name, so that equal names in two versions of a graph can be compared.
 """
@@ -7,12 +10,12 @@ holds gives it a new name, so that equal names in two versions of a graph can be
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 Shape = tuple[int | None, ...]
 
@@ -41,7 +44,7 @@ class Graph:
         self.outputs = [o.name for o in model.graph.output]
         self._output_infos = [_copy_info(info) for info in model.graph.output]
         self._fresh = 0
-        self._names = {*self.inputs, *self.outputs, *self.constants, *(n for node in self.nodes for n in node.output)}
+        self._names = {*self.inputs, *self.outputs, *self.constants, *_all_written(self.nodes)}
         self._shapes: dict[str, Shape] | None = None
 
     def producers(self) -> dict[str, NodeProto]:
@@ -52,7 +55,7 @@ class Graph:
         """Map of tensor name to the nodes that read it."""
         readers: dict[str, list[NodeProto]] = defaultdict(list)
         for node in self.nodes:
-            for name in dict.fromkeys(node.input):
+            for name in reads(node):
                 readers[name].append(node)
         return readers
 
@@ -90,10 +93,27 @@ class Graph:
 
     def replace_uses(self, old: str, new: str) -> None:
         """Let every node that reads `old` read `new`."""
-        for node in self.nodes:
-            for index, name in enumerate(node.input):
-                if name == old:
-                    node.input[index] = new
+        _rename_reads(self.nodes, old, new)
+
+    def rename_shadowing(self) -> int:
+        """Give values that a body is given names of their own, where it calls them as an outer tensor is called.
+
+        paddle2onnx does so, ONNX forbids it, onnxruntime takes it and OpenVINO does not.
+
+        Returns:
+            How many were renamed.
+        """
+        outer = {*self.inputs, *self.constants, *(name for node in self.nodes for name in node.output)}
+        count = 0
+        for body in _bodies(self.nodes):
+            for info in (info for info in body.input if info.name in outer):
+                old, new = info.name, self.fresh_name(f"{info.name}_inside")
+                info.name = new
+                _rename_reads(body.node, old, new)
+                for output in (output for output in body.output if output.name == old):
+                    output.name = new
+                count += 1
+        return count
 
     def insert_before(self, anchor: NodeProto, node: NodeProto) -> None:
         self.nodes.insert(self._position(anchor), node)
@@ -112,7 +132,7 @@ class Graph:
         for node in reversed(self.nodes):
             if needed.intersection(node.output):
                 kept.append(node)
-                needed.update(node.input)
+                needed.update(reads(node))
         self.nodes = kept[::-1]
         self.constants = {name: value for name, value in self.constants.items() if name in needed}
 
@@ -142,8 +162,64 @@ class Graph:
         self._shapes = None
         self.outputs = [new if name == old else name for name in self.outputs]
 
+    def ending_at(self, tensors: Sequence[str]) -> Graph:
+        """A copy that computes some float tensors and nothing else."""
+        model = self.to_model()
+        del model.graph.output[:]
+        for name in tensors:
+            model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, self.shape(name)))
+        part = Graph(model)
+        part.prune()
+        return part
+
     def copy(self) -> Graph:
         return Graph(self.to_model())
+
+
+def reads(node: NodeProto) -> list[str]:
+    """Tensors that a node reads, each once; of a loop or a branch also those that its bodies read from outside."""
+    names = [*node.input]
+    for body in _bodies([node]):
+        outside = [*(name for inner in body.node for name in reads(inner)), *(output.name for output in body.output)]
+        own = _own_names(body)
+        names += [name for name in outside if name not in own]
+    return list(dict.fromkeys(names))
+
+
+def _rename_reads(nodes: Sequence[NodeProto], old: str, new: str) -> None:
+    for node in nodes:
+        for index, name in enumerate(node.input):
+            if name == old:
+                node.input[index] = new
+    for body in _bodies(nodes):
+        if old in _own_names(body):
+            continue  # paddle2onnx gives inputs of a body the names of outer tensors
+        _rename_reads(body.node, old, new)
+        for output in body.output:  # a body may hand on what it did not compute
+            if output.name == old:
+                output.name = new
+
+
+def _own_names(body: GraphProto) -> set[str]:
+    """Tensors that a body is given or computes."""
+    given = {info.name for info in body.input} | {tensor.name for tensor in body.initializer}
+    return given | {name for node in body.node for name in node.output}
+
+
+def _bodies(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
+    """The graphs inside of loops and branches among the nodes."""
+    for node in nodes:
+        for attr in node.attribute:
+            yield from [attr.g] if attr.HasField("g") else attr.graphs
+
+
+def _all_written(nodes: Sequence[NodeProto]) -> Iterator[str]:
+    """Tensors that nodes write, and those inside of loops and branches."""
+    for node in nodes:
+        yield from node.output
+    for body in _bodies(nodes):
+        yield from _own_names(body)
+        yield from _all_written(body.node)
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:

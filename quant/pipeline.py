@@ -22,7 +22,7 @@ from quant.loop import check_runtime, has_loop
 from quant.manifest import Manifest, load_manifest, newest_run, now, processor, versions
 from quant.plan import QuantPlan, load_plan
 from quant.planning import planned_stage
-from quant.prepare import read_proof
+from quant.prepare import old_ir_form, read_proof
 from quant.recipe import Recipe
 from quant.runtime import target_format
 from quant.source import without_places
@@ -111,7 +111,8 @@ def quantize(job: Job, target: TargetName) -> Quantized:
     rungs = [load_rung(document) for document in json.loads((planned / "ladder.json").read_text(encoding="utf-8"))]
     plan = load_plan(planned)
     graph = prepared_graph(job)
-    plan = fitted(target, graph, plan)
+    original = old_ir_form(prepared_stage(job))
+    plan = fitted(target, graph, plan, original)
     plan.target = target
 
     def build(folder: Path) -> None:
@@ -119,7 +120,7 @@ def quantize(job: Job, target: TargetName) -> Quantized:
         if has_loop(graph) and target_format(target) == "onnx" and TARGETS[target].executed:
             prepared = prepared_stage(job) / "prepared"
             check_runtime(target, prepared, feeds, job.recipe.tolerance, job.options.threads)
-        export_artifact(target, graph, plan, job.files.inference_yml, folder)
+        export_artifact(target, graph, plan, job.files.inference_yml, folder, original)
         check_artifact(target, folder, graph, plan, feeds, job.options.threads)
 
     artifact = job.store.result("artifact", {**job.key, "plan": file_digests(planned), "target": target}, build)

@@ -47,6 +47,44 @@ def operators(document: Document) -> list[PirOperator]:
     return [_operator(operator) for operator in _written(document) if operator["#"] != "p"]
 
 
+def written_operators(document: Document) -> list[Document]:
+    """The operators of the main block as they are written, weights among them."""
+    return _written(document)
+
+
+def inner_operators(operator: Document) -> list[list[Document]]:
+    """The operators of each region of a loop or a branch, as they are written."""
+    return [region["blocks"][0]["ops"] for region in operator.get("regions", [])]
+
+
+def region_arguments(operator: Document) -> list[int]:
+    """Numbers under which the body of a loop knows what it was given."""
+    return [argument["#"] for argument in operator["regions"][0]["blocks"][0]["args"]]
+
+
+def kind_of(operator: Document) -> str:
+    """Kind of a written operator without the dialect; `p` for a weight."""
+    return _kind(operator)
+
+
+def operands_of(operator: Document) -> list[int]:
+    """Numbers of what a written operator reads; 0 where an optional operand is left out."""
+    return [value["%"] for value in operator["I"]]
+
+
+def results_of(operator: Document) -> list[tuple[int, str, list[int] | None]]:
+    """Number, element type (`f32`, `i64`, `bool`, ...) and shape (-1: open) of what a written operator writes.
+
+    A list of values has the type of its first one, and no shape.
+    """
+    return [(value["%"], *_type_of(value["TT"])) for value in _results(operator)]
+
+
+def attributes_of(operator: Document) -> dict[str, Any]:
+    """Attributes of a written operator as plain values."""
+    return {attribute["N"]: _plain(attribute["AT"]) for attribute in operator["A"]}
+
+
 def with_fetches(document: Document, kinds: Collection[str]) -> tuple[Document, list[PirOperator]]:
     """A copy of a program that also fetches the first value of every operator of these kinds.
 
@@ -97,3 +135,17 @@ def _kind(operator: Document) -> str:
 def _results(operator: Document) -> list[Document]:
     results = operator["O"]
     return results if isinstance(results, list) else [results]
+
+
+def _type_of(kind: Document) -> tuple[str, list[int] | None]:
+    listed = kind["#"].endswith("t_vec")
+    element, shape = (kind["D"][0] if listed else kind)["D"][:2]
+    return str(element["#"]).rpartition("_")[2], None if listed else list(shape)
+
+
+def _plain(value: Any) -> Any:
+    """The value of an attribute: `{"#": type, "D": value}`, where a list holds such pairs again."""
+    if not isinstance(value, dict):
+        return value
+    inner = value.get("D")
+    return [_plain(item) for item in inner] if isinstance(inner, list) else inner

@@ -48,6 +48,7 @@ from quant.plan import (
     quantizable_operators,
     quantize_weight,
 )
+from quant.policy import kept
 from quant.ptq import (
     activation_tensors,
     correct_biases,
@@ -175,6 +176,7 @@ def full_stage(job: Job, choice: TargetChoice) -> Path:
         "calibration": recipe.calibration.model_dump(),
         "slim": recipe.paddleslim.model_dump(),
         "samples": sample_ids(job.selection.calibration),
+        "policy": [entry.model_dump() for entry in recipe.policy],
         "shape": recipe.latency.shape,
         "seed": recipe.seed,
     }
@@ -241,6 +243,7 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
             "samples": sample_ids(samples),
             "equalized": [choice.equalization, choice.placement, sample_ids(job.selection.calibration)],
             "fp32": choice.fp32,
+            "policy": [entry.model_dump() for entry in recipe.policy],
         }
 
         def build(folder: Path) -> None:
@@ -318,6 +321,7 @@ def _calibrated(job: Job, graph: Graph, tensors: list[str], choice: TargetChoice
         "equalized": choice.equalization,
         "placement": choice.placement,
         "momentum": momentum,
+        "tensors": tensors,
     }
     return job.store.result("calibration", key, build)
 
@@ -399,5 +403,6 @@ def _operators(job: Job, graph: Graph, choice: TargetChoice) -> list[Operator]:
     known = {op.name for op in operators}
     if unknown := [name for name in choice.fp32 if name not in known]:
         raise InputError(f"targets.*.fp32: '{unknown[0]}' is no Conv, ConvTranspose or MatMul of {job.recipe.name}")
-    kept = {"quantized": False, "reason": "the recipe keeps it in FP32"}
-    return [op.model_copy(update=kept) if op.name in choice.fp32 else op for op in operators]
+    named = {"quantized": False, "reason": "the recipe keeps it in FP32"}
+    operators = [op.model_copy(update=named) if op.name in choice.fp32 else op for op in operators]
+    return kept(graph, operators, job.recipe.policy)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ import numpy.typing as npt
 from onnx import NodeProto, TensorProto
 
 from quant.errors import InputError
-from quant.graph import Graph, attribute
+from quant.graph import Graph, attribute, reads
 from quant.plan import Operator, QuantPlan
+from quant.splice import cut_of, splice
 
 MODEL_FILE = "inference.pdmodel"
 PARAMS_FILE = "inference.pdiparams"
@@ -51,34 +53,113 @@ def import_paddle() -> Any:
     return paddle
 
 
-def write_program(graph: Graph, folder: Path, plan: QuantPlan | None = None) -> None:
+def write_program(graph: Graph, folder: Path, plan: QuantPlan | None = None, original: Path | None = None) -> None:
     """Write `inference.pdmodel` and `inference.pdiparams`.
 
     Args:
         graph: prepared graph; its input and output names become the feed and fetch names.
         folder: made if it is missing.
         plan: which operators run in INT8; without it all stay in FP32.
+        original: folder of the old-IR program that the graph was imported from, under the same names. It provides
+            what has no counterpart here (see `quant.splice`).
 
     Raises:
-        InputError: an operator that has no counterpart here; names the operator and its tensor.
+        InputError: an operator that has no counterpart here; names the operator and its tensor. Or the plan quantizes
+            one that comes after it.
         ValueError: the plan holds an activation that is not S8 symmetric.
     """
     _check_plan(plan)
     paddle = import_paddle()
-    # The guards keep parameters and names of different models apart, and work where somebody
-    # imported Paddle before us without the flag.
-    with (
-        paddle.pir_utils.OldIrGuard(),
-        paddle.static.scope_guard(paddle.static.Scope()),
-        paddle.utils.unique_name.guard(),
-    ):
-        builder = ProgramBuilder(paddle, graph, plan)
-        for node in graph.nodes:
+    part = graph if original is None else part_before(graph, original)
+    if plan is not None:
+        _check_complete(part, plan)
+    with _own_scope(paddle):
+        builder = ProgramBuilder(paddle, part, plan)
+        for node in part.nodes:
             builder.write(node)
         program, parameters = builder.serialize()
+        if original is not None and part is not graph:
+            program, parameters = _continued(paddle, program, original, part.outputs, graph)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MODEL_FILE).write_bytes(program)
     (folder / PARAMS_FILE).write_bytes(parameters)
+
+
+def writable_part(graph: Graph) -> Graph:
+    """What of a graph can be written here: all operators before the first of each path that has no counterpart.
+
+    Returns:
+        The graph itself where that is all of it, else a copy that ends before what is missing.
+    """
+    computed, complete = _writable(graph)
+    if complete:
+        return graph
+    behind = {name for node in graph.nodes if not computed.issuperset(node.output) for name in reads(node)}
+    return graph.ending_at(sorted(computed & (behind | set(graph.outputs))))
+
+
+def part_before(graph: Graph, original: Path) -> Graph:
+    """What of a graph is written here where the original provides the rest; the graph itself where nothing is."""
+    computed, complete = _writable(graph)
+    return graph if complete else graph.ending_at(cut_of((original / MODEL_FILE).read_bytes(), computed))
+
+
+def _writable(graph: Graph) -> tuple[set[str], bool]:
+    """Float tensors that can be computed by operators written here, and whether all operators can be."""
+    paddle = import_paddle()
+    missing: set[str] = set()
+    with _own_scope(paddle):
+        builder = ProgramBuilder(paddle, graph, None)
+        for node in graph.nodes:
+            if missing.intersection(reads(node)) or not _is_written(builder, node):
+                missing.update(node.output)
+        computed = {name for node in graph.nodes for name in node.output} - missing
+        return {name for name in computed if name and not builder.is_integer(name)}, not missing
+
+
+def _is_written(builder: ProgramBuilder, node: NodeProto) -> bool:
+    try:
+        builder.write(node)
+    except InputError:
+        return False
+    return True
+
+
+def _check_complete(part: Graph, plan: QuantPlan) -> None:
+    written = {name for node in part.nodes for name in node.output}
+    for operator in plan.quantized().values():
+        if operator.name not in written:
+            raise InputError(
+                f"operator {operator.op_type} '{operator.name}' comes after one that the Paddle program has no "
+                "counterpart for, and cannot be in INT8 there; keep it in FP32 by the recipe's policy"
+            )
+
+
+@contextmanager
+def _own_scope(paddle: Any) -> Iterator[None]:
+    """Keeps parameters and names of different models apart.
+
+    Works where somebody imported Paddle before us without the flag.
+    """
+    scope = paddle.static.scope_guard(paddle.static.Scope())
+    with paddle.pir_utils.OldIrGuard(), scope, paddle.utils.unique_name.guard():
+        yield
+
+
+def _continued(paddle: Any, program: bytes, original: Path, cut: list[str], graph: Graph) -> tuple[bytes, bytes]:
+    """The program with the rest of the original behind it, and the parameters of both."""
+    spliced = splice(program, (original / MODEL_FILE).read_bytes(), cut)
+    scope, executor = paddle.static.global_scope(), paddle.static.Executor(paddle.CPUPlace())
+    with paddle.static.scope_guard(paddle.static.Scope()):
+        paddle.static.load_inference_model(
+            str(original), executor, model_filename=MODEL_FILE, params_filename=PARAMS_FILE
+        )
+        values = {name: np.array(paddle.static.global_scope().find_var(name).get_tensor()) for name in spliced.weights}
+    for name, value in values.items():
+        if scope.find_var(name) is None:
+            scope.var(name).get_tensor().set(value, paddle.CPUPlace())
+    joined = paddle.static.Program.parse_from_string(spliced.program)
+    return serialize_program(paddle, joined, graph.inputs, graph.outputs)
 
 
 def _check_plan(plan: QuantPlan | None) -> None:
@@ -88,6 +169,19 @@ def _check_plan(plan: QuantPlan | None) -> None:
                 f"{quantizer.tensor}: {quantizer.dtype} with zero point {quantizer.zero_point}; "
                 "Paddle Inference knows only int8 with zero point 0"
             )
+
+
+def serialize_program(paddle: Any, program: Any, inputs: list[str], outputs: list[str]) -> tuple[bytes, bytes]:
+    """An inference program of what the outputs depend on, and its parameters in the sorted order of their names."""
+    static, block = paddle.static, program.global_block()
+    feeds, fetches = ([block.var(name) for name in names] for names in (inputs, outputs))
+    normal = static.normalize_program(program, feeds, fetches)
+    for operator in (operator for part in normal.blocks for operator in part.ops):
+        if operator.has_attr("op_callstack"):
+            operator.desc.remove_attr("op_callstack")  # holds paths of this machine
+    parameters = static.serialize_persistables(feeds, fetches, static.Executor(paddle.CPUPlace()), program=normal)
+    # `static.serialize_program` would add feed and fetch operators anew, call stacks included.
+    return normal.desc.serialize_to_string(), parameters or b""
 
 
 class ProgramBuilder:
@@ -115,27 +209,26 @@ class ProgramBuilder:
 
     def serialize(self) -> tuple[bytes, bytes]:
         """The finished program and its parameters (in the sorted order of their names)."""
-        static = self._paddle.static
-        feeds = [self._block.var(name) for name in self._graph.inputs]
-        fetches = [self._block.var(name) for name in self._graph.outputs]
-        executor = static.Executor(self._paddle.CPUPlace())
-        program = static.normalize_program(self._program, feeds, fetches)
-        for operator in program.global_block().ops:
-            if operator.has_attr("op_callstack"):
-                operator.desc.remove_attr("op_callstack")  # holds paths of this machine
-        parameters = static.serialize_persistables(feeds, fetches, executor, program=program)
-        # `static.serialize_program` would add feed and fetch operators anew, call stacks included.
-        return program.desc.serialize_to_string(), parameters or b""
+        fed = {name for node in self._graph.nodes for name in node.input}
+        inputs = [name for name in self._graph.inputs if name in fed]
+        return serialize_program(self._paddle, self._program, inputs, self._graph.outputs)
 
-    def emit(self, kind: str, inputs: dict[str, str | list[str]], outputs: dict[str, str], **attributes: Any) -> None:
+    def emit(
+        self,
+        kind: str,
+        inputs: Mapping[str, str | list[str]],
+        outputs: Mapping[str, str | list[str]],
+        **attributes: Any,
+    ) -> None:
         """Append one Paddle operator; its outputs are declared here, their shapes by Paddle."""
-        for name in outputs.values():
+        written = {slot: names if isinstance(names, list) else [names] for slot, names in outputs.items()}
+        for name in (name for names in written.values() for name in names):
             if not self._block.has_var(name):
                 self._block.create_var(name=name, dtype="float32", persistable=False)
         self._block.append_op(
             type=kind,
             inputs={slot: names if isinstance(names, list) else [names] for slot, names in inputs.items()},
-            outputs={slot: [name] for slot, name in outputs.items()},
+            outputs=written,
             attrs=attributes,
         )
 
@@ -209,6 +302,12 @@ class ProgramBuilder:
         """Remember the elements of a small integer tensor."""
         if entries is not None:
             self._values[name] = entries
+
+    def number(self, name: str, value: int) -> str:
+        """An integer as a variable of one element."""
+        kind = self.element_type("INT32")
+        self.emit("fill_constant", {}, {"Out": name}, shape=[1], dtype=kind, value=float(value), str_value=str(value))
+        return name
 
     def element_type(self, name: str) -> int:
         """Paddle's number for FP32, INT32 or INT8."""
@@ -356,6 +455,13 @@ def _paddings(node: NodeProto) -> list[int]:
 
 
 def _write_matmul(builder: ProgramBuilder, node: NodeProto) -> None:
+    weight = builder.constant(node.input[1])
+    if weight is not None and weight.ndim == 1:  # PaddleSlim looks for the channels of every matmul's weight
+        products = f"{node.output[0]}.products"
+        inputs = {"X": builder.variable(node.input[0]), "Y": builder.variable(node.input[1])}
+        builder.emit("elementwise_mul", inputs, {"Out": products}, axis=-1)
+        builder.emit("reduce_sum", {"X": products}, {"Out": node.output[0]}, dim=[-1], keep_dim=False, reduce_all=False)
+        return
     builder.emit(
         "matmul_v2",
         {"X": builder.operand(node, 0), "Y": builder.operand(node, 1)},
@@ -491,6 +597,9 @@ def _write_resize(builder: ProgramBuilder, node: NodeProto) -> None:
 
     They take pixel centers for the place of a pixel, which changes nothing where whole pixels are repeated.
     """
+    if len(node.input) > 3 and node.input[3] and builder.constant(node.input[3]) is None:
+        _write_resize_to(builder, node, node.input[3])
+        return
     mode = attribute(node, "mode", "nearest")
     place = attribute(node, "coordinate_transformation_mode", "half_pixel")
     rounding = attribute(node, "nearest_mode", "round_prefer_floor")
@@ -500,16 +609,35 @@ def _write_resize(builder: ProgramBuilder, node: NodeProto) -> None:
     repeated = (mode, place, rounding) == ("nearest", "asymmetric", "floor") and whole
     if len(builder.shape(node.input[0])) != 4 or not (exact or repeated):
         raise unsupported(node, f"mode {mode}, {place}, {rounding} means different things in Paddle's kernels")
-    interpolation = "bilinear" if mode == "linear" else "nearest"
-    _unary(
-        f"{interpolation}_interp_v2",
-        **target,
-        align_corners=False,
-        align_mode=0,
-        interp_method=interpolation,
-        data_layout="NCHW",
-        out_d=-1,
-    )(builder, node)
+    kind = "bilinear" if mode == "linear" else "nearest"
+    how = {"align_corners": False, "align_mode": 0, "data_layout": "NCHW", "out_d": -1}
+    _unary(f"{kind}_interp_v2", interp_method=kind, **how, **target)(builder, node)
+
+
+def _write_resize_to(builder: ProgramBuilder, node: NodeProto, sizes: str) -> None:
+    """To computed sizes, by picking rows and columns: the oneDNN kernel errs where steps are no whole pixels.
+
+    Pixel i of n comes from pixel floor(i * m / n) of m.
+    """
+    places = (attribute(node, "mode", "nearest"), attribute(node, "coordinate_transformation_mode", "half_pixel"))
+    if places != ("nearest", "asymmetric") or attribute(node, "nearest_mode", "round_prefer_floor") != "floor":
+        raise unsupported(node, f"mode {places[0]}, {places[1]} to computed sizes is not supported")
+    data, result = node.input[0], node.output[0]
+    builder.emit("shape", {"Input": builder.variable(data)}, {"Out": f"{result}.shape"})
+    for axis, name in ((2, f"{result}.rows"), (3, result)):
+        for source, end in ((sizes, "new"), (f"{result}.shape", "old")):
+            part = {"axes": [0], "starts": [axis], "ends": [axis + 1], "infer_flags": [1], "decrease_axis": []}
+            builder.emit("slice", {"Input": source}, {"Out": f"{name}.{end}"}, **part)
+        ends = {key: builder.number(f"{name}.{key}", value) for key, value in (("start", 0), ("step", 1))}
+        span = {"Start": ends["start"], "End": f"{name}.new", "Step": ends["step"]}
+        builder.emit("range", span, {"Out": f"{name}.counted"})
+        builder.emit("elementwise_mul", {"X": f"{name}.counted", "Y": f"{name}.old"}, {"Out": f"{name}.far"}, axis=-1)
+        places_of = {"X": f"{name}.far", "Y": f"{name}.new"}
+        builder.emit("elementwise_floordiv", places_of, {"Out": f"{name}.places"}, axis=-1)
+        builder.emit(
+            "gather", {"X": builder.variable(data), "Index": f"{name}.places"}, {"Out": name}, axis=axis, overwrite=True
+        )
+        data = name
 
 
 def _resize_target(builder: ProgramBuilder, node: NodeProto) -> dict[str, Any]:
@@ -521,6 +649,38 @@ def _resize_target(builder: ProgramBuilder, node: NodeProto) -> dict[str, Any]:
     if scales is None or scales.size != 4 or any(scales[:2] != 1):
         raise unsupported(node, "its scales must be constant and resize height and width only")
     return {"scale": [float(s) for s in scales[2:]], "out_h": -1, "out_w": -1}
+
+
+def _write_split(builder: ProgramBuilder, node: NodeProto) -> None:
+    sizes = builder.integers(node, 1, "sizes") or []
+    parts = {"num": 0 if sizes else len(node.output), "sections": sizes, "axis": attribute(node, "axis", 0)}
+    builder.emit("split", {"X": builder.variable(node.input[0])}, {"Out": list(node.output)}, **parts)
+
+
+def _write_expand(builder: ProgramBuilder, node: NodeProto) -> None:
+    """ONNX lets a size of 1 keep the tensor's own, Paddle a size of -1."""
+    sizes = builder.integers(node, 1, "shape") or []
+    rank = len(builder.shape(node.input[0]))
+    wanted = [-1 if size == 1 and index >= len(sizes) - rank else size for index, size in enumerate(sizes)]
+    _unary("expand_v2", shape=wanted)(builder, node)
+
+
+def _write_top_k(builder: ProgramBuilder, node: NodeProto) -> None:
+    count = builder.integers(node, 1, "number") or []
+    values, places = node.output
+    found = {"Out": values, "Indices": f"{places}.int64"}
+    how = {"axis": attribute(node, "axis", -1), "largest": bool(attribute(node, "largest", 1)), "sorted": True}
+    builder.emit("top_k_v2", {"X": builder.variable(node.input[0])}, found, k=count[0], **how)
+    types = {"in_dtype": builder.element_type("INT64"), "out_dtype": builder.element_type("INT32")}
+    builder.emit("cast", {"X": f"{places}.int64"}, {"Out": places}, **types)
+
+
+def _write_grid_sample(builder: ProgramBuilder, node: NodeProto) -> None:
+    mode, padding = attribute(node, "mode", "linear"), attribute(node, "padding_mode", "zeros")
+    inputs: dict[str, str | list[str]] = {"X": builder.variable(node.input[0]), "Grid": builder.variable(node.input[1])}
+    how = {"mode": {"linear": "bilinear"}.get(mode, mode), "padding_mode": padding}
+    corners = bool(attribute(node, "align_corners", 0))
+    builder.emit("grid_sampler", inputs, {"Output": node.output[0]}, **how, align_corners=corners)
 
 
 def _write_concat(builder: ProgramBuilder, node: NodeProto) -> None:
@@ -686,12 +846,15 @@ def _write_cast(builder: ProgramBuilder, node: NodeProto) -> None:
         _unary("cast", in_dtype=builder.element_type(before), out_dtype=builder.element_type(after))(builder, node)
 
 
-def _write_reduce_mean(builder: ProgramBuilder, node: NodeProto) -> None:
-    axes = attribute(node, "axes") or builder.integers(node, 1, "axes")
-    if not axes:
-        raise unsupported(node, "it must name its axes")
-    keep = bool(attribute(node, "keepdims", 1))
-    _unary("reduce_mean", dim=list(axes), keep_dim=keep, reduce_all=False)(builder, node)
+def _reduction(kind: str) -> OpWriter:
+    def write(builder: ProgramBuilder, node: NodeProto) -> None:
+        axes = attribute(node, "axes") or builder.integers(node, 1, "axes")
+        if not axes:
+            raise unsupported(node, "it must name its axes")
+        keep = bool(attribute(node, "keepdims", 1))
+        _unary(kind, dim=list(axes), keep_dim=keep, reduce_all=False)(builder, node)
+
+    return write
 
 
 _WRITERS: dict[str, OpWriter] = {
@@ -707,18 +870,23 @@ _WRITERS: dict[str, OpWriter] = {
     "Div": _write_div,
     "Erf": _unary("erf"),
     "Exp": _unary("exp"),
+    "Expand": _write_expand,
     "Flatten": _write_flatten,
     "Gather": _write_gather,
     "GlobalAveragePool": _write_global_pool,
+    "GridSample": _write_grid_sample,
     "HardSigmoid": _write_hard_sigmoid,
     "HardSwish": _unary("hard_swish", threshold=6.0, scale=6.0, offset=3.0),
     "LayerNormalization": _write_layer_norm,
     "LeakyRelu": _write_leaky_relu,
+    "Log": _unary("log"),
     "MatMul": _write_matmul,
     "MaxPool": _pool("max"),
     "Mul": _elementwise("elementwise_mul"),
     "Pow": _elementwise("elementwise_pow"),
-    "ReduceMean": _write_reduce_mean,
+    "ReduceMax": _reduction("reduce_max"),
+    "ReduceMean": _reduction("reduce_mean"),
+    "ReduceSum": _reduction("reduce_sum"),
     "Relu": _unary("relu"),
     "Reshape": _write_reshape,
     "Resize": _write_resize,
@@ -726,10 +894,12 @@ _WRITERS: dict[str, OpWriter] = {
     "Sigmoid": _unary("sigmoid"),
     "Slice": _write_slice,
     "Softmax": _write_softmax,
+    "Split": _write_split,
     "Sqrt": _unary("sqrt"),
     "Squeeze": _write_squeeze,
     "Sub": _elementwise("elementwise_sub"),
     "Tanh": _unary("tanh"),
+    "TopK": _write_top_k,
     "Transpose": _write_transpose,
     "Unsqueeze": _write_unsqueeze,
 }

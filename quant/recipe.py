@@ -222,6 +222,22 @@ class TargetChoice(_Part):
     )
 
 
+class KeptOperators(_Part):
+    """Operators that stay in FP32 on every target; what is left out matches any (see `quant.policy`)."""
+
+    reason: str = Field(min_length=1, description="why, for the plan and its readers")
+    kinds: list[Literal["Conv", "ConvTranspose", "MatMul"]] = []
+    names: list[str] = Field([], description="what the names of their output tensors start with")
+    weights: bool | None = Field(None, description="true: those by constant weights, false: of activations alone")
+    after: list[str] = Field([], description="ONNX kinds; those whose input depends on an operator of these kinds")
+
+    @model_validator(mode="after")
+    def _names_something(self) -> KeptOperators:
+        if not (self.kinds or self.names or self.after or self.weights is not None):
+            raise ValueError("names no operator: give kinds, names, weights or after")
+        return self
+
+
 class Gate(_Part):
     max_drop: float = Field(ge=0, description="points of the metric in percent")
     max_relative_drop: float = Field(ge=0, description="percent of the FP32 metric")
@@ -249,6 +265,7 @@ class Recipe(_Part):
     search: Search = Field(default_factory=lambda: Search(minutes=0))
     paddleslim: PaddleSlim
     targets: dict[TargetName, TargetChoice] = Field(min_length=1)
+    policy: list[KeptOperators] = Field([], description="operators that stay in FP32 by what they are")
     metric: str
     gate: Gate
     latency: Latency

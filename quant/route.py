@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
+from quant.lowering import unknown_kinds
 from quant.recipe import Recipe, TargetChoice
-from quant.source import local_format, local_source, without_places
+from quant.source import local_format, local_program, local_source, without_places
 
 _IMPORTS = {
     "paddle": "old-IR program (inference.pdmodel): paddle2onnx imports it, Paddle Inference runs the original as proof",
@@ -15,14 +17,25 @@ _SLIM = {
     "paddle": "PaddleSlim PTQ on the folded graph, written back as an old-IR program",
     "pir": "PaddleSlim PTQ, which knows no PIR, on the folded graph, written back as an old-IR program",
 }
+_BRIDGE = (
+    "rebuilt as an equal old-IR program for PaddleSlim's training and for what the Paddle artifact leaves as it is"
+)
 
 
 @dataclass(frozen=True)
 class Route:
-    """Attributes: source: where the model is, or would come from; format: of its files; targets: how each is made."""
+    """The way of a model.
+
+    Attributes:
+        source: where the model is, or would come from.
+        format: of its files, and how they are imported.
+        bridge: whether a PIR model gets an old-IR form, and why not; empty for old-IR models.
+        targets: how each target's plan is made.
+    """
 
     source: str
     format: str
+    bridge: str
     targets: dict[str, str]
 
 
@@ -36,7 +49,17 @@ def route_of(recipe: Recipe) -> Route:
     else:
         source, kind = without_places(here), local_format(recipe) or "paddle"
     targets = {str(target): _method(choice, kind) for target, choice in recipe.targets.items()}
-    return Route(source, _IMPORTS[kind], targets)
+    return Route(source, _IMPORTS[kind], _bridge(recipe) if kind == "pir" else "", targets)
+
+
+def _bridge(recipe: Recipe) -> str:
+    model = local_program(recipe)
+    if model is None:
+        return f"{_BRIDGE}, if it knows all operators: that shows when the model is here"
+    unknown = unknown_kinds(json.loads(model.read_text(encoding="utf-8")))
+    if unknown:
+        return f"none: the bridge does not know {', '.join(unknown)}; targets that take ONNX are not concerned"
+    return f"{_BRIDGE}: it knows all operators"
 
 
 def _method(choice: TargetChoice, kind: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from quant.comparison import side_by_side
 from quant.graph import Graph, attribute
 from quant.ladder import SearchScore
 from quant.plan import Operator, QuantPlan, weight_axis
@@ -71,7 +72,7 @@ def compare_outputs(found: Outputs, exact: Outputs) -> OutputError:
     """The error of outputs, one list of arrays for each picture."""
     signal = noise = 0.0
     for arrays, outputs in zip(found, exact, strict=True):
-        for array, output in map(comparable, arrays, outputs):
+        for array, output in side_by_side(arrays, outputs):
             signal += float(np.square(output).sum())
             noise += float(np.square(array - output).sum())
     ratio = 10 * float(np.log10(signal / noise)) if signal and noise else None
@@ -87,31 +88,10 @@ def relative_errors(found: Outputs, exact: Outputs) -> list[float]:
     """sum|found - exact| / sum|exact| over all outputs, for each picture."""
     errors = []
     for arrays, outputs in zip(found, exact, strict=True):
-        pairs = list(map(comparable, arrays, outputs))
+        pairs = side_by_side(arrays, outputs)
         moved = sum(float(np.abs(a - b).sum()) for a, b in pairs)
         errors.append(moved / max(sum(float(np.abs(b).sum()) for _, b in pairs), 1e-12))
     return errors
-
-
-def comparable(found: np.ndarray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two outputs as float64 of one shape, whose difference means something.
-
-    Models with a loop may write more or fewer steps: what one of them lacks counts as 0. The difference of two token
-    ids says nothing: where they are integers, each exact one counts 1, and the one found 1 if it is the same, else 0.
-    """
-    if found.shape != exact.shape:
-        shape = tuple(map(max, found.shape, exact.shape))
-        lacking = -1 if np.issubdtype(exact.dtype, np.integer) else 0
-        found, exact = (_extended(values, shape, lacking) for values in (found, exact))
-    if np.issubdtype(exact.dtype, np.integer):
-        return (found == exact).astype(np.float64), np.ones(exact.shape)
-    return found.astype(np.float64), exact.astype(np.float64)
-
-
-def _extended(values: np.ndarray, shape: tuple[int, ...], filler: int) -> np.ndarray:
-    extended = np.full(shape, filler, dtype=values.dtype)
-    extended[tuple(map(slice, values.shape))] = values
-    return extended
 
 
 def save_errors(errors: Mapping[str, OutputError], file: Path) -> None:

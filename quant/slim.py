@@ -33,7 +33,7 @@ from quant.plan import (
     quantizable_operators,
     weight_axis,
 )
-from quant.program import MODEL_FILE, PARAMS_FILE, import_paddle, write_program
+from quant.program import MODEL_FILE, PARAMS_FILE, import_paddle, writable_part, write_program
 from quant.recipe import PaddleSlim
 
 LOG_FILE = "paddleslim.log"
@@ -108,8 +108,9 @@ def slim_scales(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="paddleslim-", dir=folder) as name:
         work = Path(name)
+        part = writable_part(graph)
         count = _save_feeds(islice(feeds, settings.samples), work / "feeds")
-        write_program(graph, work / "fp32")
+        write_program(part, work / "fp32")
         job = {"algo": settings.algo, "hist_percent": settings.hist_percent, "samples": count}
         (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
         _run_child(work, progress)

@@ -152,8 +152,14 @@ def local_format(recipe: Recipe) -> ModelFormat | None:
     Raises:
         InputError: there is a folder for it, but no model in it.
     """
+    model = local_program(recipe)
+    return None if model is None else _format(model)
+
+
+def local_program(recipe: Recipe) -> Path | None:
+    """The file of the graph of the model that lies on this machine; raises InputError as `local_format` does."""
     folder = _local_dir(recipe)
-    return None if folder is None else _format(_locate(folder)[0])
+    return None if folder is None else _locate(folder)[0]
 
 
 def _local_dir(recipe: Recipe) -> Path | None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from eval.benchmark import interleaved_latency
 from quant.execution import Kernel, kernel_table
 from quant.export import export_artifact, fitted
-from quant.job import Job, fp32_folders, latency_feed, prepared_graph
+from quant.job import Job, fp32_folders, latency_feed, prepared_graph, prepared_stage
 from quant.plan import QuantPlan
+from quant.prepare import old_ir_form
 from quant.runtime import open_session, target_format
 from quant.target import TargetName
 
@@ -64,5 +65,7 @@ def _milliseconds(kernels: Sequence[Kernel]) -> dict[str, float]:
 
 def _exported(job: Job, target: TargetName, plan: QuantPlan, folder: Path) -> Path:
     graph = prepared_graph(job)
-    export_artifact(target, graph, fitted(target, graph, plan), job.files.inference_yml, folder)
+    original = old_ir_form(prepared_stage(job))
+    plan = fitted(target, graph, plan, original)
+    export_artifact(target, graph, plan, job.files.inference_yml, folder, original)
     return folder

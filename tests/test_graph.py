@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 from tiny_models import TinyNet, kinds, run, small_detector, small_recognizer
 
-from quant.graph import Graph, attribute
+from quant.fold import remove_identities
+from quant.graph import Graph, attribute, reads
 
 
 @pytest.mark.parametrize("net", [small_detector(), small_recognizer()], ids=["detector", "recognizer"])
@@ -121,3 +122,81 @@ def test_attributes_with_defaults() -> None:
     assert attribute(node, "auto_pad") == "VALID"
     assert list(attribute(node, "pads")) == [1, 2]
     assert attribute(node, "dilations", [1]) == [1]
+
+
+# --- loops -----------------------------------------------------------------------------------------
+
+
+def looping() -> Graph:
+    """x -> Identity `same` -> Relu `kept`; a loop adds `kept` and the constant `step` to x three times.
+
+    As paddle2onnx does, the body calls what it carries by the name of an outer tensor.
+    """
+    add = [helper.make_node("Add", ["same", "kept"], ["more"]), helper.make_node("Add", ["more", "step"], ["next"])]
+    given = [("i", TensorProto.INT64, []), ("go", TensorProto.BOOL, []), ("same", TensorProto.FLOAT, [2])]
+    body = helper.make_graph(
+        [*add, helper.make_node("Identity", ["go"], ["on"])],
+        "body",
+        [helper.make_tensor_value_info(*info) for info in given],
+        [helper.make_tensor_value_info("on", TensorProto.BOOL, []), helper.make_tensor_value_info("next", 1, [2])],
+    )
+    nodes = [
+        helper.make_node("Identity", ["x"], ["same"]),
+        helper.make_node("Relu", ["same"], ["kept"]),
+        helper.make_node("Relu", ["x"], ["unused"]),
+        helper.make_node("Loop", ["count", "", "same"], ["y"], body=body),
+    ]
+    constants = {"step": np.ones(2, np.float32), "count": np.array(3), "lost": np.ones(2, np.float32)}
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    return Graph(model)
+
+
+def test_a_loop_reads_what_its_body_takes_from_outside() -> None:
+    graph = looping()
+    assert reads(graph.nodes[-1]) == ["count", "", "same", "kept", "step"]
+    assert [node.op_type for node in graph.consumers()["kept"]] == ["Loop"]
+    graph.prune()
+    assert [node.op_type for node in graph.nodes] == ["Identity", "Relu", "Loop"]
+    assert set(graph.constants) == {"step", "count"}
+    assert graph.fresh_name("next") != "next"
+
+
+def test_renaming_reaches_into_bodies_but_not_what_they_call_by_the_same_name() -> None:
+    graph = looping()
+    feed = {"x": np.array([1.0, -2.0], dtype=np.float32)}
+    expected = run(graph.to_model(), feed)[0]
+    np.testing.assert_allclose(expected, [1 + 3 * 2, -2 + 3])
+    assert remove_identities(graph) == 1  # the loop's input is renamed, what its body is given is not
+    renamed = helper.make_node("Relu", ["x"], ["other"])
+    graph.insert_before(graph.nodes[-1], renamed)
+    graph.replace_uses("kept", "other")
+    graph.prune()
+    assert "kept" not in graph.producers()
+    onnx.checker.check_model(graph.to_model())
+    np.testing.assert_allclose(run(graph.to_model(), feed)[0], expected)
+    np.testing.assert_allclose(run(graph.copy().to_model(), feed)[0], expected)
+
+
+def test_a_part_of_a_graph_ends_at_given_tensors() -> None:
+    part = looping().ending_at(["kept"])
+    assert part.outputs == ["kept"] and [node.op_type for node in part.nodes] == ["Identity", "Relu"]
+    feed = {"x": np.array([1.0, -2.0], dtype=np.float32)}
+    np.testing.assert_array_equal(run(part.to_model(), feed)[0], [1, 0])
+
+
+def test_what_a_body_is_given_gets_a_name_of_its_own() -> None:
+    graph = looping()
+    feed = {"x": np.array([1.0, -2.0], dtype=np.float32)}
+    expected = run(graph.to_model(), feed)[0]
+    assert graph.rename_shadowing() == 1 and graph.rename_shadowing() == 0
+    body = graph.nodes[-1].attribute[0].g
+    assert body.input[2].name == body.node[0].input[0] != "same" and body.node[0].input[1] == "kept"
+    np.testing.assert_array_equal(run(graph.to_model(), feed)[0], expected)

@@ -72,6 +72,24 @@ def ints(net: TinyNet, *values: int) -> str:
     return net.const(np.array(values, dtype=np.int64))
 
 
+def nearest_to_computed_sizes(net: TinyNet) -> str:
+    """To the size of a pooled map, from a smaller one: steps that are no whole pixels."""
+    small = net.op("MaxPool", "x", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+    sizes = net.op(
+        "Concat", *(shape_of(net, data, axis) for data, axis in ((small, 0), (small, 1), ("x", 2), ("x", 3))), axis=0
+    )
+    return net.op(
+        "Resize",
+        small,
+        "",
+        "",
+        sizes,
+        mode="nearest",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+    )
+
+
 def floats(net: TinyNet, *values: float) -> str:
     return net.const(np.array(values, dtype=np.float32))
 
@@ -185,6 +203,26 @@ OPERATORS: dict[str, Build] = {
     "average pool that counts borders": unary("AveragePool", kernel_shape=[3, 3], pads=[1] * 4, count_include_pad=1),
     "max pool": unary("MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4),
     "max pool rounding up": unary("MaxPool", kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1),
+    "largest of rows": unary("ReduceMax", axes=[2], keepdims=0),
+    "sum of pixels": lambda net: net.op("ReduceSum", "x", ints(net, 2, 3), keepdims=1),
+    "product with a vector": lambda net: net.op(
+        "MatMul", net.op("Slice", "x", ints(net, 0), ints(net, 6), ints(net, 3)), net.const(net.weights(6))
+    ),
+    "log of exp": lambda net: net.op("Log", net.op("Exp", "x")),
+    "expand": lambda net: net.op("Expand", net.op("GlobalAveragePool", "x"), ints(net, 1, 1, 3, 5)),
+    "grid sample": lambda net: net.op(
+        "GridSample",
+        "x",
+        net.op(
+            "Transpose",
+            net.op("Tanh", net.op("Slice", "x", ints(net, 0), ints(net, 2), ints(net, 1))),
+            perm=[0, 2, 3, 1],
+        ),
+        mode="bilinear",
+        padding_mode="zeros",
+        align_corners=0,
+    ),
+    "nearest to computed sizes": nearest_to_computed_sizes,
     "mean of rows": unary("ReduceMean", axes=[2], keepdims=0),
     "mean of pixels": unary("ReduceMean", axes=[2, 3]),
     "nearest": resized("nearest", "asymmetric"),

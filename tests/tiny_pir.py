@@ -122,16 +122,27 @@ def fill_graph(graph: Path, folder: Path, seed: int = 0) -> ModelFiles:
     shutil.copyfile(graph, folder / "inference.json")
     shapes = parameter_shapes(json.loads(graph.read_text(encoding="utf-8")))
     rng = np.random.default_rng(seed)
-    write_weights(folder / "inference.pdiparams", {name: _made_up(rng, name, shape) for name, shape in shapes.items()})
+    biased = {_layer(name) for name in shapes if ".b_0" in name and "norm" not in name}
+    weights = {name: _made_up(rng, name, shape, _layer(name) in biased) for name, shape in shapes.items()}
+    write_weights(folder / "inference.pdiparams", weights)
     return pir_files(folder)
 
 
-def _made_up(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
-    """Kernels that keep the variance; of batch norm a scale and variance near 1, a mean and shift near 0."""
+def _layer(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _made_up(rng: np.random.Generator, name: str, shape: tuple[int, ...], biased: bool) -> Array:
+    """Kernels that keep the variance; of batch norm a scale and variance near 1, a mean and shift near 0.
+
+    A layer with a bias of its own has mostly no activation behind it, which would take half of the variance. Sums of
+    such convolutions would grow from sum to sum, so that they give half of what they read.
+    """
     if len(shape) > 1:
         inputs = shape[0] if len(shape) == 2 else int(np.prod(shape[1:]))
-        return rng.standard_normal(shape) * np.sqrt(2 / inputs)
-    near_one = "batch_norm" in name and (".w_0" in name or ".w_2" in name)
+        gain = 2.0 if not biased else 1.0 if len(shape) == 2 else 0.5
+        return rng.standard_normal(shape) * np.sqrt(gain / inputs)
+    near_one = "norm" in name and (".w_0" in name or ".w_2" in name)
     return rng.uniform(0.8, 1.2, shape) if near_one else rng.normal(0, 0.1, shape)
 
 

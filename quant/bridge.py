@@ -1,0 +1,155 @@
+"""The bridge: a PIR model as an equal old-IR program, which Paddle's older tools know.
+
+PaddleSlim quantizes and trains old-IR programs alone. The bridge lowers a PIR program operator by operator
+(`quant.lowering`), gives it the weights by their names, and proves it: both programs compute the same outputs,
+without graph optimizations and oneDNN on either side, which act differently in the two forms.
+
+Paddle's flags act once in a process, so the work is done in one of its own: `python -m quant.bridge JOB.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quant.archive import file_sha256
+from quant.errors import InputError
+from quant.lowering import Lowering
+from quant.pir import kind_of, written_operators
+from quant.program import MODEL_FILE, PARAMS_FILE, import_paddle, serialize_program
+from quant.runtime import Feed
+from quant.source import ModelFiles
+
+LOG_FILE = "bridge.log"
+
+
+@dataclass(frozen=True)
+class Bridged:
+    """A PIR model in old-IR form.
+
+    Attributes:
+        files: the old-IR program; names, weights and PaddleX's description are those of the original.
+        difference: largest absolute difference of an output from the original's on the feeds; 0 means bit for bit.
+    """
+
+    files: ModelFiles
+    difference: float
+
+
+def bridge(files: ModelFiles, feeds: list[Feed], folder: Path, threads: int = 1) -> Bridged:
+    """Write `inference.pdmodel` and `inference.pdiparams` that compute what a PIR model computes.
+
+    Args:
+        feeds: inputs on which both are compared; at least one.
+        folder: made if it is missing; also receives `bridge.log`.
+
+    Raises:
+        InputError: an operator that the bridge does not carry, or a model that Paddle does not load.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, feed in enumerate(feeds):
+        np.savez(folder / f"feed{index}.npz", **feed)
+    job: dict[str, Any] = {
+        "model": str(files.model),
+        "params": str(files.params),
+        "folder": str(folder),
+        "feeds": len(feeds),
+    }
+    job["threads"] = threads
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    _run_child(files, folder)
+    difference = json.loads((folder / "proof.json").read_text(encoding="utf-8"))["difference"]
+    for path in (*folder.glob("feed*.npz"), folder / "job.json", folder / "proof.json"):
+        path.unlink()
+    model, params = folder / MODEL_FILE, folder / PARAMS_FILE
+    digests = {path.name: file_sha256(path) for path in (model, params)}
+    old = ModelFiles(folder, "paddle", model, params, files.inference_yml, files.source, digests)
+    return Bridged(old, difference)
+
+
+def _run_child(files: ModelFiles, folder: Path) -> None:
+    log = folder / LOG_FILE
+    path = os.pathsep.join(part for part in (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")) if part)
+    environment = {**os.environ, "PYTHONPATH": path, "FLAGS_enable_pir_api": "0", "GLOG_minloglevel": "2"}
+    command = [sys.executable, "-m", "quant.bridge", str(folder / "job.json")]
+    with log.open("wb") as stream:
+        child = subprocess.run(command, stdout=stream, stderr=stream, env=environment, check=False)
+    if child.returncode:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        cause = lines[-1].strip()[:300] if lines else f"the process ended with {child.returncode}"
+        raise InputError(f"{files.model}: it cannot be written as an old-IR program: {cause}")
+
+
+def _child(job: dict[str, Any]) -> None:
+    folder = Path(job["folder"])
+    document = json.loads(Path(job["model"]).read_text(encoding="utf-8"))
+    paddle = import_paddle()
+    program = paddle.static.Program()
+    with paddle.static.program_guard(program), paddle.utils.unique_name.guard():
+        lowering = Lowering(paddle, program, document)
+        lowering.run()
+    names = sorted(operator["A"][3] for operator in written_operators(document) if kind_of(operator) == "p")
+    _load_weights(paddle, program, names, job["params"])
+    model, params = serialize_program(paddle, program, lowering.feeds, lowering.fetches)
+    (folder / MODEL_FILE).write_bytes(model)
+    (folder / PARAMS_FILE).write_bytes(params)
+    difference = _largest_difference(job, folder)
+    (folder / "proof.json").write_text(json.dumps({"difference": difference}), encoding="utf-8")
+
+
+def _load_weights(paddle: Any, program: Any, names: list[str], file: str) -> None:
+    """Fill the scope with the weights, which stand in the file in the sorted order of their names."""
+    loader = paddle.static.Program()
+    block = loader.global_block()
+    for name in names:
+        weight = program.global_block().var(name)
+        block.create_var(name=name, shape=weight.shape, dtype=weight.dtype, persistable=True)
+    block.append_op(type="load_combine", outputs={"Out": names}, attrs={"file_path": file})
+    paddle.static.Executor(paddle.CPUPlace()).run(loader)
+
+
+def _largest_difference(job: dict[str, Any], folder: Path) -> float:
+    """Run both programs on all feeds, operator by operator as written."""
+    feeds = []
+    for index in range(job["feeds"]):
+        with np.load(folder / f"feed{index}.npz", allow_pickle=False) as stored:
+            feeds.append({name: stored[name] for name in stored.files})
+    expected = _outputs(job["model"], job["params"], feeds, job["threads"])
+    found = _outputs(str(folder / MODEL_FILE), str(folder / PARAMS_FILE), feeds, job["threads"])
+    worst = 0.0
+    for one, other in zip(expected, found, strict=True):
+        if one.shape != other.shape:
+            return float("inf")
+        if one.size and not np.array_equal(one, other):
+            worst = max(worst, float(np.nan_to_num(np.abs(one.astype(np.float64) - other), nan=np.inf).max()))
+    return worst
+
+
+def _outputs(model: str, params: str, feeds: list[Feed], threads: int) -> list[np.ndarray]:
+    from paddle import inference
+
+    config = inference.Config(model, params)
+    config.disable_gpu()
+    config.disable_glog_info()
+    config.switch_ir_optim(False)
+    config.disable_mkldnn()  # on by default, and then only the new IR uses it
+    config.set_cpu_math_library_num_threads(threads)
+    predictor = inference.create_predictor(config)
+    results = []
+    for feed in feeds:
+        for name, values in feed.items():
+            predictor.get_input_handle(name).copy_from_cpu(values)
+        predictor.run()
+        results += [predictor.get_output_handle(name).copy_to_cpu() for name in predictor.get_output_names()]
+    return results
+
+
+if __name__ == "__main__":
+    _child(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
