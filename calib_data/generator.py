@@ -32,6 +32,7 @@ from calib_data.lettering import (
     fonts_fingerprint,
     lay,
 )
+from calib_data.notes import code_line, note
 from calib_data.photography import Colour, Photo, Picture
 from calib_data.wording import Rng
 
@@ -40,7 +41,9 @@ __all__ = [
     "Fonts",
     "find_fonts",
     "fonts_fingerprint",
+    "write_codes",
     "write_document_pages",
+    "write_notes",
     "write_text_lines",
     "write_text_pages",
 ]
@@ -117,6 +120,24 @@ def write_text_pages(directory: Path, count: int, seed: int, progress: Callable[
 def write_document_pages(directory: Path, count: int, seed: int, progress: Callable[[int], None] | None = None) -> None:
     """As `write_text_pages`, but receipts and printed pages only: what has an upper side that can be told."""
     _write_pages(directory, count, seed, _PAPER_KINDS, progress)
+
+
+def write_codes(directory: Path, count: int, seed: int, progress: Callable[[int], None] | None = None) -> None:
+    """As `write_text_lines`, but easy to read: few digits and capitals, of `notes.CODE_LETTERS`, in few fonts."""
+    fonts = find_fonts()
+    _write(directory, count, seed, lambda rng: code_line(rng, fonts), progress)
+
+
+def write_notes(directory: Path, count: int, seed: int, progress: Callable[[int], None] | None = None) -> None:
+    """As `write_text_pages`, but small notes, 256 to 384 pixels a side, of a few upright lines flush left."""
+    fonts = find_fonts()
+
+    def sample(rng: Rng) -> tuple[Photo, str]:
+        photo, spots = note(rng, fonts)
+        regions = [Region(spot.text, _box(spot.x, spot.y, spot.width, spot.height)) for spot in spots]
+        return photo, json.dumps([_entry(region) for region in regions], ensure_ascii=False)
+
+    _write(directory, count, seed, sample, progress)
 
 
 def _write_pages(

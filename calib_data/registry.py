@@ -23,6 +23,8 @@ GeneratedKind = Literal["text_lines", "text_pages", "document_pages"]
 GENERATED = "generated-"
 """What the names of generated sets begin with."""
 
+_GENERATOR, _NO_TERMS = "the built-in generator", "generated, no terms"
+
 FORMATS: dict[Task, LabelFormat] = {
     "text_detection": "det_label",
     "text_recognition": "rec_label",
@@ -173,7 +175,9 @@ def _own(folder: Path, tasks: list[Task]) -> DatasetFolder:
             labels = (folder / "train.txt",)
     source, licence = f"the folder {folder}", "the user's own"
     name = folder.name
-    if name == POOLED or name.startswith(GENERATED):  # these words mean something in the diff table
+    if folder == cached_dir(name) and name.startswith(GENERATED):
+        source, licence = _GENERATOR, _NO_TERMS
+    elif name == POOLED or name.startswith(GENERATED):  # these words mean something in the diff table
         name = f"folder-{name}"
     return DatasetFolder(name, folder, labels, folder, label_format, source, licence, classes)
 
@@ -287,6 +291,6 @@ def generated_dataset(kind: GeneratedKind, samples: int, seed: int, progress: Pr
             reason = f"the generated data cannot be written to {folder}: {error.strerror or error}"
             raise Unavailable(reason, "Free some space, or set QUANT_CACHE to a folder that can be written") from error
     label_format: LabelFormat = "rec_label" if kind == "text_lines" else "det_label"
-    source = f"the built-in generator (seed {seed})"
+    source = f"{_GENERATOR} (seed {seed})"
     labels = (folder / "label.txt",)
-    return DatasetFolder(f"{GENERATED}{kind}", folder, labels, folder, label_format, source, "generated, no terms")
+    return DatasetFolder(f"{GENERATED}{kind}", folder, labels, folder, label_format, source, _NO_TERMS)
