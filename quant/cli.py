@@ -275,7 +275,8 @@ def evaluate(
         for recipe in recipes:
             with outcome.collecting(recipe, alone=len(recipes) == 1 and not twins):
                 outcome.rows += evaluate_model(recipe, options).rows
-        for recipe in _only_twins(recipes) if twins else []:
+        known = _twin_names() if twins else []
+        for recipe in (recipe for recipe in recipes if recipe.name in known):
             with outcome.collecting(recipe, alone=False, twin=True):
                 outcome.rows += evaluate_model(recipe, _with_twin(recipe, options, train=False)).rows
         return _finish(outcome, as_json, stdout)
@@ -596,21 +597,18 @@ def _recipes(
 ) -> list[Recipe]:
     """The recipes asked for; where all are, only those with a twin if `twins` says so."""
     from quant.recipe import limited_to, load_recipe, recipe_names
-    from quant.twins import twin_names
 
-    every = twin_names() if twins else recipe_names()
-    names = every if everything else models or []
+    names = (_twin_names() if twins else recipe_names()) if everything else models or []
     if not names:
         raise InputError("name a model (see `quant list`) or give --all")
     extra = [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
     return [limited_to(load_recipe(name, extra), targets or []) for name in names]
 
 
-def _only_twins(recipes: list[Recipe]) -> list[Recipe]:
+def _twin_names() -> list[str]:
     from quant.twins import twin_names
 
-    known = twin_names()
-    return [recipe for recipe in recipes if recipe.name in known]
+    return twin_names()
 
 
 def _with_twin(recipe: Recipe, options: Options, train: bool) -> Options:

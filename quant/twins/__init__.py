@@ -22,7 +22,6 @@ import yaml
 from calib_data.registry import GENERATED, cached_dir
 from quant.archive import Progress, staged
 from quant.errors import InputError, Unavailable
-from quant.export import write_inference_yml
 from quant.recipe import Recipe, recipe_names
 from quant.source import TWIN_KEY, cache_dir
 from quant.stage import digest
@@ -91,6 +90,8 @@ def train_twin(recipe: Recipe, folder: Path, seed: int, minutes: float) -> None:
 
 def _mark(folder: Path) -> None:
     """Say in inference.yml that this is a twin, so that neither it nor its artifacts pass for the official model."""
+    from quant.export import write_inference_yml
+
     document: dict[str, Any] = yaml.safe_load((folder / "inference.yml").read_text(encoding="utf-8"))
     document["Global"] = {**document["Global"], TWIN_KEY: True}
     write_inference_yml(document, folder)

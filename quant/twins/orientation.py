@@ -6,17 +6,17 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from calib_data.generator import write_notes
-from quant.recipe import load_recipe
+from quant.recipe import Rotations, load_recipe
 from quant.twins.samples import written
 from quant.twins.training import save_inference, train_in_child, train_until
 
 MODEL = "PP-LCNet_x1_0_doc_ori"
-_NOTES, _BATCH, _STEPS, _RATE = 400, 32, 600, 4e-3
+_NOTES, _BATCH, _STEPS, _RATE = 300, 16, 300, 4e-3
 _MOST_SHIFT = 16  # pixels
 
 
@@ -83,18 +83,24 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
 
     end = time.monotonic() + 60 * minutes
     paddle.seed(seed)
-    document = load_recipe(MODEL).inference
+    recipe = load_recipe(MODEL)
+    document, rotations = recipe.inference, cast(Rotations, recipe.data.rotations)
     with TemporaryDirectory() as place:
         write_world(Path(place), _NOTES, seed)
         samples = written(Path(place), MODEL, document)
-    pictures, labels = np.stack([inputs for inputs, _ in samples]), np.array([label for _, label in samples], np.int64)
-    net, order = network(4), np.random.default_rng(seed)
+    net, order = network(len(rotations.angles)), np.random.default_rng(seed)
+
+    def turned(index: int, label: int) -> Any:
+        # The square in the middle of a turned page is the turned square.
+        return np.rot90(samples[index][0], -rotations.angles[label] // 90, axes=(1, 2))
 
     def batch_loss() -> Any:
-        chosen = order.choice(len(pictures), _BATCH, replace=False)
+        chosen = order.choice(len(samples), _BATCH, replace=False)
+        labels = order.permutation(np.arange(_BATCH) % len(rotations.angles))
+        pictures = np.stack([turned(index, label) for index, label in zip(chosen, labels, strict=True)])
         shift = tuple(int(pixels) for pixels in order.integers(-_MOST_SHIFT, _MOST_SHIFT + 1, 2))
-        batch = np.roll(pictures[chosen], shift, axis=(2, 3))
-        return functional.cross_entropy(net.logits(paddle.to_tensor(batch)), paddle.to_tensor(labels[chosen]))
+        batch = np.roll(pictures, shift, axis=(2, 3))
+        return functional.cross_entropy(net.logits(paddle.to_tensor(batch)), paddle.to_tensor(labels))
 
     train_until(end, net.parameters(), _RATE, batch_loss, _STEPS)
     save_inference(net, [None, 3, 224, 224], document, folder)

@@ -10,16 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from calib_data.registry import resolve_dataset
-from eval.dataset import Label, read_dataset, read_sample, turned
+from eval.dataset import Label, read_dataset, read_sample
 from quant.recipe import load_recipe
 from quant.task import INPUT_NAME, make_task
 
 
 def written(folder: Path, model: str, inference_yml: Mapping[str, Any]) -> list[tuple[npt.NDArray[np.float32], Label]]:
-    """Each picture as the model's input [3, H, W], and its label; upright ones are turned where the recipe says so."""
+    """Each picture as the model's input [3, H, W], and its label as it is written: pictures are not turned."""
     recipe = load_recipe(model)
     rotations = recipe.data.rotations
     dataset = read_dataset(resolve_dataset(folder, recipe.task, upright=rotations.of if rotations else None))
-    samples = (turned(dataset, rotations) if rotations else dataset).samples
     adapter = make_task(recipe.task, inference_yml, model)
-    return [(adapter.preprocess(read_sample(sample)).inputs[INPUT_NAME][0], sample.label) for sample in samples]
+    return [(adapter.preprocess(read_sample(sample)).inputs[INPUT_NAME][0], sample.label) for sample in dataset.samples]
