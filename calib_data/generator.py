@@ -123,7 +123,7 @@ def write_document_pages(directory: Path, count: int, seed: int, progress: Calla
 
 
 def write_codes(directory: Path, count: int, seed: int, progress: Callable[[int], None] | None = None) -> None:
-    """As `write_text_lines`, but easy to read: few digits and capitals, of `notes.CODE_LETTERS`, in few fonts."""
+    """As `write_text_lines`, but easy to read: a few of `notes.CODE_LETTERS`, in few fonts."""
     fonts = find_fonts()
     _write(directory, count, seed, lambda rng: code_line(rng, fonts), progress)
 

@@ -257,7 +257,7 @@ OFFICIAL = {
 CONTRACT = {
     ORI: ([-1, 3, 224, 224], [-1, 4]),
     DET: ([-1, 3, -1, -1], [-1, 1, -1, -1]),
-    REC: ([-1, 3, 48, -1], [-1, -1, 36]),
+    REC: ([-1, 3, 48, -1], [-1, -1, 18]),
 }
 
 WRITER = """
@@ -265,7 +265,7 @@ import sys
 from pathlib import Path
 from quant.twins import detection, orientation, recognition
 from quant.twins.training import save_inference
-nets = {"ORI": orientation.network(4), "DET": detection.network(), "REC": recognition.network(36)}
+nets = {"ORI": orientation.network(4), "DET": detection.network(), "REC": recognition.network(18)}
 shapes = {"ORI": [None, 3, 224, 224], "DET": [None, 3, None, None], "REC": [None, 3, 48, None]}
 for name, net in nets.items():
     save_inference(net, shapes[name], {}, Path(sys.argv[1]) / name)

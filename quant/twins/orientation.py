@@ -16,7 +16,7 @@ from quant.twins.samples import written
 from quant.twins.training import save_inference, train_in_child, train_until
 
 MODEL = "PP-LCNet_x1_0_doc_ori"
-_NOTES, _BATCH, _STEPS, _RATE = 300, 16, 300, 4e-3
+_NOTES, _BATCH, _STEPS, _RATE = 300, 16, 150, 4e-3
 _MOST_SHIFT = 16  # pixels
 
 
