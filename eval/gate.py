@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, computed_field, model_serializer
 
 from quant.recipe import Gate
 
@@ -41,7 +41,16 @@ class _ModelRow(_Result):
     model: str
     task: str
     target: str
-    twin: bool = Field(default=False, description="a small stand-in, trained on generated data, was judged")
+    twin: bool = Field(
+        default=False, description="a small stand-in, trained on generated data, was judged; written where it is true"
+    )
+
+    @model_serializer(mode="wrap")
+    def _twin_where_true(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = serialize(self)
+        if not self.twin:
+            document.pop("twin", None)
+        return document
 
     @property
     def title(self) -> str:

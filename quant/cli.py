@@ -271,14 +271,13 @@ def evaluate(
         if dry_run:
             _print_dry_runs([_eval_outline(find_evaluation(recipe, options)) for recipe in recipes], as_json, stdout)
             return 0
-        outcome = _Outcome()
-        for recipe in recipes:
-            with outcome.collecting(recipe, alone=len(recipes) == 1 and not twins):
-                outcome.rows += evaluate_model(recipe, options).rows
         known = _twin_names() if twins else []
-        for recipe in (recipe for recipe in recipes if recipe.name in known):
-            with outcome.collecting(recipe, alone=False, twin=True):
-                outcome.rows += evaluate_model(recipe, _with_twin(recipe, options, train=False)).rows
+        asked = [(recipe, False) for recipe in recipes] + [(r, True) for r in recipes if r.name in known]
+        outcome = _Outcome()
+        for recipe, twin in asked:
+            with outcome.collecting(recipe, alone=len(asked) == 1, twin=twin):
+                chosen = _with_twin(recipe, options, train=False) if twin else options
+                outcome.rows += evaluate_model(recipe, chosen).rows
         return _finish(outcome, as_json, stdout)
 
 

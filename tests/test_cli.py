@@ -274,7 +274,7 @@ def test_eval_before_any_run_is_skipped_rows_with_the_fix(tmp_path: Path, capfd:
     rows = json.loads(out)["rows"]
     assert {row["model"] for row in rows} == set(recipe_names())
     for row in rows:
-        assert set(row) == {"model", "task", "target", "twin", "status", "reason", "fix"}
+        assert set(row) == {"model", "task", "target", "status", "reason", "fix"}
         assert (row["status"], row["reason"]) == ("skipped", "not quantized yet")
         assert f"quant run {row['model']}" in row["fix"]
     assert cli._guarded(["eval", REC, "--target", "paddle", "--out", str(tmp_path)]) == 2

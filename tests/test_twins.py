@@ -32,6 +32,7 @@ from quant.source import is_twin, read_model
 from quant.task import make_task
 from quant.twins import find_twin, load_module, ready_twin, train_twin, training, twin_names
 from quant.twins.detection import inner_margin, inner_parts
+from quant.twins.recognition import rough_places
 
 DET, REC, ORI = "PP-OCRv4_server_det", "PP-OCRv4_server_rec", "PP-LCNet_x1_0_doc_ori"
 Text = pytest.CaptureFixture[str]
@@ -186,8 +187,8 @@ def test_wrong_use(own_cache: Path, capfd: Text, arguments: list[str], said: str
 def test_eval_shows_twins_beside_the_models(own_cache: Path, tmp_path: Path, capfd: Text) -> None:
     assert cli._guarded(["eval", "--all", "--twins", "--json", "--out", str(tmp_path)]) == 2
     rows = json.loads(capfd.readouterr().out)["rows"]
-    assert {row["model"] for row in rows if not row["twin"]} == set(recipe_names())
-    of_twins = [row for row in rows if row["twin"]]
+    assert {row["model"] for row in rows if "twin" not in row} == set(recipe_names())
+    of_twins = [row for row in rows if row.get("twin")]
     assert {row["model"] for row in of_twins} == set(twin_names())
     assert all(row["fix"] == f"Run `quant run --twins {row['model']}`" for row in of_twins)
     assert cli._guarded(["eval", DET, "--twins", "--out", str(tmp_path)]) == 2
@@ -241,6 +242,11 @@ def test_exact_inner_parts_are_decoded_to_the_boxes() -> None:
     found = adapter.postprocess([inner_parts(boxes, 224, 320, 1.5)[None, None]], context)
     corners = sorted((*p.min(axis=0), *p.max(axis=0)) for p in found.polygons)  # type: ignore[union-attr]
     assert np.abs(np.array(corners) - np.array(sorted(wanted))).max() <= 3
+
+
+@pytest.mark.parametrize(("width", "places"), [(8, [1, 1, 1, 1, 2, 2, 2, 2, 0, 0]), (4, [1, 1, 2, 2] + 6 * [0])])
+def test_letters_share_the_width_of_their_line(width: float, places: list[int]) -> None:
+    assert rough_places([1, 2], width, 10).tolist() == places
 
 
 OFFICIAL = {

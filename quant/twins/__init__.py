@@ -34,9 +34,9 @@ MODULES = {
     "SLANet_plus": "table",
     "PP-FormulaNet-S": "formula",
 }
-"""Module of each model's twin, in this package; imported when it is asked for, as all load Paddle or its data."""
+"""Module of each model's twin, in this package; imported when it is asked for."""
 
-MINUTES = 10.0
+MINUTES = 15.0
 """The most that a training may take; on two idle cores each ends before."""
 
 WORLD_SEED = 1000
