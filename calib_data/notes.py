@@ -19,7 +19,7 @@ from calib_data.wording import Rng
 CODE_LETTERS = "0123456789ABCDEF"
 """Hexadecimal digits: few and unlike one another, so that a small network tells them apart after minutes."""
 
-_SHORTEST, _LONGEST = 4, 7
+_SHORTEST, _LONGEST = 3, 6
 _FONTS = 4
 
 
@@ -35,7 +35,7 @@ class Spot:
 
 
 def code_line(rng: Rng, fonts: Fonts) -> tuple[Photo, str]:
-    """A cropped line of 4 to 7 of `CODE_LETTERS`, about 40 pixels high, and what it says."""
+    """A cropped line of 3 to 6 of `CODE_LETTERS`, about 40 pixels high, and what it says."""
     text = "".join(rng.choice(list(CODE_LETTERS), int(rng.integers(_SHORTEST, _LONGEST + 1))))
     style = Style(
         _font(rng, fonts),
