@@ -33,6 +33,7 @@ from calib_data.lettering import (
     fonts_fingerprint,
     lay,
 )
+from calib_data.notes import code_line, note
 from calib_data.photography import Colour, Photo, Picture
 from calib_data.tables import TableWorld, table
 from calib_data.wording import Rng
@@ -43,8 +44,10 @@ __all__ = [
     "find_fonts",
     "fonts_fingerprint",
     "save_photo",
+    "write_codes",
     "write_document_pages",
     "write_formulas",
+    "write_notes",
     "write_tables",
     "write_text_lines",
     "write_text_pages",
@@ -164,6 +167,24 @@ def write_formulas(
     def sample(rng: Rng) -> tuple[Photo, str]:
         picture, latex = formula(rng, chosen)
         return _damaged(rng, picture, hardness), latex
+
+    _write(directory, count, seed, sample, progress)
+
+
+def write_codes(directory: Path, count: int, seed: int, progress: Callable[[int], None] | None = None) -> None:
+    """As `write_text_lines`, but easy to read: a few of `notes.CODE_LETTERS`, in few fonts."""
+    fonts = find_fonts()
+    _write(directory, count, seed, lambda rng: code_line(rng, fonts), progress)
+
+
+def write_notes(directory: Path, count: int, seed: int, progress: Callable[[int], None] | None = None) -> None:
+    """As `write_text_pages`, but small notes, 256 to 384 pixels a side, of a few upright lines flush left."""
+    fonts = find_fonts()
+
+    def sample(rng: Rng) -> tuple[Photo, str]:
+        photo, spots = note(rng, fonts)
+        regions = [Region(spot.text, _box(spot.x, spot.y, spot.width, spot.height)) for spot in spots]
+        return photo, json.dumps([_entry(region) for region in regions], ensure_ascii=False)
 
     _write(directory, count, seed, sample, progress)
 

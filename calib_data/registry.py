@@ -25,6 +25,8 @@ GeneratedKind = Literal["text_lines", "text_pages", "document_pages", "layout_pa
 GENERATED = "generated-"
 """What the names of generated sets begin with."""
 
+_GENERATOR, _NO_TERMS = "the built-in generator", "generated, no terms"
+
 FORMATS: dict[Task, LabelFormat] = {
     "text_detection": "det_label",
     "text_recognition": "rec_label",
@@ -201,7 +203,9 @@ def _own(folder: Path, tasks: list[Task]) -> DatasetFolder:
             labels = (folder / "train.txt",)
     source, licence = f"the folder {folder}", "the user's own"
     name = folder.name
-    if name == POOLED or name.startswith(GENERATED):  # these words mean something in the diff table
+    if folder == cached_dir(name) and name.startswith(GENERATED):
+        source, licence = _GENERATOR, _NO_TERMS
+    elif name == POOLED or name.startswith(GENERATED):  # these words mean something in the diff table
         name = f"folder-{name}"
     return DatasetFolder(name, folder, labels, images, label_format, source, licence, classes)
 
@@ -335,7 +339,5 @@ def generated_dataset(kind: GeneratedKind, samples: int, seed: int, progress: Pr
         except OSError as error:
             reason = f"the generated data cannot be written to {folder}: {error.strerror or error}"
             raise Unavailable(reason, "Free some space, or set QUANT_CACHE to a folder that can be written") from error
-    source = f"the built-in generator (seed {seed})"
-    return DatasetFolder(
-        f"{GENERATED}{kind}", folder, (folder / labels,), folder, label_format, source, "generated, no terms"
-    )
+    source = f"{_GENERATOR} (seed {seed})"
+    return DatasetFolder(f"{GENERATED}{kind}", folder, (folder / labels,), folder, label_format, source, _NO_TERMS)

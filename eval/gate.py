@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, computed_field, model_serializer
 
 from quant.recipe import Gate
 
@@ -35,12 +35,32 @@ class GateVerdict(_Result):
     evidence: Evidence
 
 
-class JudgedRow(_Result):
-    """One model on one target and one data set (`pooled`: all of them together)."""
+class _ModelRow(_Result):
+    """What rows of all kinds begin with."""
 
     model: str
     task: str
     target: str
+    twin: bool = Field(
+        default=False, description="a small stand-in, trained on generated data, was judged; written where it is true"
+    )
+
+    @model_serializer(mode="wrap")
+    def _twin_where_true(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = serialize(self)
+        if not self.twin:
+            document.pop("twin", None)
+        return document
+
+    @property
+    def title(self) -> str:
+        """The model's name in tables."""
+        return f"{self.model} (twin)" if self.twin else self.model
+
+
+class JudgedRow(_ModelRow):
+    """One model on one target and one data set (`pooled`: all of them together)."""
+
     format: str = Field(description="format of the artifact: onnx, paddle, openvino")
     status: Literal["judged"] = "judged"
     dataset: str = Field(description="name of the set, or 'pooled'")
@@ -77,18 +97,20 @@ class JudgedRow(_Result):
         return self.dataset == POOLED
 
 
-class SkippedRow(_Result):
+class SkippedRow(_ModelRow):
     """A model and target that could not be judged: neither passed nor hidden."""
 
-    model: str
-    task: str
-    target: str
     status: Literal["skipped"] = "skipped"
     reason: str
     fix: str
 
 
 Row = Annotated[JudgedRow | SkippedRow, Field(discriminator="status")]
+
+
+def of_twins(rows: Iterable[JudgedRow | SkippedRow]) -> list[JudgedRow | SkippedRow]:
+    """The rows, marked as those of twins."""
+    return [row.model_copy(update={"twin": True}) for row in rows]
 
 
 class EvalReport(_Result):
@@ -150,7 +172,7 @@ def speed_advice(row: JudgedRow) -> str | None:
     if row.int8_ms < ms:
         return None
     factor = ms / row.int8_ms
-    return f"{row.model}, {row.target}: INT8 is NOT faster here ({factor:.2f}x of the best FP32); for speed take {name}"
+    return f"{row.title}, {row.target}: INT8 is NOT faster here ({factor:.2f}x of the best FP32); for speed take {name}"
 
 
 def exit_code(rows: Iterable[JudgedRow | SkippedRow]) -> Literal[0, 1, 2]:

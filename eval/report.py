@@ -68,7 +68,7 @@ def _console(file: IO[str] | None) -> Console:
 
 def _print_skipped(console: Console, skipped: list[SkippedRow]) -> None:
     for row in skipped:
-        console.print(f"skipped: {row.model}, {row.target}: {row.reason}. {row.fix}", markup=False, soft_wrap=True)
+        console.print(f"skipped: {row.title}, {row.target}: {row.reason}. {row.fix}", markup=False, soft_wrap=True)
     if skipped:
         console.print(f"{len(skipped)} skipped, neither passed nor failed", markup=False)
 
@@ -80,8 +80,8 @@ def diff_tables(rows: Sequence[JudgedRow]) -> list[Table]:
     120 columns. Cells are wrapped where they do not fit, never cut.
     """
     tables = []
-    for (model, metric), group in groupby(_in_order(rows), key=lambda row: (row.model, row.metric)):
-        table = Table(title=f"[bold]{escape(model)}[/]  {escape(metric)}", box=box.SIMPLE_HEAD, padding=0)
+    for (title, metric), group in groupby(_in_order(rows), key=lambda row: (row.title, row.metric)):
+        table = Table(title=f"[bold]{escape(title)}[/]  {escape(metric)}", box=box.SIMPLE_HEAD, padding=0)
         table.title_justify = "left"
         for heading in _HEADINGS:
             table.add_column(
@@ -156,7 +156,7 @@ def results_readme(reports: Sequence[EvalReport]) -> str:
     if informing := [row for row in judged if not row.gates]:
         parts += ["## Single sets, for information", _markdown_table(informing)]
     if skipped := [row for row in rows if isinstance(row, SkippedRow)]:
-        lines = [f"* {row.model}, {row.target}: {row.reason}. {row.fix}" for row in skipped]
+        lines = [f"* {row.title}, {row.target}: {row.reason}. {row.fix}" for row in skipped]
         parts += ["## Skipped", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
@@ -175,8 +175,8 @@ def _read_report(path: Path) -> EvalReport:
 
 
 def _in_order(rows: Iterable[JudgedRow]) -> list[JudgedRow]:
-    """By model, metric, run and target; the pooled row of a target before its single sets."""
-    return sorted(rows, key=lambda row: (row.model, row.metric, row.run or "", row.target, not row.gates, row.dataset))
+    """By model, twins last, metric, run and target; the pooled row of a target before its single sets."""
+    return sorted(rows, key=lambda row: (row.title, row.metric, row.run or "", row.target, not row.gates, row.dataset))
 
 
 def _cells(row: JudgedRow) -> list[str]:
@@ -209,7 +209,7 @@ def _markdown_table(rows: Sequence[JudgedRow]) -> str:
     headings = ["Model", "Metric", *shared, "Executed %", "Speed (prepared)", "Method", "Run"]
     left = _LEFT | {"Model", "Metric", "Method", "Run"}
     lines = [headings, ["---" if heading in left else "---:" for heading in headings]]
-    lines += [[row.model, row.metric, *_cells(row), *_executed(row)] for row in rows]
+    lines += [[row.title, row.metric, *_cells(row), *_executed(row)] for row in rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 

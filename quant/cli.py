@@ -72,6 +72,9 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random c
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of a runtime; all cores by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+WithTwins = Annotated[
+    bool, typer.Option("--twins", help="Small stand-ins of models whose weights are hard to get; see `quant twins`.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Find model and data, say what would be done, and stop.")]
 
 
@@ -202,29 +205,36 @@ def run(
     seed: Seed = None,
     threads: Threads = None,
     as_json: AsJson = False,
+    twins: WithTwins = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> int:
-    """Quantize, export, evaluate, gate and report.
+    """Quantize, export, evaluate, gate and report; with --twins the twins of the models in their place.
 
     Examples:
 
       quant run PP-OCRv4_mobile_det
+
+      quant run --twins PP-OCRv4_server_det
 
       quant run PP-OCRv4_mobile_rec --target onnxruntime --data my_lines --set calibration.samples=256
     """
     from quant.job import start
     from quant.pipeline import run_model
 
-    recipes = _recipes(models, everything, overrides, seed, targets)
+    recipes = _recipes(models, everything, overrides, seed, targets, twins)
     with _working(out, threads, model_dir, data, quiet, as_json) as (options, stdout):
+
+        def chosen(recipe: Recipe) -> Options:
+            return _with_twin(recipe, options, train=True) if twins else options
+
         if dry_run:
-            _print_dry_runs([_run_outline(start(recipe, options), options) for recipe in recipes], as_json, stdout)
+            _print_dry_runs([_run_outline(start(recipe, chosen(recipe))) for recipe in recipes], as_json, stdout)
             return 0
         outcome = _Outcome()
         for recipe in recipes:
-            with outcome.collecting(recipe, alone=len(recipes) == 1):
-                finished = run_model(recipe, options)
+            with outcome.collecting(recipe, alone=len(recipes) == 1, twin=twins):
+                finished = run_model(recipe, chosen(recipe))
                 outcome.rows += finished.report.rows
                 outcome.folders.append((finished.folder, finished.reused))
         if outcome.folders:
@@ -244,14 +254,15 @@ def evaluate(
     seed: Seed = None,
     threads: Threads = None,
     as_json: AsJson = False,
+    twins: WithTwins = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> int:
-    """Compare FP32 with the newest INT8 artifacts: the diff table.
+    """Compare FP32 with the newest INT8 artifacts: the diff table; with --twins also of the models' twins.
 
     Examples:
 
-      quant eval --all
+      quant eval --all --twins
 
       quant eval PP-OCRv4_mobile_rec --data my_lines --data more_lines --json
     """
@@ -262,10 +273,13 @@ def evaluate(
         if dry_run:
             _print_dry_runs([_eval_outline(find_evaluation(recipe, options)) for recipe in recipes], as_json, stdout)
             return 0
+        known = _twin_names() if twins else []
+        asked = [(recipe, False) for recipe in recipes] + [(r, True) for r in recipes if r.name in known]
         outcome = _Outcome()
-        for recipe in recipes:
-            with outcome.collecting(recipe, alone=len(recipes) == 1):
-                outcome.rows += evaluate_model(recipe, options).rows
+        for recipe, twin in asked:
+            with outcome.collecting(recipe, alone=len(asked) == 1, twin=twin):
+                chosen = _with_twin(recipe, options, train=False) if twin else options
+                outcome.rows += evaluate_model(recipe, chosen).rows
         return _finish(outcome, as_json, stdout)
 
 
@@ -374,14 +388,15 @@ def export(
     import shutil
 
     from quant.archive import staged
+    from quant.job import runs_folder
     from quant.manifest import load_manifest, newest_run
     from quant.recipe import load_recipe
 
     recipe = load_recipe(model)
-    results = _results_dir(out)
-    folder = newest_run(results, recipe.name)
+    runs = runs_folder(recipe, _results_dir(out), model_dir)
+    folder = newest_run(runs.parent, runs.name)
     if folder is None:
-        raise InputError(f"{recipe.name} is not quantized yet: no run in {results}. Run `quant run {recipe.name}`")
+        raise InputError(f"{recipe.name} is not quantized yet: no run in {runs}. Run `quant run {recipe.name}`")
     manifest = load_manifest(folder)
     if not manifest.intact(folder):
         raise InputError(f"the artifacts in {folder} are damaged; run `quant run {recipe.name}` again")
@@ -441,6 +456,40 @@ def doctor(as_json: AsJson = False) -> int:
             ["", "What", "Found", "How to mend it"], [["ok" if c.ok else "!!", c.what, c.found, c.fix] for c in checks]
         )
     return 0 if all(check.ok for check in checks) else INPUT_ERROR
+
+
+@app.command("twins")
+def train_twins(
+    models: Models = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for a folder per twin; the cache by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the training, below 1000.")] = 0,
+    minutes: Annotated[float | None, typer.Option("--minutes", help="The most that a training may take.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train twins: small networks that stand in for models whose weights are hard to get; all of them by default.
+
+    A twin has its model's inputs, outputs and operators, and is trained and judged on generated pictures. It goes
+    where its model goes: `quant run --twins MODEL`, or --model-dir with its folder.
+
+    Example: quant twins PP-OCRv4_server_det --out models
+    """
+    from quant.recipe import load_recipe
+    from quant.twins import MINUTES, ready_twin, train_twin, twin_names
+
+    limit = MINUTES if minutes is None else minutes
+    with _progress(quiet) as progress:
+        for name in models or twin_names():
+            recipe = load_recipe(name)
+            if out is None:
+                print(f"{name}: {ready_twin(recipe, progress, seed, limit).folder}")
+                continue
+            folder = out.absolute() / name
+            if folder.exists():
+                raise InputError(f"{folder} exists already; remove it or choose another folder with --out")
+            train_twin(recipe, folder, seed, limit)
+            print(f"{name}: {folder}")
 
 
 @models_app.command("list")
@@ -540,15 +589,43 @@ def verify_data(
 
 
 def _recipes(
-    models: list[str] | None, everything: bool, overrides: list[str] | None, seed: int | None, targets: list[str] | None
+    models: list[str] | None,
+    everything: bool,
+    overrides: list[str] | None,
+    seed: int | None,
+    targets: list[str] | None,
+    twins: bool = False,
 ) -> list[Recipe]:
+    """The recipes asked for; where all are, only those with a twin if `twins` says so."""
     from quant.recipe import limited_to, load_recipe, recipe_names
 
-    names = recipe_names() if everything else models or []
+    names = (_twin_names() if twins else recipe_names()) if everything else models or []
     if not names:
         raise InputError("name a model (see `quant list`) or give --all")
     extra = [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
     return [limited_to(load_recipe(name, extra), targets or []) for name in names]
+
+
+def _twin_names() -> list[str]:
+    from quant.twins import twin_names
+
+    return twin_names()
+
+
+def _with_twin(recipe: Recipe, options: Options, train: bool) -> Options:
+    """Options for the twin of a recipe's model, on pictures of its own world unless --data names others.
+
+    Raises:
+        Unavailable: it is not trained yet, and shall not be now.
+    """
+    from dataclasses import replace
+
+    from quant.twins import find_twin, ready_twin
+
+    if options.model_dir is not None:
+        raise InputError("--twins finds the folders of the twins by itself; leave out --model-dir, or --twins")
+    twin = ready_twin(recipe, options.progress) if train else find_twin(recipe)
+    return replace(options, model_dir=twin.folder, data=options.data or (str(twin.world),))
 
 
 @contextmanager
@@ -625,21 +702,24 @@ class _Outcome:
     broken: bool = False
 
     @contextmanager
-    def collecting(self, recipe: Recipe, alone: bool) -> Iterator[None]:
+    def collecting(self, recipe: Recipe, alone: bool, twin: bool = False) -> Iterator[None]:
         """What is missing becomes skipped rows; so does what is broken, unless the model was asked for alone."""
+        from eval.gate import of_twins
         from quant.judging import skipped_rows
 
-        targets = list(recipe.targets)
+        def skip(reason: str, fix: str) -> None:
+            rows = skipped_rows(recipe, list(recipe.targets), reason, fix)
+            self.rows += of_twins(rows) if twin else rows
+
         try:
             yield
         except Unavailable as error:
-            self.rows += skipped_rows(recipe, targets, error.reason, error.fix)
+            skip(error.reason, error.fix)
         except InputError as error:
             if alone:
                 raise
             self.broken = True
-            fix = f"Mend it, then run the command for {recipe.name} again"
-            self.rows += skipped_rows(recipe, targets, str(error), fix)
+            skip(str(error), f"Mend it, then run the command for {recipe.name} again")
 
 
 def _finish(outcome: _Outcome, as_json: bool, stdout: Any) -> int:
@@ -657,10 +737,12 @@ def _finish(outcome: _Outcome, as_json: bool, stdout: Any) -> int:
     return exit_code(outcome.rows) or (INPUT_ERROR if outcome.broken else 0)
 
 
-def _run_outline(job: Job, options: Options) -> dict[str, Any]:
+def _run_outline(job: Job) -> dict[str, Any]:
     """What `quant run` would do."""
+    from quant.job import runs_folder
+
     selection = job.selection
-    folder = options.results / job.recipe.name
+    folder = runs_folder(job.recipe, job.options.results, job.options.model_dir)
     # What a search measures is part of the run's name.
     named = None if job.recipe.search.minutes else folder / job.run_name
     return {
@@ -708,10 +790,12 @@ def _print_dry_runs(outlines: list[dict[str, Any]], as_json: bool, stdout: Any) 
 def _write_results_readme(results: Path) -> None:
     from eval.report import read_reports, results_readme
     from quant.archive import staged
+    from quant.job import TWINS
     from quant.manifest import newest_runs
 
+    runs = [*newest_runs(results), *newest_runs(results / TWINS)]
     with staged(results / "README.md") as temporary:
-        temporary.write_text(results_readme(read_reports(newest_runs(results))), encoding="utf-8")
+        temporary.write_text(results_readme(read_reports(runs)), encoding="utf-8")
 
 
 def _print_table(headings: list[str], rows: list[list[str]]) -> None:

@@ -36,6 +36,7 @@ def fold(graph: Graph) -> dict[str, int]:
     """
     folds: dict[str, Pass] = {
         "shadowing": Graph.rename_shadowing,
+        "vain_reshape": name_vain_reshapes,
         "identity": remove_identities,
         "batch_norm": split_batch_norms,
         "affine_chain": merge_affine_chains,
@@ -63,14 +64,41 @@ def _apply(graph: Graph, passes: dict[str, Pass], changes: dict[str, int]) -> bo
     return any(found.values())
 
 
+def name_vain_reshapes(graph: Graph) -> int:
+    """Make every Reshape to the shape that its input has an Identity: paddle2onnx writes one behind a `scale`."""
+    count, producers = 0, graph.producers()
+    for node in graph.nodes:
+        wanted = producers.get(node.input[1]) if node.op_type == "Reshape" else None
+        if wanted is None or wanted.op_type != "Shape" or wanted.attribute:  # of a part of the shape only
+            continue
+        if _has_shape_of(graph, node.input[0], wanted.input[0]):
+            node.op_type = "Identity"
+            del node.input[1:], node.attribute[:]
+            count += 1
+    return count
+
+
+def _has_shape_of(graph: Graph, tensor: str, other: str) -> bool:
+    """Whether a tensor is `other`, or made of it by a number alone."""
+    node = graph.producers().get(tensor)
+    if tensor == other or node is None or node.op_type not in ("Add", "Mul"):
+        return tensor == other
+    rest = [name for name in node.input if name != other]
+    number = graph.constants.get(rest[0]) if len(rest) == 1 else None
+    return number is not None and number.size == 1 and number.ndim <= len(graph.shape(other) or ())
+
+
 def remove_identities(graph: Graph) -> int:
     """Remove Identity and inference-time Dropout nodes."""
     count = 0
     for node in list(graph.nodes):
-        if node.op_type not in ("Identity", "Dropout") or node.output[0] in graph.outputs:
+        if node.op_type not in ("Identity", "Dropout"):
             continue
         readers = graph.consumers()
         if any(mask in graph.outputs or readers[mask] for mask in node.output[1:]):
+            continue
+        if node.output[0] in graph.outputs:
+            count += _write_output(graph, node)
             continue
         if graph.is_constant(node.input[0]):
             graph.constants[node.output[0]] = graph.constants[node.input[0]]
@@ -79,6 +107,18 @@ def remove_identities(graph: Graph) -> int:
         graph.remove(node)
         count += 1
     return count
+
+
+def _write_output(graph: Graph, node: NodeProto) -> bool:
+    """Let the node before an Identity write the graph's output itself, where that is possible."""
+    source, output = node.input[0], node.output[0]
+    before = graph.producers().get(source)
+    if before is None or source in graph.outputs:
+        return False
+    graph.remove(node)
+    before.output[:] = [output if name == source else name for name in before.output]
+    graph.replace_uses(source, output)
+    return True
 
 
 def split_batch_norms(graph: Graph) -> int:

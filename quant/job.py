@@ -23,12 +23,15 @@ from quant.prepare import check_outputs, prepare
 from quant.recipe import Recipe
 from quant.runtime import Feed, onnx_session, target_format
 from quant.selection import Selection, select
-from quant.source import SHIPPED_FILES, ModelFiles, cache_dir, resolve_model
+from quant.source import SHIPPED_FILES, ModelFiles, cache_dir, is_twin, resolve_model
 from quant.stage import StageStore, code_digest, digest
 from quant.target import TargetName
 from quant.task import TaskAdapter, make_task
 
 PROOF_PICTURES = 3
+TWINS = "twins"
+"""Folder of results that holds the runs of twins."""
+
 Item = TypeVar("Item")
 
 
@@ -89,6 +92,12 @@ def start(recipe: Recipe, options: Options) -> Job:
     files = resolve_model(recipe, options.model_dir, options.progress)
     selection = select(recipe, options.data, options.progress)
     return Job(recipe, options, files, selection, StageStore(cache_dir() / "stages"))
+
+
+def runs_folder(recipe: Recipe, results: Path, model_dir: Path | None) -> Path:
+    """The folder of a model's runs; those of twins lie apart, where none passes for one of the official model."""
+    parent = results / TWINS if is_twin(recipe, model_dir) else results
+    return parent / recipe.name
 
 
 def prepared_stage(job: Job) -> Path:

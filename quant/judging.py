@@ -12,18 +12,28 @@ from typing import Any
 from eval.benchmark import interleaved_latency
 from eval.dataset import Sample, by_shape
 from eval.evaluation import Outcomes, judged_rows, load_outcomes
-from eval.gate import EvalReport, JudgedRow, SkippedRow
+from eval.gate import EvalReport, JudgedRow, SkippedRow, of_twins
 from eval.metric import make_metric
 from quant.errors import InputError, Unavailable
 from quant.execution import executed_coverage
-from quant.job import Job, Options, counted, fp32_folders, labels_digest, latency_feed, prepared_stage, sample_ids
+from quant.job import (
+    Job,
+    Options,
+    counted,
+    fp32_folders,
+    labels_digest,
+    latency_feed,
+    prepared_stage,
+    runs_folder,
+    sample_ids,
+)
 from quant.manifest import Manifest, load_manifest, newest_run, versions
 from quant.plan import QuantPlan, load_plan
 from quant.recipe import Recipe
 from quant.runtime import model_bytes, open_session, streams
 from quant.selection import Selection, find_datasets, select, unused
 from quant.shares import Share, judged_in_processes
-from quant.source import cache_dir, resolve_model
+from quant.source import cache_dir, is_twin, resolve_model
 from quant.stage import StageStore, file_digests
 from quant.target import TARGETS, TargetName
 
@@ -52,10 +62,15 @@ def evaluate_model(recipe: Recipe, options: Options) -> EvalReport:
     Raises:
         InputError: a set is broken, or the run has seen every sample of it.
     """
+    rows = _evaluated(recipe, options)
+    return EvalReport(rows=of_twins(rows) if is_twin(recipe, options.model_dir) else rows)
+
+
+def _evaluated(recipe: Recipe, options: Options) -> list[JudgedRow | SkippedRow]:
     try:
         found = find_evaluation(recipe, options)
     except Unavailable as error:
-        return EvalReport(rows=[*skipped_rows(recipe, list(recipe.targets), error.reason, error.fix)])
+        return [*skipped_rows(recipe, list(recipe.targets), error.reason, error.fix)]
     folder, samples = found.folder, found.job.selection.report
     rows: list[JudgedRow | SkippedRow] = []
     for target in recipe.targets:
@@ -63,9 +78,14 @@ def evaluate_model(recipe: Recipe, options: Options) -> EvalReport:
             plan = load_plan(folder / "plans" / target)
             rows += judge_target(found.job, target, plan, folder / target, samples, folder.name)
         else:
-            fix = f"Run `quant run {recipe.name}`"
+            fix = f"Run `{run_command(recipe, options)}`"
             rows += skipped_rows(recipe, [target], "the newest run has no such target", fix)
-    return EvalReport(rows=rows)
+    return rows
+
+
+def run_command(recipe: Recipe, options: Options) -> str:
+    """What quantizes a model or its twin."""
+    return f"quant run {'--twins ' if is_twin(recipe, options.model_dir) else ''}{recipe.name}"
 
 
 def find_evaluation(recipe: Recipe, options: Options) -> Evaluation:
@@ -77,11 +97,11 @@ def find_evaluation(recipe: Recipe, options: Options) -> Evaluation:
         Unavailable: no run, or not of this model; the model or a set cannot be had.
         InputError: a set is broken, or the run has seen every sample of it.
     """
-    folder = newest_run(options.results, recipe.name)
+    runs = runs_folder(recipe, options.results, options.model_dir)
+    folder = newest_run(runs.parent, runs.name)
     if folder is None:
-        command = f"Run `quant run {recipe.name}` (or `make quant MODEL={recipe.name}`)"
-        raise Unavailable("not quantized yet", command)
-    manifest, again = load_manifest(folder), f"Run `quant run {recipe.name}` again"
+        raise Unavailable("not quantized yet", f"Run `{run_command(recipe, options)}`")
+    manifest, again = load_manifest(folder), f"Run `{run_command(recipe, options)}` again"
     if not manifest.intact(folder):
         raise Unavailable(f"the artifacts in {folder} are damaged", again)
     samples, dropped = _unseen(recipe, options, {*manifest.calibration_ids, *manifest.search_ids})

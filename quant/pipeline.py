@@ -11,11 +11,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.gate import EvalReport, JudgedRow, SkippedRow
+from eval.gate import EvalReport, JudgedRow, SkippedRow, of_twins
 from quant.archive import staged
 from quant.errors import InputError, Unavailable
 from quant.export import check_artifact, export_artifact, fitted
-from quant.job import Job, Options, first_feeds, prepared_graph, prepared_stage, sample_ids, start
+from quant.job import Job, Options, first_feeds, prepared_graph, prepared_stage, runs_folder, sample_ids, start
 from quant.judging import judge_target, skipped_rows
 from quant.ladder import Rung, load_rung
 from quant.loop import check_runtime, has_loop
@@ -62,7 +62,7 @@ def run_model(recipe: Recipe, options: Options) -> Finished:
     """
     job = start(recipe, options)
     name = _run_name(job)
-    folder = options.results / recipe.name / name
+    folder = runs_folder(recipe, options.results, options.model_dir) / name
     if folder.is_dir():
         if load_manifest(folder).intact(folder):
             _make_newest(folder)
@@ -73,7 +73,7 @@ def run_model(recipe: Recipe, options: Options) -> Finished:
         quantized, rows = _quantize_all(job)
         for target, result in quantized.items():
             rows += judge_target(job, target, result.plan, result.artifact, job.selection.report, name)
-        report = EvalReport(rows=rows)
+        report = EvalReport(rows=of_twins(rows) if job.files.twin else rows)
         _write_run(job, name, quantized, report, temporary)
     return Finished(folder, report, reused=False)
 

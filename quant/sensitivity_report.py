@@ -12,7 +12,7 @@ from typing import Any
 from quant.advice import GroupImpact, OperatorImpact, advise
 from quant.archive import staged
 from quant.graph import Graph
-from quant.job import Job, counted, first_feeds, labels_digest, prepared_graph, sample_ids
+from quant.job import Job, counted, first_feeds, labels_digest, prepared_graph, runs_folder, sample_ids
 from quant.ladder import SearchScore
 from quant.plan import QuantPlan, load_plan
 from quant.planning import SearchJudge, alone_errors, full_stage
@@ -79,9 +79,10 @@ def report_sensitivity(job: Job, target: TargetName) -> tuple[Sensitivity, list[
         The result, and the two files.
     """
     folder = _sensitivity_stage(job, target)
+    runs = runs_folder(job.recipe, job.options.results, job.options.model_dir)
     places = []
     for name in ("sensitivity.json", "sensitivity.svg"):
-        place = job.options.results / job.recipe.name / "sensitivity" / f"{target}{Path(name).suffix}"
+        place = runs / "sensitivity" / f"{target}{Path(name).suffix}"
         with staged(place) as temporary:
             shutil.copyfile(folder / name, temporary)
         places.append(place)

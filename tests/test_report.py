@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from eval.gate import EvalReport, GateVerdict, JudgedRow, SkippedRow
+from eval.gate import EvalReport, GateVerdict, JudgedRow, SkippedRow, of_twins
 from eval.report import diff_tables, print_report, read_reports, results_readme
 from quant.errors import InputError
 
@@ -133,3 +133,19 @@ def test_a_broken_metrics_file_is_named(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(InputError, match="metrics.json: not a metrics.json"):
         read_reports([path.parent])
+
+
+def test_twins_say_so_beside_the_name() -> None:
+    """A twin's rows are a table of their own, behind that of the model."""
+    rows = [row(), *of_twins([row(fp32=97.31), SKIPPED])]
+    file = io.StringIO()
+    print_report(rows, file)
+    text = file.getvalue()
+    assert "PP-OCRv4_mobile_rec (twin)" in text and f"{SKIPPED.model} (twin), openvino" in text
+    assert text.index("58.73") < text.index("97.31")
+    assert "| PP-OCRv4_mobile_rec (twin) |" in results_readme([EvalReport(rows=rows)])
+    assert [entry.twin for entry in EvalReport.model_validate_json(EvalReport(rows=rows).to_json()).rows] == [
+        False,
+        True,
+        True,
+    ]

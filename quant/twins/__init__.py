@@ -1,7 +1,146 @@
 """Twins: small networks with the inputs, outputs and operators of official models, trained on generated data.
 
 They stand in where the official weights cannot be had: their metric means something on a small generated world of
-their own, and they take every step of the way that the official model takes. Each module has
-`train(folder, seed, minutes)`, which writes an inference folder in the official layout, and
-`write_world(folder, count, seed)`, which writes labelled pictures of the twin's world.
+their own, and they take every step of the way that the official model takes. Each module has two functions:
+
+* `train(folder, seed, minutes)` writes an inference folder in the official layout and takes at most about `minutes`;
+* `write_world(folder, count, seed)` writes labelled pictures of the twin's world, in the format of its task.
 """
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import yaml
+
+from calib_data.registry import GENERATED, cached_dir
+from quant.archive import Progress, staged
+from quant.errors import InputError, Unavailable
+from quant.recipe import Recipe, recipe_names
+from quant.source import TWIN_KEY, cache_dir
+from quant.stage import digest
+
+MODULES = {
+    "PP-LCNet_x1_0_doc_ori": "orientation",
+    "PP-OCRv4_server_det": "detection",
+    "PP-OCRv4_server_rec": "recognition",
+    "PP-DocLayout-S": "layout",
+    "SLANet_plus": "table",
+    "PP-FormulaNet-S": "formula",
+}
+"""Module of each model's twin, in this package; imported when it is asked for."""
+
+MINUTES = 15.0
+"""The most that a training may take; on two idle cores each ends before."""
+
+WORLD_SEED = 1000
+"""Of the pictures that a twin is calibrated and judged on; trainings take seeds below."""
+
+
+class TwinModule(Protocol):
+    """What a module of this package offers."""
+
+    def train(self, folder: Path, seed: int, minutes: float) -> None: ...
+    def write_world(self, folder: Path, count: int, seed: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A trained twin. Attributes: folder: its model, in the official layout; world: labelled pictures."""
+
+    folder: Path
+    world: Path
+
+
+def twin_names() -> list[str]:
+    """Models that have a recipe and a twin, sorted."""
+    return [name for name in recipe_names() if name in MODULES]
+
+
+def load_module(model: str) -> TwinModule:
+    """The module of a model's twin.
+
+    Raises:
+        InputError: the model has none.
+    """
+    if model not in MODULES:
+        raise InputError(f"{model} has no twin; models with one: {', '.join(twin_names())}")
+    return cast(TwinModule, importlib.import_module(f"{__name__}.{MODULES[model]}"))
+
+
+def train_twin(recipe: Recipe, folder: Path, seed: int, minutes: float) -> None:
+    """Train the twin of a recipe's model and mark its inference.yml; the folder appears complete or not at all.
+
+    Raises:
+        InputError: the model has no twin, the seed is one of the worlds', or the training failed.
+    """
+    if not 0 <= seed < WORLD_SEED:
+        raise InputError(f"--seed {seed}: must be at least 0 and below {WORLD_SEED}, from where on worlds are judged")
+    module = load_module(recipe.name)
+    with staged(folder) as temporary:
+        module.train(temporary, seed, minutes)
+        _mark(temporary)
+
+
+def _mark(folder: Path) -> None:
+    """Say in inference.yml that this is a twin, so that neither it nor its artifacts pass for the official model."""
+    from quant.export import write_inference_yml
+
+    document: dict[str, Any] = yaml.safe_load((folder / "inference.yml").read_text(encoding="utf-8"))
+    document["Global"] = {**document["Global"], TWIN_KEY: True}
+    write_inference_yml(document, folder)
+
+
+def ready_twin(recipe: Recipe, progress: Progress, seed: int = 0, minutes: float = MINUTES) -> Twin:
+    """The twin of a recipe's model and pictures of its world, from the cache or made now.
+
+    Raises:
+        InputError: see `train_twin`.
+    """
+    twin = _places(recipe, seed, minutes)
+    if not twin.folder.is_dir():
+        progress(f"{recipe.name}: training its twin", 0, 1)
+        train_twin(recipe, twin.folder, seed, minutes)
+        progress(f"{recipe.name}: training its twin", 1, 1)
+    if not twin.world.is_dir():
+        _write_world(recipe, twin.world)
+    return twin
+
+
+def find_twin(recipe: Recipe) -> Twin:
+    """The twin as `ready_twin` leaves it, without making anything.
+
+    Raises:
+        Unavailable: it is not there yet.
+    """
+    twin = _places(recipe, 0, MINUTES)
+    if not twin.folder.is_dir() or not twin.world.is_dir():
+        raise Unavailable("its twin is not trained yet", f"Run `quant run --twins {recipe.name}`")
+    return twin
+
+
+def _places(recipe: Recipe, seed: int, minutes: float) -> Twin:
+    """Where in the cache: other code, fonts or arguments give other folders."""
+    model, count = recipe.name, recipe.data.generated.samples
+    folder = cache_dir() / "twins" / f"{model}-{_fingerprint([model, seed, minutes])}"
+    return Twin(folder, cached_dir(f"{GENERATED}twin-{_fingerprint([model, count])}"))
+
+
+def _write_world(recipe: Recipe, world: Path) -> None:
+    with staged(world) as temporary:
+        load_module(recipe.name).write_world(temporary, recipe.data.generated.samples, WORLD_SEED)
+
+
+def _fingerprint(facts: Sequence[str | float]) -> str:
+    """12 digits for facts, and for the code that trains and generates."""
+    from calib_data.generator import find_fonts, fonts_fingerprint
+
+    folders = (Path(__file__).parent, Path(__file__).parents[2] / "calib_data")
+    code = hashlib.sha256(b"".join(path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py"))))
+    return digest(json.dumps([*facts, code.hexdigest(), fonts_fingerprint(find_fonts())]))[:12]

@@ -1,0 +1,95 @@
+"""Twins trained anew go all the way of the models that they stand in for: recipe, plan, artifacts, gate, clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from calib_data.registry import resolve_dataset
+from eval.dataset import read_dataset, read_image
+from quant.recipe import load_recipe
+from quant.runtime import open_session
+from quant.task import BoxPrediction, ClassPrediction, TextPrediction, make_task
+
+pytestmark = pytest.mark.slow
+
+QUANT = Path(sys.executable).parent / "quant"
+LEAST = {"PP-LCNet_x1_0_doc_ori": 95, "PP-OCRv4_server_det": 80, "PP-OCRv4_server_rec": 80}
+"""FP32 metric of each twin on its own world, percent."""
+
+TARGETS = ["onnxruntime", "openvino"]
+LEAST_COVERAGE = 0.8
+PICTURES = 6
+
+
+def quant(*arguments: object, **environment: str) -> list[dict[str, Any]]:
+    """The rows that a command prints; it must end well."""
+    command = [str(QUANT), *map(str, arguments), "--json", "--quiet"]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
+    return rows
+
+
+def plain(prediction: Any) -> Any:
+    """What a client reports as well."""
+    if isinstance(prediction, TextPrediction):
+        return prediction.text
+    if isinstance(prediction, ClassPrediction):
+        return prediction.index
+    assert isinstance(prediction, BoxPrediction)
+    return [polygon.tolist() for polygon in prediction.polygons]
+
+
+def reported(result: Any) -> Any:
+    """The same of PaddleX's results."""
+    if "rec_text" in result:
+        return result["rec_text"]
+    if "class_ids" in result:
+        return int(result["class_ids"][0])
+    return [np.asarray(polygon).tolist() for polygon in result["dt_polys"]]
+
+
+@pytest.mark.parametrize("model", LEAST)
+def test_a_twin_passes_on_every_runtime_and_loads_in_paddlex(model: str, tmp_path: Path) -> None:
+    cache = {"QUANT_CACHE": str(tmp_path / "cache")}
+    targets = [part for target in TARGETS for part in ("--target", target)]
+    rows = quant("run", "--twins", model, *targets, "--out", tmp_path, **cache)
+    assert sorted({row["target"] for row in rows}) == TARGETS
+    for row in rows:
+        assert row["twin"] and row["gate"]["passed"] and row["gate"]["evidence"] == "generated", row
+        assert row["fp32"] >= LEAST[model]
+        assert row["coverage"] >= LEAST_COVERAGE
+    again = quant("eval", "--twins", model, *targets, "--out", tmp_path, **cache)
+    judged = [row for row in again if row["status"] == "judged"]
+    assert [(row["target"], row["int8"]) for row in judged] == [(row["target"], row["int8"]) for row in rows]
+    (folder,) = (tmp_path / "twins" / model).iterdir()
+    check_client(model, folder / "onnxruntime", next((tmp_path / "cache" / "data").iterdir()))
+
+
+def check_client(model: str, artifact: Path, world: Path) -> None:
+    from paddlex import create_model
+
+    recipe = load_recipe(model)
+    upright = recipe.data.rotations.of if recipe.data.rotations else None
+    pictures = [sample.image for sample in read_dataset(resolve_dataset(world, recipe.task, upright=upright)).samples]
+    client = create_model(model, model_dir=str(artifact), device="cpu", engine="onnxruntime")
+    adapter = make_task(recipe.task, read_inference(artifact), model)
+    session = open_session("onnxruntime", artifact, threads=2)
+    for picture in pictures[:PICTURES]:
+        prepared = adapter.preprocess(read_image(picture))
+        ours = adapter.postprocess(session.run(prepared.inputs), prepared.context)
+        assert reported(next(iter(client.predict(str(picture), batch_size=1)))) == plain(ours)
+
+
+def read_inference(folder: Path) -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load((folder / "inference.yml").read_text(encoding="utf-8"))
+    return document
