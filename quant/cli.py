@@ -131,11 +131,19 @@ def _root(
 
 
 @app.command("list")
-def list_recipes(as_json: AsJson = False) -> None:
+def list_recipes(
+    as_json: AsJson = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The table of docs/models.md.")] = False,
+) -> None:
     """List the recipes."""
     from quant.recipe import load_recipe, recipe_names
 
     recipes = [load_recipe(name) for name in recipe_names()]
+    if as_markdown:
+        from quant.catalogue import models_table
+
+        print(models_table(recipes), end="")
+        return
     if as_json:
         _print_json(
             [
