@@ -33,7 +33,7 @@ from quant.recipe import Recipe
 from quant.runtime import model_bytes, open_session, streams
 from quant.selection import Selection, find_datasets, select, unused
 from quant.shares import Share, judged_in_processes
-from quant.source import cache_dir, is_twin, resolve_model
+from quant.source import cache_dir, is_twin, local_source, resolve_model
 from quant.stage import StageStore, file_digests
 from quant.target import TARGETS, TargetName
 
@@ -100,7 +100,11 @@ def find_evaluation(recipe: Recipe, options: Options) -> Evaluation:
     runs = runs_folder(recipe, options.results, options.model_dir)
     folder = newest_run(runs.parent, runs.name)
     if folder is None:
-        raise Unavailable("not quantized yet", f"Run `{run_command(recipe, options)}`")
+        command = f"`{run_command(recipe, options)}`"
+        if options.model_dir is None and local_source(recipe) is None:
+            fetch = f"Run `quant models fetch {recipe.name}` (or give the folder with --model-dir), then {command}"
+            raise Unavailable("not quantized yet, and its FP32 model is not on this machine", fetch)
+        raise Unavailable("not quantized yet", f"Run {command}")
     manifest, again = load_manifest(folder), f"Run `{run_command(recipe, options)}` again"
     if not manifest.intact(folder):
         raise Unavailable(f"the artifacts in {folder} are damaged", again)

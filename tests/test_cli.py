@@ -18,7 +18,8 @@ from quant import __version__, cli, job, judging, pipeline
 from quant import doctor as doctor_module
 from quant.doctor import Check
 from quant.errors import InputError, Unavailable
-from quant.recipe import recipe_names
+from quant.recipe import load_recipe, recipe_names
+from quant.source import local_source
 
 REC = "PP-OCRv4_mobile_rec"
 
@@ -275,8 +276,12 @@ def test_eval_before_any_run_is_skipped_rows_with_the_fix(tmp_path: Path, capfd:
     assert {row["model"] for row in rows} == set(recipe_names())
     for row in rows:
         assert set(row) == {"model", "task", "target", "status", "reason", "fix"}
-        assert (row["status"], row["reason"]) == ("skipped", "not quantized yet")
+        here = local_source(load_recipe(row["model"])) is not None
+        missing = "" if here else ", and its FP32 model is not on this machine"
+        assert (row["status"], row["reason"]) == ("skipped", f"not quantized yet{missing}")
         assert f"quant run {row['model']}" in row["fix"]
+        assert here or f"quant models fetch {row['model']}" in row["fix"]
+    assert any("fetch" in row["fix"] for row in rows) and not all("fetch" in row["fix"] for row in rows)
     assert cli._guarded(["eval", REC, "--target", "paddle", "--out", str(tmp_path)]) == 2
     assert "not quantized yet" in capfd.readouterr().out
 
