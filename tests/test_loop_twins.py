@@ -56,7 +56,7 @@ def test_the_decoder_joins_a_formula_again(tmp_path: Path) -> None:
         assert latex_tokens(found.latex) == words
 
 
-@pytest.mark.slow
+@pytest.mark.family
 @pytest.mark.parametrize("twin", [table, formula])
 def test_a_twin_is_right_on_every_runtime(twin: Any, tmp_path: Path) -> None:
     """A minute of training is enough to see whether converted models take the same steps as Paddle, call after call."""

@@ -78,7 +78,7 @@ LOOSE = {"PP-DocLayout-S", "SLANet_plus", "RT-DETR-H_layout_3cls"}
 together, so INT8 picks others, and the artifact cannot be compared with its plan by what was picked."""
 
 
-@pytest.mark.slow
+@pytest.mark.family
 @pytest.mark.parametrize("name", MODELS)
 def test_an_official_graph_goes_through(name: str, tmp_path: Path) -> None:
     graph_file = official_graph(name)

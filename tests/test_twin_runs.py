@@ -19,7 +19,7 @@ from quant.recipe import load_recipe
 from quant.runtime import open_session
 from quant.task import BoxPrediction, ClassPrediction, TextPrediction, make_task
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.family
 
 QUANT = Path(sys.executable).parent / "quant"
 LEAST = {"PP-LCNet_x1_0_doc_ori": 95, "PP-OCRv4_server_det": 80, "PP-OCRv4_server_rec": 80}
