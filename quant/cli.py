@@ -633,7 +633,9 @@ def _with_twin(recipe: Recipe, options: Options, train: bool) -> Options:
     if options.model_dir is not None:
         raise InputError("--twins finds the folders of the twins by itself; leave out --model-dir, or --twins")
     twin = ready_twin(recipe, options.progress) if train else find_twin(recipe)
-    return replace(options, model_dir=twin.folder, data=options.data or (str(twin.world),))
+    if options.data:
+        return replace(options, model_dir=twin.folder)
+    return replace(options, model_dir=twin.folder, data=(str(twin.world),), report_split=True)
 
 
 @contextmanager

@@ -37,13 +37,19 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says beside the recipe."""
+    """What the command line says beside the recipe.
+
+    Attributes:
+        data: sets or folders in place of the recipe's sets.
+        report_split: whether an evaluation takes the report split of `data`, as a run does, and not all of it.
+    """
 
     results: Path
     threads: int
     progress: Progress
     model_dir: Path | None = None
     data: tuple[str, ...] = ()
+    report_split: bool = False
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ def run_command(recipe: Recipe, options: Options) -> str:
 def find_evaluation(recipe: Recipe, options: Options) -> Evaluation:
     """The newest run, its FP32 model, and samples that neither calibration nor search saw.
 
-    With `options.data` those are all samples of these sets, else the report split of the recipe's sets.
+    With `options.data` those are all samples of these sets unless `options.report_split` is set, else the report split
+    of the recipe's sets.
 
     Raises:
         Unavailable: no run, or not of this model; the model or a set cannot be had.
@@ -117,8 +118,8 @@ def find_evaluation(recipe: Recipe, options: Options) -> Evaluation:
 
 
 def _unseen(recipe: Recipe, options: Options, used: set[str]) -> tuple[list[Sample], int]:
-    if not options.data:
-        return unused(select(recipe, (), options.progress).report, used)
+    if options.report_split or not options.data:
+        return unused(select(recipe, options.data, options.progress).report, used)
     datasets, _ = find_datasets(recipe, options.data, options.progress)
     samples, dropped = unused((sample for dataset in datasets for sample in dataset.samples), used)
     if dropped:
