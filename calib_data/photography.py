@@ -330,9 +330,3 @@ def sensor(rng: Rng, picture: Picture, amount: float) -> Picture:
 def develop(picture: Picture) -> Photo:
     """To eight bits, clipped."""
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
-
-
-def recompress(photo: Photo, quality: int) -> Photo:
-    """Through JPEG and back; `quality` 1..100."""
-    _, code = cv2.imencode(".jpg", photo, (cv2.IMWRITE_JPEG_QUALITY, quality))
-    return np.asarray(cv2.imdecode(code, cv2.IMREAD_COLOR), np.uint8)

@@ -30,7 +30,11 @@ SPLITS: tuple[Split, ...] = ("calibration", "search", "report")
 
 _TABLE = re.compile(r"<table\b.*</table>", re.DOTALL)
 _CELL_START = re.compile(r"<t[dh]\b[^>]*>")
-_SPAN = re.compile(r"""(rowspan|colspan)\s*=\s*["']?(\d+)""")
+_SPAN = re.compile(r"""(rowspan|colspan)\s*=\s*["']?(\d{1,4})""")
+
+
+_MOST_DIGITS = 6
+"""Of the index of a class; Python refuses to read numbers of thousands of digits."""
 
 
 class BrokenPicture(InputError):
@@ -237,7 +241,7 @@ def _after_tab(folder: DatasetFolder, line: str) -> tuple[str, Label]:
 
 def _class(folder: DatasetFolder, line: str) -> tuple[str, Label]:
     name, index = ([*line.rsplit(maxsplit=1), ""])[:2]
-    if not index.isdecimal():
+    if not index.isdecimal() or len(index) > _MOST_DIGITS:
         raise _BrokenLine("no space and index of a class behind the picture")
     if folder.classes and int(index) >= len(folder.classes):
         raise _BrokenLine(f"class {index}, but the set has {len(folder.classes)} classes, numbered from 0")
@@ -249,10 +253,12 @@ def _table(folder: DatasetFolder, line: str) -> tuple[str, Label]:
     try:
         entry = json.loads(line)
         name, html = entry["filename"], entry["html"]
+        if not isinstance(name, str):
+            raise TypeError
         markup = html if isinstance(html, str) else _joined(html["structure"]["tokens"], html["cells"])
         if "split" in entry and not (folder.images / _relative(name)).is_file():
             name = f"{entry['split']}/{name}"
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, RecursionError) as error:
         raise _BrokenLine("the label is no JSON object with 'filename' and 'html'") from error
     return name, _table_html(markup)
 

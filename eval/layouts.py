@@ -139,7 +139,7 @@ def _regions(entries: Sequence[Any], categories: Mapping[Any, str]) -> Iterator[
         try:
             x, y, width, height = (float(number) for number in entry["bbox"])
             name = categories[entry["category_id"]]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise BrokenLayout("an annotation lacks 'bbox' as [x, y, width, height] or a known category") from error
         if not (all(map(math.isfinite, (x, y, width, height))) and width > 0 and height > 0):
             raise BrokenLayout(f"a box has no area: {entry['bbox']}")

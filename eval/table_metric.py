@@ -18,7 +18,7 @@ from eval.metric import FloatArray, MeanScore
 
 _GROUPS = ("thead", "tbody")
 _STRUCTURE = re.compile(r"</?(?:tr|td)\b[^>]*>")
-_SPAN = re.compile(r'(colspan|rowspan)="(\d+)"')
+_SPAN = re.compile(r'(colspan|rowspan)="(\d{1,4})"')
 _CELL = re.compile(r"(<td\b[^>]*>)(.*?)</td>", re.DOTALL)
 
 

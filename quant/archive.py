@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import lzma
 import os
 import shutil
 import socket
@@ -376,7 +377,7 @@ class _Entry:
 def _extract(archive: Path, content: Path, max_bytes: int, max_files: int) -> None:
     try:
         _extract_all(archive, content, max_bytes, max_files)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
         # RuntimeError: zipfile's word for a password or an unknown compression.
         raise InputError(f"{archive} cannot be unpacked: it is cut off or damaged ({error}); fetch it again") from error
 

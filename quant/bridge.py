@@ -84,7 +84,7 @@ def _run_child(files: ModelFiles, folder: Path) -> None:
     if child.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         cause = lines[-1].strip()[:300] if lines else f"the process ended with {child.returncode}"
-        raise InputError(f"{files.model}: it cannot be written as an old-IR program: {cause}")
+        raise InputError(f"{files.model.name}: it cannot be written as an old-IR program: {cause}")
 
 
 def _child(job: dict[str, Any]) -> None:

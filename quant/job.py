@@ -141,7 +141,7 @@ def prepared_graph(job: Job) -> Graph:
 def latency_feed(job: Job) -> Feed:
     """Inputs of the recipe's latency shape; with a loop, whose length hangs on it, a real picture."""
     if has_loop(prepared_graph(job)):
-        return first_feeds(job, job.selection.report, 1)[0]
+        return first_feeds(job, job.selection.calibration or job.selection.report, 1)[0]
     return feed_of(job, job.recipe.latency.shape)
 
 

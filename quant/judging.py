@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from quant.job import (
     runs_folder,
     sample_ids,
 )
-from quant.manifest import Manifest, load_manifest, newest_run, versions
+from quant.manifest import Manifest, load_manifest, newest_run, processor, versions
 from quant.plan import QuantPlan, load_plan
 from quant.recipe import Recipe
 from quant.runtime import model_bytes, open_session, streams
@@ -119,9 +119,11 @@ def find_evaluation(recipe: Recipe, options: Options) -> Evaluation:
 
 def _unseen(recipe: Recipe, options: Options, used: set[str]) -> tuple[list[Sample], int]:
     if options.report_split or not options.data:
-        return unused(select(recipe, options.data, options.progress).report, used)
-    datasets, _ = find_datasets(recipe, options.data, options.progress)
-    samples, dropped = unused((sample for dataset in datasets for sample in dataset.samples), used)
+        found: Iterable[Sample] = select(recipe, options.data, options.progress).report
+    else:
+        datasets, _ = find_datasets(recipe, options.data, options.progress)
+        found = (sample for dataset in datasets for sample in dataset.samples)
+    samples, dropped = unused(found, used)
     if dropped:
         log.warning("left out because calibration or search saw them: %d samples", dropped)
     if not samples:
@@ -165,6 +167,8 @@ def _judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path,
         "datasets": [s.dataset for s in samples],
         "latency": recipe.latency.model_dump(exclude={"shapes"}),
         "threads": threads,
+        "seed": recipe.seed,
+        "processor": processor(),
         "versions": versions(),
     }
 

@@ -12,11 +12,14 @@ from quant.errors import Unavailable
 from quant.graph import Shape
 from quant.job import Job, Options, feed_of, fp32_folders, latency_feed, picture_input, prepared_graph
 from quant.judging import find_evaluation, skipped_rows
+from quant.loop import has_loop
 from quant.recipe import Recipe
 from quant.runtime import Precision, Session, model_bytes, open_session
 from quant.target import TARGETS, TargetName
 
 BATCHES = (1, 8)
+_ONE_PICTURE = "a model with a loop is timed on one picture of the recipe's size: its length hangs on what is seen"
+
 SECONDS = 15.0
 """Of one cell; slow ones (Paddle's INT8, eight large pages) get fewer runs."""
 
@@ -78,7 +81,8 @@ def time_cells(
     latency = job.recipe.latency
     shapes = [[batch, *shape[1:]] for batch in BATCHES for shape in (latency.shapes or [latency.shape])]
     declared = declared_picture(job)
-    notes = [misfit(shape, declared) for shape in shapes]
+    loop = has_loop(prepared_graph(job))
+    notes = [_ONE_PICTURE if loop and shape != latency.shape else misfit(shape, declared) for shape in shapes]
     timings: list[dict[Precision, Timing]] = [{} for _ in shapes]
     precisions: tuple[Precision, ...] = ("f32", "default") if target == "openvino" else ("f32",)
     for precision in precisions:
@@ -86,7 +90,7 @@ def time_cells(
         for place, shape in enumerate(shapes):
             if notes[place]:
                 continue
-            feed = feed_of(job, shape)
+            feed = latency_feed(job) if loop else feed_of(job, shape)
             try:
                 timings[place][precision] = Timing(**interleaved_latency(sessions, feed, latency.runs, seconds))
             except Exception as error:  # every runtime has exceptions of its own for sizes that a graph cannot take

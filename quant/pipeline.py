@@ -112,6 +112,9 @@ def quantize(job: Job, target: TargetName) -> Quantized:
     plan = load_plan(planned)
     graph = prepared_graph(job)
     original = old_ir_form(prepared_stage(job))
+    if original is None and has_loop(graph) and target_format(target) == "paddle":
+        reason = "the Paddle artifact takes the loop of a model from its PIR program, and this one has none"
+        raise Unavailable(reason, "Give the model's folder with inference.json by --model-dir")
     plan = fitted(target, graph, plan, original)
     plan.target = target
 
@@ -123,7 +126,8 @@ def quantize(job: Job, target: TargetName) -> Quantized:
         export_artifact(target, graph, plan, job.files.inference_yml, folder, original)
         check_artifact(target, folder, graph, plan, feeds, job.options.threads)
 
-    artifact = job.store.result("artifact", {**job.key, "plan": file_digests(planned), "target": target}, build)
+    key = {**job.key, "plan": file_digests(planned), "target": target, "tolerance": job.recipe.tolerance}
+    artifact = job.store.result("artifact", {**key, "bridged": original is not None}, build)
     return Quantized(plan, rungs, artifact, planned)
 
 

@@ -85,8 +85,8 @@ def planned_stage(job: Job, target: TargetName) -> Path:
         plan = chosen(points).plan
         plan.method = plan.method if chosen(points) is points[0] else f"{plan.method}+search"
         plan.save(folder)
-        kept = front(points)
-        documents = [{**p.document(), "front": p in kept, "chosen": p is chosen(points)} for p in points]
+        best = front(points)
+        documents = [{**p.document(), "front": p in best, "chosen": p is chosen(points)} for p in points]
         (folder / "search.json").write_text(json.dumps(documents, sort_keys=True), encoding="utf-8")
         draw_front(points, f"{job.recipe.name} on {target}", folder / "search.svg")
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from quant.task import make_task
 
 LEAST_SAMPLES = 40
 """Fewer for each process are judged before it has started."""
+
+INPUT_ERROR = 2
 
 _SHARE, _OUTCOMES, _LOG = "share.pickle", "outcomes.npz", "log.txt"
 
@@ -69,7 +71,8 @@ def judged_in_processes(whole: Share, count: int, advance: Callable[[], None]) -
     """The outcomes of all samples, in their order, judged in `count` processes; here, where they are few.
 
     Raises:
-        InputError: a process failed; names the last line of its log.
+        InputError: as `Share.judged` says it.
+        RuntimeError: a process failed otherwise; names the last line of its log.
     """
     if len(whole.samples) < LEAST_SAMPLES * count or count == 1:
         return whole.judged(1, advance)
@@ -79,30 +82,41 @@ def judged_in_processes(whole: Share, count: int, advance: Callable[[], None]) -
         with lock:
             advance()
 
-    shares = [replace(whole, samples=list(whole.samples[start::count])) for start in range(count)]
-    with tempfile.TemporaryDirectory(prefix="shares-") as place, ThreadPoolExecutor(len(shares)) as pool:
-        folders = [Path(place) / str(index) for index in range(len(shares))]
-        parts = list(pool.map(lambda share, folder: _judged(share, folder, step), shares, folders))
+    with tempfile.TemporaryDirectory(prefix="shares-") as place, ThreadPoolExecutor(count) as pool:
+        folders = [Path(place) / str(index) for index in range(count)]
+        children = [_started(replace(whole, samples=whole.samples[k::count]), folders[k]) for k in range(count)]
+        try:
+            for future in as_completed([pool.submit(_follow, child, step) for child in children]):
+                future.result()
+            parts = [_result(child, folder) for child, folder in zip(children, folders, strict=True)]
+        except BaseException:
+            for child in children:
+                child.kill()
+            raise
     return _in_order(parts, whole.samples)
 
 
-def _judged(share: Share, folder: Path, step: Callable[[], None]) -> Outcomes:
+def _started(share: Share, folder: Path) -> subprocess.Popen[str]:
     folder.mkdir()
     (folder / _SHARE).write_bytes(pickle.dumps(share))
-    command = child_command("quant.shares", folder)
-    with (
-        (folder / _LOG).open("wb") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=child_environment(), text=True) as child,
-    ):
-        try:
-            for _ in child.stdout or ():
-                step()
-        except BaseException:
-            child.kill()
-            raise
-    if child.returncode:
-        raise InputError(f"judging on {share.target} failed: {last_line(folder / _LOG)[:300]}")
-    return load_outcomes(folder / _OUTCOMES)
+    command, environment = child_command("quant.shares", folder), child_environment()
+    with (folder / _LOG).open("wb") as log:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True)
+
+
+def _follow(child: subprocess.Popen[str], step: Callable[[], None]) -> None:
+    with child:
+        for _ in child.stdout or ():
+            step()
+
+
+def _result(child: subprocess.Popen[str], folder: Path) -> Outcomes:
+    if child.returncode == 0:
+        return load_outcomes(folder / _OUTCOMES)
+    line = last_line(folder / _LOG)
+    if child.returncode == INPUT_ERROR:
+        raise InputError(line)
+    raise RuntimeError(f"a process that judges ended with {child.returncode}: {line}")
 
 
 def _in_order(parts: Sequence[Outcomes], samples: Sequence[Sample]) -> Outcomes:
@@ -121,7 +135,12 @@ def main(folder: Path) -> None:
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     share: Share = pickle.loads((folder / _SHARE).read_bytes())
-    share.judged(1, lambda: print(file=channel, flush=True)).save(folder / _OUTCOMES)
+    try:
+        outcomes = share.judged(1, lambda: print(file=channel, flush=True))
+    except InputError as error:
+        print(" ".join(str(error).split()), file=sys.stderr, flush=True)
+        sys.exit(INPUT_ERROR)
+    outcomes.save(folder / _OUTCOMES)
 
 
 if __name__ == "__main__":

@@ -61,10 +61,13 @@ def _receive(url: str, part: Path, timeout: tuple[float, float], report: Report)
         response.raise_for_status()
         if response.status_code != requests.codes.partial_content:
             done = 0
-        _mark_file(part).write_text(json.dumps({"url": url, "mark": _mark_of(response)}), encoding="utf-8")
+        elif _mark_of(response) != mark or not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
+            part.unlink()  # a server that does not keep to the condition: from the start, without one
+            return _receive(url, part, timeout, report)
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else None
         with part.open("ab" if done else "wb") as out:
+            _mark_file(part).write_text(json.dumps({"url": url, "mark": _mark_of(response)}), encoding="utf-8")
             for chunk in response.iter_content(_CHUNK):
                 out.write(chunk)
                 done += len(chunk)

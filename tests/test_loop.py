@@ -17,7 +17,7 @@ from quant.errors import InputError, Unavailable
 from quant.graph import Graph
 from quant.loop import check_calls, check_runtime, first_step_apart, has_loop, with_clean_bodies
 from quant.prepare import prepare
-from quant.runtime import Feed, onnx_session, openvino_session
+from quant.runtime import Feed, onnx_session, openvino_session, writes_in_steps
 from quant.sensitivity import compare_outputs, relative_errors
 from tests.tiny_pir import write_tiny_loop
 
@@ -181,3 +181,11 @@ def test_a_paddle_model_with_a_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("quant.prepare.import_model", lambda *_: replace(imported, reference=reference))
     with pytest.raises(InputError, match=r"ONNX import differs from Paddle in call 2, after 1 call .*from step 3 on"):
         prepare(files, pictures, 1e-4, 1, tmp_path)
+
+
+def test_a_program_that_speaks_of_loops_has_none(tmp_path: Path) -> None:
+    """Old-IR programs keep the source lines of the network, also those of loops that were unrolled."""
+    files = write_tiny_loop(tmp_path / "model")
+    assert writes_in_steps(files.model)
+    (tmp_path / "inference.pdmodel").write_bytes(b"\x1a\x06conv2d convert_while_loop while")
+    assert not writes_in_steps(tmp_path / "inference.pdmodel")

@@ -208,6 +208,9 @@ def test_paddlexs_folder_of_tables(tmp_path: Path) -> None:
         {"filename": "0.png", "html": "<table><tr><td>a<table><tr><td>b</td></tr></table></td></tr></table>"},
         {"filename": "0.png", "html": "<table><tr><td>a</tr></table>"},
         {"filename": "0.png", "html": {"structure": {"tokens": ["<td>", "</td>"]}, "cells": []}},
+        {"filename": "0.png", "html": {"structure": {"tokens": [1, "</td>"]}, "cells": []}},
+        {"filename": 7, "html": "<table><tr><td>a</td></tr></table>"},
+        {"filename": "a" * 5000, "html": "<table><tr><td>a</td></tr></table>", "split": "val"},
     ],
 )
 def test_broken_table_labels(entry: Any, tmp_path: Path) -> None:
