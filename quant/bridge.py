@@ -10,7 +10,6 @@ Paddle's flags act once in a process, so the work is done in one of its own: `py
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from quant.archive import file_sha256
+from quant.child import child_command, child_environment, last_line
 from quant.errors import InputError
 from quant.lowering import Lowering
 from quant.pir import kind_of, written_operators
@@ -28,6 +28,7 @@ from quant.runtime import Feed
 from quant.source import ModelFiles
 
 LOG_FILE = "bridge.log"
+_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,17 @@ def bridge(files: ModelFiles, feeds: list[Feed], folder: Path, threads: int = 1)
 
 def _run_child(files: ModelFiles, folder: Path) -> None:
     log = folder / LOG_FILE
-    path = os.pathsep.join(part for part in (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")) if part)
-    environment = {**os.environ, "PYTHONPATH": path, "FLAGS_enable_pir_api": "0", "GLOG_minloglevel": "2"}
-    command = [sys.executable, "-m", "quant.bridge", str(folder / "job.json")]
+    environment = child_environment(FLAGS_enable_pir_api="0", GLOG_minloglevel="2")
+    command, cannot = child_command("quant.bridge", folder / "job.json"), "it cannot be written as an old-IR program"
     with log.open("wb") as stream:
-        child = subprocess.run(command, stdout=stream, stderr=stream, env=environment, check=False)
+        try:
+            child = subprocess.run(
+                command, stdout=stream, stderr=stream, env=environment, timeout=_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise InputError(f"{files.model.name}: {cannot} in {_SECONDS / 60:.0f} minutes") from error
     if child.returncode:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        cause = lines[-1].strip()[:300] if lines else f"the process ended with {child.returncode}"
-        raise InputError(f"{files.model.name}: it cannot be written as an old-IR program: {cause}")
+        raise InputError(f"{files.model.name}: {cannot}: {last_line(log)[:300]}")
 
 
 def _child(job: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ The child also runs the original model, so that the import can be proven equal.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from quant.child import child_command, child_environment, last_line
 from quant.errors import InputError
 from quant.pir import with_fetches
 from quant.runtime import Feed, writes_in_steps
@@ -81,18 +81,16 @@ def _run_child(files: ModelFiles, folder: Path, job: dict[str, Any]) -> None:
     job |= {"model": str(files.model), "params": str(files.params), "folder": str(folder)}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     log = folder / "conversion.log"
-    environment = os.environ | {"FLAGS_enable_pir_api": "0", "GLOG_minloglevel": "2", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "quant.conversion", str(folder / "job.json")]
+    environment = child_environment(FLAGS_enable_pir_api="0", GLOG_minloglevel="2", PYTHONWARNINGS="ignore")
+    command = child_command("quant.conversion", folder / "job.json")
     with log.open("wb") as stream:
         try:
             child = subprocess.run(command, stdout=stream, stderr=stream, env=environment, timeout=900, check=False)
         except subprocess.TimeoutExpired as error:
             raise InputError(f"{files.model}: Paddle did not finish loading the model in 15 minutes") from error
     if child.returncode:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        cause = lines[-1].strip()[:200] if lines else f"the process ended with {child.returncode}"
         raise InputError(
-            f"{files.model}: Paddle cannot load or convert this model ({cause}). "
+            f"{files.model}: Paddle cannot load or convert this model ({last_line(log)[:200]}). "
             "It is damaged, or of another kind than the recipe's; fetch it again with `quant models fetch`"
         )
 

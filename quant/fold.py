@@ -35,7 +35,6 @@ def fold(graph: Graph) -> dict[str, int]:
         Number of changes by pass name.
     """
     folds: dict[str, Pass] = {
-        "shadowing": Graph.rename_shadowing,
         "vain_reshape": name_vain_reshapes,
         "identity": remove_identities,
         "batch_norm": split_batch_norms,

@@ -95,26 +95,6 @@ class Graph:
         """Let every node that reads `old` read `new`."""
         _rename_reads(self.nodes, old, new)
 
-    def rename_shadowing(self) -> int:
-        """Give values that a body is given names of their own, where it calls them as an outer tensor is called.
-
-        paddle2onnx does so, ONNX forbids it, onnxruntime takes it and OpenVINO does not.
-
-        Returns:
-            How many were renamed.
-        """
-        outer = {*self.inputs, *self.constants, *(name for node in self.nodes for name in node.output)}
-        count = 0
-        for body in _bodies(self.nodes):
-            for info in (info for info in body.input if info.name in outer):
-                old, new = info.name, self.fresh_name(f"{info.name}_inside")
-                info.name = new
-                _rename_reads(body.node, old, new)
-                for output in (output for output in body.output if output.name == old):
-                    output.name = new
-                count += 1
-        return count
-
     def insert_before(self, anchor: NodeProto, node: NodeProto) -> None:
         self.nodes.insert(self._position(anchor), node)
         self._names.update(node.output)

@@ -190,13 +190,3 @@ def test_a_part_of_a_graph_ends_at_given_tensors() -> None:
     assert part.outputs == ["kept"] and [node.op_type for node in part.nodes] == ["Identity", "Relu"]
     feed = {"x": np.array([1.0, -2.0], dtype=np.float32)}
     np.testing.assert_array_equal(run(part.to_model(), feed)[0], [1, 0])
-
-
-def test_what_a_body_is_given_gets_a_name_of_its_own() -> None:
-    graph = looping()
-    feed = {"x": np.array([1.0, -2.0], dtype=np.float32)}
-    expected = run(graph.to_model(), feed)[0]
-    assert graph.rename_shadowing() == 1 and graph.rename_shadowing() == 0
-    body = graph.nodes[-1].attribute[0].g
-    assert body.input[2].name == body.node[0].input[0] != "same" and body.node[0].input[1] == "kept"
-    np.testing.assert_array_equal(run(graph.to_model(), feed)[0], expected)

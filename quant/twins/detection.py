@@ -72,7 +72,7 @@ def network() -> Any:
     from paddle import nn
     from paddle.nn import functional
 
-    from quant.twins.blocks import Block, halved, normed
+    from quant.twins.hgnet import Block, halved, normed
 
     class Strips(nn.Layer):
         """A neighbourhood seen as a square, a column and a row, in three sizes, one behind the other."""

@@ -35,30 +35,13 @@ def network(classes: int) -> Any:
     from paddle import nn
     from paddle.nn import functional
 
-    def normed(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> Any:
-        conv = nn.Conv2D(inputs, outputs, size, stride, size // 2, groups=groups, bias_attr=False)
-        return nn.Sequential(conv, nn.BatchNorm2D(outputs), nn.Hardswish())
-
-    class Gate(nn.Layer):
-        """Squeeze and excitation."""
-
-        def __init__(self, channels: int) -> None:
-            super().__init__()
-            self.pool = nn.AdaptiveAvgPool2D(1)
-            self.down, self.up = nn.Conv2D(channels, channels // 4, 1), nn.Conv2D(channels // 4, channels, 1)
-
-        def forward(self, x: Any) -> Any:
-            return x * functional.hardsigmoid(self.up(functional.relu(self.down(self.pool(x)))))
-
-    def separable(inputs: int, outputs: int, size: int = 3, stride: int = 1, gate: bool = False) -> Any:
-        gates = [Gate(inputs)] if gate else []
-        return nn.Sequential(normed(inputs, inputs, size, stride, inputs), *gates, normed(inputs, outputs, 1))
+    from quant.twins.lcnet import conv, separable
 
     class Twin(nn.Layer):
         def __init__(self) -> None:
             super().__init__()
             self.body = nn.Sequential(
-                normed(3, 8, 3, 2), separable(8, 16),
+                conv(3, 8, 3, 2), separable(8, 16),
                 separable(16, 24, stride=2), separable(24, 24),
                 separable(24, 40, stride=2), separable(40, 40),
                 separable(40, 64, stride=2), separable(64, 64, 5), separable(64, 64, 5),

@@ -46,7 +46,7 @@ def network(classes: int, width: int = 48) -> Any:
     from paddle import nn
     from paddle.nn import functional
 
-    from quant.twins.blocks import Block, halved, normed
+    from quant.twins.hgnet import Block, halved, normed
 
     class Attention(nn.Layer):
         def __init__(self, heads: int = 4) -> None:

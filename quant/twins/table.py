@@ -68,28 +68,7 @@ def _network(classes: int, end: int) -> Any:
     from paddle import nn
     from paddle.nn import functional
 
-    def conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> Any:
-        return nn.Sequential(
-            nn.Conv2D(inputs, outputs, size, stride, size // 2, groups=groups, bias_attr=False),
-            nn.BatchNorm2D(outputs),
-            nn.Hardswish(),
-        )
-
-    def separable(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> Any:
-        return nn.Sequential(conv(inputs, inputs, size, stride, inputs), conv(inputs, outputs, 1))
-
-    class Gate(nn.Layer):
-        """Squeeze and excitation."""
-
-        def __init__(self, channels: int) -> None:
-            super().__init__()
-            self.pool = nn.AdaptiveAvgPool2D(1)
-            self.down = nn.Conv2D(channels, channels // 4, 1)
-            self.up = nn.Conv2D(channels // 4, channels, 1)
-
-        def forward(self, x: Any) -> Any:
-            gate = functional.relu(self.down(self.pool(x)))
-            return x * functional.hardsigmoid(self.up(gate))
+    from quant.twins.lcnet import Gate, conv, separable
 
     class Neck(nn.Layer):
         """Features of three scales, joined from coarse to fine and back; the coarsest is what is read."""
