@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import timeit
 from typing import Any, get_args
 
 import numpy as np
@@ -219,12 +218,10 @@ def test_entropy_finds_the_least_divergence(kind: str, symmetric: bool) -> None:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_entropy_stays_inside_the_data_and_is_fast(kind: str, symmetric: bool) -> None:
+def test_entropy_stays_inside_the_data(kind: str, symmetric: bool) -> None:
     histogram = histogram_of(samples(kind))
-    seconds = min(timeit.repeat(lambda: Entropy().choose(histogram, symmetric=symmetric), number=1, repeat=5))
     low, high = Entropy().choose(histogram, symmetric=symmetric)
     assert histogram.minimum <= low < high <= histogram.maximum
-    assert seconds < 0.1, "a few milliseconds on an idle machine"
 
 
 def test_entropy_minds_no_zeros() -> None:
