@@ -118,6 +118,7 @@ def test_rapidocr(exported: Exported) -> None:
         settings |= {"Det.mean": [0.485, 0.456, 0.406], "Det.std": [0.229, 0.224, 0.225]}
     engine = RapidOCR(params=settings)
     session = open_session("onnxruntime", folder.parent, threads=2)
+    boxes = strange = 0
     for sample in exported.samples:
         image = unshrunk(read_image(sample.image)) if detects else read_image(sample.image)
         prepared = exported.job.adapter.preprocess(image)
@@ -125,11 +126,15 @@ def test_rapidocr(exported: Exported) -> None:
         if detects:
             assert isinstance(mine, BoxPrediction)
             found = engine.text_det(image).boxes
-            assert_same_boxes(mine.polygons, [] if found is None else list(np.asarray(found, dtype=np.float64)))
+            theirs = [] if found is None else list(np.asarray(found, dtype=np.float64))
+            boxes += len(mine.polygons) + len(theirs)
+            strange += without_partner(mine.polygons, theirs) + without_partner(theirs, mine.polygons)
         else:
             assert isinstance(mine, TextPrediction)
             result = engine(image, use_det=False, use_cls=False, use_rec=True)
             assert (result.txts or ("",))[0].strip() == mine.text.strip()
+    if detects:
+        assert boxes > 100 and strange <= boxes / 20
 
 
 def unshrunk(image: np.ndarray) -> np.ndarray:
@@ -138,13 +143,11 @@ def unshrunk(image: np.ndarray) -> np.ndarray:
     return image if factor >= 1 else cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
 
 
-def assert_same_boxes(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
-    """Equal up to order, three pixels, and one box in twenty.
+def without_partner(some: list[np.ndarray], others: list[np.ndarray]) -> int:
+    """How many boxes have none within three pixels among the others.
 
     RapidOCR sorts its boxes and rounds corners its own way, and sums in another order: a value on the verge that rounds
     to the next of 256 steps is carried on by the integers behind it, moves edges of the map, and now and then takes a
-    box over the threshold.
+    box over the threshold. So a share of all boxes counts: a picture may have five boxes, one of them on the verge.
     """
-    for some, others in ((ours, theirs), (theirs, ours)):
-        strange = [box for box in some if min((np.abs(box - other).max() for other in others), default=99) > 3.0]
-        assert len(strange) <= len(some) / 20
+    return sum(min((np.abs(box - other).max() for other in others), default=99) > 3.0 for box in some)
