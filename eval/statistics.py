@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +43,7 @@ _WEIGHTS_AT_ONCE = 4_000_000  # float64 each: 32 MB
 
 
 @dataclass(frozen=True)
-class DropEstimate:
+class Drop:
     """FP32 against INT8 on the same samples.
 
     Args:
@@ -51,8 +51,6 @@ class DropEstimate:
         fp32, int8: metric in percent.
         drop: fp32 - int8, in points.
         relative_drop: 100 * drop / fp32, in percent.
-        drop_upper95, relative_drop_upper95: one-sided 95 % upper bounds.
-        drop_error, relative_drop_error: standard errors (standard deviation of the resamples).
         discordance: share of samples whose outcome differs, in percent.
     """
 
@@ -61,28 +59,30 @@ class DropEstimate:
     int8: float
     drop: float
     relative_drop: float
+    discordance: float
+
+
+@dataclass(frozen=True)
+class DropEstimate(Drop):
+    """A drop with its uncertainty.
+
+    Args:
+        drop_upper95, relative_drop_upper95: one-sided 95 % upper bounds.
+        drop_error, relative_drop_error: standard errors (standard deviation of the resamples).
+    """
+
     drop_upper95: float
     relative_drop_upper95: float
     drop_error: float
     relative_drop_error: float
-    discordance: float
 
 
-def estimate_drop(
-    metric: Metric,
-    fp32: FloatArray,
-    int8: FloatArray,
-    *,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    pictures: Sequence[str] | None = None,
-) -> DropEstimate:
-    """Compare FP32 and INT8 sample by sample. Same arguments, same result.
+def compare_counts(metric: Metric, fp32: FloatArray, int8: FloatArray) -> Drop:
+    """FP32 against INT8 sample by sample, without bounds.
 
     Args:
         metric: what the counts mean.
         fp32, int8: counts [samples, counts]; row i of both is the same sample.
-        pictures: what each sample is made from; samples of one picture (its rotations) are drawn together.
 
     Raises:
         Unavailable: no samples, or FP32 gets nothing right, so that there is nothing to lose.
@@ -97,19 +97,42 @@ def estimate_drop(
             f"FP32 has a {metric.name} of 0 on {len(fp32)} samples, so that nothing can be lost",
             "Check that the labels belong to the pictures",
         )
-    groups = np.unique(range(len(fp32)) if pictures is None else pictures, return_inverse=True)[1]
-    drops, relative = _resampled_drops(metric, fp32, int8, groups, seed, resamples)
-    return DropEstimate(
+    return Drop(
         samples=len(fp32),
         fp32=before,
         int8=after,
         drop=before - after,
         relative_drop=100 * (before - after) / before,
+        discordance=100 * float(metric.outcome_differs(fp32, int8).mean()),
+    )
+
+
+def estimate_drop(
+    metric: Metric,
+    fp32: FloatArray,
+    int8: FloatArray,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    pictures: Sequence[str] | None = None,
+) -> DropEstimate:
+    """`compare_counts` with the bounds of a paired bootstrap. Same arguments, same result.
+
+    Args:
+        pictures: what each sample is made from; samples of one picture (its rotations) are drawn together.
+
+    Raises:
+        Unavailable: as `compare_counts`.
+    """
+    found = compare_counts(metric, fp32, int8)
+    groups = np.unique(range(len(fp32)) if pictures is None else pictures, return_inverse=True)[1]
+    drops, relative = _resampled_drops(metric, fp32, int8, groups, seed, resamples)
+    return DropEstimate(
+        **asdict(found),
         drop_upper95=float(np.quantile(drops, CONFIDENCE)),
         relative_drop_upper95=float(np.quantile(relative, CONFIDENCE)),
         drop_error=float(drops.std(ddof=1)),
         relative_drop_error=float(relative.std(ddof=1)),
-        discordance=100 * float(metric.outcome_differs(fp32, int8).mean()),
     )
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quant import __version__
-from quant.errors import InputError, Unavailable
+from quant.errors import INPUT_ERROR, InputError, Unavailable
 
 if TYPE_CHECKING:
     from eval.gate import JudgedRow, SkippedRow
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from quant.recipe import Recipe
     from quant.sensitivity_report import Sensitivity
 
-INPUT_ERROR, INTERNAL_ERROR, INTERRUPTED = 2, 70, 130
+INTERNAL_ERROR, INTERRUPTED = 70, 130
 _OPERATORS_SHOWN = 20
 # A full disk, a read-only folder and the like are the user's to mend, not ours.
 _STORAGE_ERRORS = (

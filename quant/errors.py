@@ -1,5 +1,8 @@
 """The two errors that users see. Everything else is an error of ours (exit code 70)."""
 
+INPUT_ERROR = 2
+"""Exit code of `InputError`."""
+
 
 class InputError(Exception):
     """Wrong use, or an input that is missing or broken: exit code 2, one sentence, no traceback.

@@ -18,10 +18,10 @@ from quant.task import (
     FormulaPrediction,
     Image,
     Prepared,
-    _operators,
-    _postprocess,
-    _reader,
     check_image,
+    listed_operators,
+    picture_reader,
+    postprocess_section,
     prefer_offline,
 )
 
@@ -30,7 +30,7 @@ class FormulaRecognition:
     """PP-FormulaNet. Input x [1, 1, H, W] of a fixed size, output [1, T] token ids, int64: 0 starts, 2 ends."""
 
     def __init__(self, inference_yml: Mapping[str, Any], model_name: str) -> None:
-        operators = _operators(
+        operators = listed_operators(
             inference_yml,
             model_name,
             {
@@ -56,7 +56,7 @@ class FormulaRecognition:
             UniMERNetTestTransform,
         )
 
-        self._read = _reader(operators)
+        self._read = picture_reader(operators)
         self._crop_and_pad = UniMERNetImgDecode(size)
         self._normalize = UniMERNetTestTransform()
         self._format = LatexImageFormat()
@@ -83,7 +83,7 @@ class FormulaRecognition:
 
 def _tokenizer(inference_yml: Mapping[str, Any], model_name: str) -> dict[str, Any]:
     """A copy of the tokenizer in the file, which PaddleX's decoder takes apart."""
-    files = _postprocess(inference_yml, model_name, "UniMERNetDecode").get("character_dict")
+    files = postprocess_section(inference_yml, model_name, "UniMERNetDecode").get("character_dict")
     if not isinstance(files, Mapping) or not files.get("fast_tokenizer_file"):
         raise InputError(
             f"inference.yml of {model_name}: PostProcess.character_dict.fast_tokenizer_file is missing; the tokenizer "

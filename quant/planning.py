@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from eval.dataset import Sample
 from eval.evaluation import readable
 from eval.metric import make_metric
-from eval.statistics import estimate_drop
+from eval.statistics import compare_counts
 from quant.bias import sequential_biases
 from quant.calibration import Statistics, collect_statistics, count_work, load_statistics, save_statistics
 from quant.equalization import Equalizer, equalize, load_equalizers, make_equalizers, save_equalizers
@@ -58,7 +58,7 @@ from quant.ptq import (
     with_damages,
 )
 from quant.ranges import PerTensor
-from quant.recipe import TargetChoice
+from quant.recipe import Recipe, TargetChoice
 from quant.rounding import collect_moments, round_by_moments
 from quant.runtime import Feed, Session, onnx_session
 from quant.search import Point, chosen, draw_front, explore, front
@@ -125,7 +125,7 @@ def _explored(job: Job, target: TargetName, laddered: Path, end: float) -> list[
     plan = replace(full, operators=best.operators, bias_shifts=shifts, method=best.method)
     reverted = len(full.quantized()) - len(plan.quantized())
     rung = try_plan("ladder", plan, reverted, recipe.ladder, recipe.gate, judge)
-    floor = _least_coverage(job, recipe.targets[target])
+    floor = least_coverage(job.recipe, recipe.targets[target])
     return explore(
         Point(plan, rung, measure(plan)),
         measured_gains(job, target, full),
@@ -148,7 +148,7 @@ def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
         graph, plan = prepared_graph(job), load_plan(everything)
         damages = {name: error.damage for name, error in alone_errors(job, choice).items()}
         plan.operators = with_damages(plan.operators, damages)
-        minimum = _least_coverage(job, choice)
+        minimum = least_coverage(job.recipe, choice)
         judge, refine = SearchJudge(job, graph), partial(_with_full_biases, job, graph)
         best, rungs = climb(plan, recipe.ladder, recipe.gate, minimum, judge, refine)
         best.save(folder)
@@ -157,8 +157,9 @@ def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
     return job.store.result("plan", key, build)
 
 
-def _least_coverage(job: Job, choice: TargetChoice) -> float:
-    return job.recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage
+def least_coverage(recipe: Recipe, choice: TargetChoice) -> float:
+    """Where the ladder ends on a target."""
+    return recipe.ladder.min_coverage if choice.min_coverage is None else choice.min_coverage
 
 
 def full_plan(job: Job, choice: TargetChoice) -> QuantPlan:
@@ -359,7 +360,7 @@ class SearchJudge:
         what = f"{recipe.name}: search split, coverage {plan.coverage():.3f}"
         scores = _search_scores(self.job, self._session(plan, 1), what)
         exact = np.load(_exact_search_scores(self.job, self.graph) / "scores.npy", allow_pickle=False)
-        estimate = estimate_drop(make_metric(recipe.metric), exact, scores, seed=recipe.seed)
+        estimate = compare_counts(make_metric(recipe.metric), exact, scores)
         return SearchScore(estimate.drop, estimate.relative_drop, estimate.discordance, estimate.samples)
 
     @cached_property

@@ -24,15 +24,13 @@ from eval.dataset import Sample
 from eval.evaluation import Outcomes, compare, load_outcomes
 from eval.metric import make_metric
 from quant.child import child_command, child_environment, last_line
-from quant.errors import InputError
+from quant.errors import INPUT_ERROR, InputError
 from quant.runtime import Session, open_session
 from quant.target import TargetName
 from quant.task import make_task
 
 LEAST_SAMPLES = 40
 """Fewer for each process are judged before it has started."""
-
-INPUT_ERROR = 2
 
 _SHARE, _OUTCOMES, _LOG = "share.pickle", "outcomes.npz", "log.txt"
 

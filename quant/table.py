@@ -17,10 +17,10 @@ from quant.task import (
     Image,
     Prepared,
     TablePrediction,
-    _operators,
-    _postprocess,
-    _reader,
     check_image,
+    listed_operators,
+    picture_reader,
+    postprocess_section,
     prefer_offline,
 )
 
@@ -34,7 +34,7 @@ class TableStructure:
     """
 
     def __init__(self, inference_yml: Mapping[str, Any], model_name: str) -> None:
-        operators = _operators(
+        operators = listed_operators(
             inference_yml,
             model_name,
             {
@@ -49,7 +49,7 @@ class TableStructure:
             },
             {"TableLabelEncode", "ResizeTableImage", "NormalizeImage", "PaddingTableImage", "ToCHWImage"},
         )
-        post = _postprocess(inference_yml, model_name, "TableLabelDecode")
+        post = postprocess_section(inference_yml, model_name, "TableLabelDecode")
         tokens = post.get("character_dict")
         if not isinstance(tokens, list) or not tokens:
             raise InputError(
@@ -63,7 +63,7 @@ class TableStructure:
 
         normalize = operators["NormalizeImage"]
         padding = operators["PaddingTableImage"]
-        self._read = _reader({"DecodeImage": {"img_mode": "BGR", **operators.get("DecodeImage", {})}})
+        self._read = picture_reader({"DecodeImage": {"img_mode": "BGR", **operators.get("DecodeImage", {})}})
         self._resize = ResizeByLong(target_long_edge=operators["ResizeTableImage"].get("max_len", 488))
         # PaddleX's predictor takes mean and std of the file; its scale is always 1/255.
         self._normalize = Normalize(

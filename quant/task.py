@@ -137,13 +137,13 @@ class TextDetection:
     """DB text detection. Input x [1, 3, H, W] with H and W multiples of 32, output [1, 1, H, W] in 0..1."""
 
     def __init__(self, inference_yml: Mapping[str, Any], model_name: str) -> None:
-        operators = _operators(
+        operators = listed_operators(
             inference_yml,
             model_name,
             {"DecodeImage", "DetLabelEncode", "DetResizeForTest", "NormalizeImage", "ToCHWImage", "KeepKeys"},
             {"DetResizeForTest", "NormalizeImage", "ToCHWImage"},
         )
-        post = _postprocess(inference_yml, model_name, "DBPostProcess")
+        post = postprocess_section(inference_yml, model_name, "DBPostProcess")
         prefer_offline()
         from paddlex.inference.models.common import ToBatch, ToCHWImage
         from paddlex.inference.models.text_detection.predictor import (
@@ -158,7 +158,7 @@ class TextDetection:
         side, limit_type = _get_text_det_resize_defaults(model_name, resize)
         thresh, box_thresh, unclip_ratio = _get_text_det_postprocess_defaults({"PostProcess": post})
 
-        self._read = _reader(operators)
+        self._read = picture_reader(operators)
         self._resize = DetResizeForTest(limit_side_len=side, limit_type=limit_type, **resize)
         self._normalize = NormalizeImage(**_normalization(operators["NormalizeImage"]))
         self._to_chw = ToCHWImage()
@@ -195,13 +195,13 @@ class TextRecognition:
     """CTC text line recognition. Input x [1, 3, 48, W], output [1, T, characters + 2], softmax."""
 
     def __init__(self, inference_yml: Mapping[str, Any], model_name: str) -> None:
-        operators = _operators(
+        operators = listed_operators(
             inference_yml,
             model_name,
             {"DecodeImage", "MultiLabelEncode", "RecResizeImg", "KeepKeys"},
             {"RecResizeImg"},
         )
-        post = _postprocess(inference_yml, model_name, "CTCLabelDecode")
+        post = postprocess_section(inference_yml, model_name, "CTCLabelDecode")
         characters = post.get("character_dict")
         if not characters:
             raise InputError(
@@ -216,7 +216,7 @@ class TextRecognition:
         prefer_offline()
         from paddlex.inference.models.text_recognition.processors import CTCLabelDecode, OCRReisizeNormImg, ToBatch
 
-        self._read = _reader(operators)
+        self._read = picture_reader(operators)
         self._resize = OCRReisizeNormImg(rec_image_shape=image_shape)
         self._to_batch = ToBatch()
         self._decode = CTCLabelDecode(character_list=[str(character) for character in characters])
@@ -240,7 +240,7 @@ class ImageClassification:
     """Classification of a whole picture. Input x [1, 3, H, W] of a fixed size, output [1, classes], softmax."""
 
     def __init__(self, inference_yml: Mapping[str, Any], model_name: str) -> None:
-        operators = _operators(
+        operators = listed_operators(
             inference_yml,
             model_name,
             {"ResizeImage", "CropImage", "NormalizeImage", "ToCHWImage"},
@@ -334,13 +334,13 @@ def prefer_offline() -> None:
     os.environ.setdefault("PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK", "True")
 
 
-def _reader(operators: Mapping[str, Mapping[str, Any]]) -> Any:
+def picture_reader(operators: Mapping[str, Mapping[str, Any]]) -> Any:
     from paddlex.inference.common.reader import ReadImage
 
     return ReadImage(format=operators.get("DecodeImage", {}).get("img_mode", "RGB"))
 
 
-def _operators(
+def listed_operators(
     inference_yml: Mapping[str, Any], model_name: str, known: set[str], required: set[str]
 ) -> dict[str, dict[str, Any]]:
     """Name -> arguments of PreProcess.transform_ops."""
@@ -361,7 +361,7 @@ def _operators(
     return operators
 
 
-def _postprocess(inference_yml: Mapping[str, Any], model_name: str, expected: str) -> Mapping[str, Any]:
+def postprocess_section(inference_yml: Mapping[str, Any], model_name: str, expected: str) -> Mapping[str, Any]:
     section = _section(inference_yml, model_name, "PostProcess")
     if section.get("name") != expected:
         raise InputError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from official_host import OfficialHost
 
 os.environ["FLAGS_enable_pir_api"] = "0"
 os.environ["PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK"] = "True"
@@ -19,3 +21,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("QUANT_MODEL_HOME", raising=False)
     monkeypatch.delenv("QUANT_DATA_HOME", raising=False)
     return folder
+
+
+@pytest.fixture
+def host() -> Iterator[OfficialHost]:
+    server = OfficialHost()
+    yield server
+    server.close()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from test_archive import OfficialHost, files_below, tar_of
+from official_host import OfficialHost
+from test_archive import files_below, tar_of
 from test_source import shipped
 from tiny_pir import write_tiny_pir
 
@@ -30,13 +31,6 @@ def cache(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("QUANT_MODEL_HOME", raising=False)
     monkeypatch.setattr(archive, "_unreachable", {})
     return own_cache
-
-
-@pytest.fixture
-def host() -> Iterator[OfficialHost]:
-    server = OfficialHost()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from test_archive import OfficialHost, files_below, tar_of
+from official_host import OfficialHost
+from test_archive import files_below, tar_of
 from tiny_pir import write_tiny_pir
 
 from quant import archive
@@ -26,13 +26,6 @@ def cache(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(archive, "_unreachable", {})
     return own_cache
-
-
-@pytest.fixture
-def host() -> Iterator[OfficialHost]:
-    server = OfficialHost()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

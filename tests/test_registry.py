@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_archive import OfficialHost, files_below, interrupt, no_space, tar_of
+from official_host import OfficialHost
+from test_archive import files_below, interrupt, no_space, tar_of
 
 from calib_data import generator, registry
 from calib_data.registry import (

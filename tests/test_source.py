@@ -8,13 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from test_archive import OfficialHost, files_below, interrupt, no_space, sha256, tar_of, unused_port
+from official_host import OfficialHost
+from test_archive import files_below, interrupt, no_space, sha256, tar_of, unused_port
 
 from quant import archive, source
 from quant.errors import InputError, Unavailable
@@ -35,13 +35,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("QUANT_MODEL_HOME", raising=False)
     monkeypatch.setattr(archive, "_unreachable", {})
     return tmp_path / "cache"
-
-
-@pytest.fixture
-def host() -> Iterator[OfficialHost]:
-    server = OfficialHost()
-    yield server
-    server.close()
 
 
 def recipe_from(*urls: str, name: str = DET, wheel: bool = False, **facts: object) -> Recipe:

@@ -17,11 +17,9 @@ import numpy as np
 
 from calib_data.formulas import FormulaWorld
 from calib_data.generator import write_formulas
-from calib_data.registry import resolve_dataset
-from eval.dataset import read_dataset, read_sample
 from eval.formula_metric import latex_tokens
 from quant.recipe import load_recipe
-from quant.task import INPUT_NAME, make_task
+from quant.twins.samples import written
 from quant.twins.training import save_inference, train_in_child, train_until
 
 MODEL = "PP-FormulaNet-S"
@@ -192,12 +190,11 @@ def _network() -> Any:
 
 
 def _samples(folder: Path) -> tuple[np.ndarray, list[list[int]]]:
-    adapter = make_task("formula_recognition", inference_yml(), MODEL)
-    samples = read_dataset(resolve_dataset(folder, "formula_recognition")).samples
-    inputs = np.concatenate([adapter.preprocess(read_sample(sample)).inputs[INPUT_NAME] for sample in samples])
+    """Each formula as the model's input, float32[samples, 1, 384, 384], and the numbers of its tokens."""
+    inputs, labels = zip(*written(folder, MODEL, inference_yml()), strict=True)
     numbers = {word: number for number, word in enumerate(VOCABULARY)}
-    tokens = [[_START, *(numbers[word] for word in latex_tokens(str(s.label))), _END] for s in samples]
-    return inputs, tokens
+    tokens = [[_START, *(numbers[word] for word in latex_tokens(str(label))), _END] for label in labels]
+    return np.stack(inputs), tokens
 
 
 def _padded(rows: list[list[int]], filler: int) -> np.ndarray:

@@ -16,11 +16,9 @@ from typing import Any
 import numpy as np
 
 from calib_data.generator import write_tables
-from calib_data.registry import resolve_dataset
 from calib_data.tables import TableWorld
-from eval.dataset import read_dataset, read_sample
 from quant.recipe import load_recipe
-from quant.task import INPUT_NAME, make_task
+from quant.twins.samples import written
 from quant.twins.training import save_inference, train_in_child, train_until
 
 MODEL = "SLANet_plus"
@@ -157,13 +155,10 @@ def _network(classes: int, end: int) -> Any:
 
 def _samples(folder: Path, inference_yml: dict[str, Any]) -> tuple[list[np.ndarray], list[list[int]]]:
     """Each table as the model's input [3, 488, 488], and the numbers of its tokens."""
-    adapter = make_task("table_structure", inference_yml, MODEL)
     numbers = {token: number for number, token in enumerate(vocabulary(inference_yml))}
-    inputs, tokens = [], []
-    for sample in read_dataset(resolve_dataset(folder, "table_structure")).samples:
-        inputs.append(adapter.preprocess(read_sample(sample)).inputs[INPUT_NAME][0])
-        tokens.append([numbers[token] for token in ["sos", *structure_tokens(str(sample.label)), "eos"]])
-    return inputs, tokens
+    inputs, labels = zip(*written(folder, MODEL, inference_yml), strict=True)
+    tokens = [[numbers[token] for token in ["sos", *structure_tokens(str(label)), "eos"]] for label in labels]
+    return list(inputs), tokens
 
 
 def _train(folder: Path, seed: int, minutes: float) -> None:
