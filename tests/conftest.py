@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from main_job import MainJobs
 from official_host import OfficialHost
 
 os.environ["FLAGS_enable_pir_api"] = "0"
@@ -21,6 +22,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("QUANT_MODEL_HOME", raising=False)
     monkeypatch.delenv("QUANT_DATA_HOME", raising=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def main_jobs(tmp_path_factory: pytest.TempPathFactory) -> MainJobs:
+    return MainJobs(tmp_path_factory.mktemp("main-jobs"))
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from main_job import MainJobs
 
 from eval.dataset import Sample, read_image
-from quant.pipeline import Job, Options, run_model, start
+from quant.job import Job, Options, start
 from quant.recipe import load_recipe
 from quant.runtime import open_session
 from quant.task import BoxPrediction, TextPrediction
@@ -19,22 +20,6 @@ from quant.task import BoxPrediction, TextPrediction
 pytestmark = pytest.mark.slow
 
 DET, REC = "PP-OCRv4_mobile_det", "PP-OCRv4_mobile_rec"
-# Small and quick, but with a sane plan: one that is all noise gives each client another draw of the noise.
-QUICK = [
-    "calibration.samples=24",
-    "ladder.search_samples=8",
-    "ladder.damage_samples=2",
-    "ladder.error_samples=2",
-    "ladder.coverage_steps=[]",
-    "ladder.min_coverage=0.9",
-    "ladder.max_error=1e-9",  # no rung passes: the most damaging operators are reverted
-    "paddleslim.samples=8",
-    "paddleslim.algo=avg",
-    "latency.runs=1",
-    "gate.max_drop=100",
-    "gate.max_relative_drop=100",
-]
-GENERATED = {DET: "data.generated.samples=60", REC: "data.generated.samples=250"}
 PICTURES = 8
 LARGEST_UNSHRUNK = 960
 SCORE_NOISE = 0.01  # onnxruntime sums in another order with another number of threads; single values round differently
@@ -57,14 +42,11 @@ class Exported:
 
 
 @pytest.fixture(scope="module", params=[DET, REC])
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(request: pytest.FixtureRequest, main_jobs: MainJobs) -> Exported:
     model: str = request.param
-    results = tmp_path_factory.mktemp("results")
-    recipe = load_recipe(model, [*QUICK, GENERATED[model]])
-    options = Options(results, 2, lambda what, done, total: None)
-    finished = run_model(recipe, options)
-    job = start(recipe, options)
-    return Exported(job, finished.folder, job.selection.report[:PICTURES])
+    done = main_jobs.on_real_data(model)
+    job = start(load_recipe(model), Options(done.results, 2, lambda what, done, total: None))
+    return Exported(job, done.folder, job.selection.report[:PICTURES])
 
 
 def paddlex_predictions(exported: Exported, target: str, **arguments: Any) -> list[Any]:
