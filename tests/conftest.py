@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from main_job import MainJobs
+from main_jobs import MainJobs
 from official_host import OfficialHost
 
 os.environ["FLAGS_enable_pir_api"] = "0"

@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from main_job import MainJobs
+from main_jobs import THREADS, MainJobs, together
 
 from eval.dataset import Sample, read_image
 from quant.job import Job, Options, start
@@ -35,17 +35,17 @@ class Exported:
 
     def ours(self, target: str) -> list[Any]:
         """Predictions of our eval path."""
-        session = open_session(target, self.folder / target, threads=2)  # type: ignore[arg-type]
+        session = open_session(target, self.folder / target, threads=THREADS)  # type: ignore[arg-type]
         adapter = self.job.adapter
         prepared = [adapter.preprocess(read_image(sample.image)) for sample in self.samples]
         return [adapter.postprocess(session.run(p.inputs), p.context) for p in prepared]
 
 
-@pytest.fixture(scope="module", params=[DET, REC])
+@pytest.fixture(scope="module", params=together(DET, REC))
 def exported(request: pytest.FixtureRequest, main_jobs: MainJobs) -> Exported:
     model: str = request.param
     done = main_jobs.on_real_data(model)
-    job = start(load_recipe(model), Options(done.results, 2, lambda what, done, total: None))
+    job = start(load_recipe(model), Options(done.results, THREADS, lambda what, done, total: None))
     return Exported(job, done.folder, job.selection.report[:PICTURES])
 
 
@@ -99,7 +99,7 @@ def test_rapidocr(exported: Exported) -> None:
         settings |= {"Det.limit_side_len": 32, "Det.limit_type": "min"}
         settings |= {"Det.mean": [0.485, 0.456, 0.406], "Det.std": [0.229, 0.224, 0.225]}
     engine = RapidOCR(params=settings)
-    session = open_session("onnxruntime", folder.parent, threads=2)
+    session = open_session("onnxruntime", folder.parent, threads=THREADS)
     boxes = strange = 0
     for sample in exported.samples:
         image = unshrunk(read_image(sample.image)) if detects else read_image(sample.image)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from main_job import MainJobs, pooled, quant
+from main_jobs import HAS_DATA, THREADS, MainJobs, pooled, quant, together
 
 from eval.metric import make_metric
 from quant.job import Options, start
@@ -27,7 +26,7 @@ LEAST_COVERAGE = {"onnxruntime": 0.85, "openvino": 0.85, "paddle": 0.75}
 LARGEST_ONNX = 0.32
 ROUNDING_POINTS = 0.2  # other kernels, other sums: two or three of 1,300 lines may differ in a letter
 
-needs_real_data = pytest.mark.skipif("QUANT_DATA_HOME" not in os.environ, reason="QUANT_DATA_HOME is not set")
+needs_real_data = pytest.mark.skipif(not HAS_DATA, reason="QUANT_DATA_HOME is not set")
 
 
 def model_bytes(results: Path) -> dict[str, bytes]:
@@ -61,7 +60,7 @@ def paddlex_value(model: str, folder: Path, threads: int) -> float:
 
 
 @needs_real_data
-@pytest.mark.parametrize("model", [DET, REC])
+@pytest.mark.parametrize("model", together(DET, REC))
 def test_passes_on_real_pictures_on_every_target(model: str, main_jobs: MainJobs) -> None:
     done = main_jobs.on_real_data(model)
     assert sorted(done.rows) == TARGETS
@@ -71,12 +70,12 @@ def test_passes_on_real_pictures_on_every_target(model: str, main_jobs: MainJobs
         assert row["coverage"] >= LEAST_COVERAGE[target]
         if row["format"] == "onnx":
             assert row["int8_bytes"] <= LARGEST_ONNX * row["fp32_bytes"]
-    expected = paddlex_value(model, done.results, threads=2)
+    expected = paddlex_value(model, done.results, THREADS)
     for row in done.rows.values():
         assert row["fp32"] == pytest.approx(expected, abs=ROUNDING_POINTS)
 
 
-@pytest.mark.parametrize("model", [DET, REC])
+@pytest.mark.parametrize("model", together(DET, REC, bare=True))
 def test_bare_command(model: str, main_jobs: MainJobs) -> None:
     """Without any data: generated pictures, a verdict that says so, equal bytes, no work the second time.
 
@@ -85,9 +84,9 @@ def test_bare_command(model: str, main_jobs: MainJobs) -> None:
     done = main_jobs.bare(model)
     assert sorted(done.rows) == TARGETS
     assert {row["gate"]["evidence"] for row in done.rows.values()} == {"generated"}
-    again = quant("run", model, "--quiet", "--out", done.results, **done.environment)
+    again = quant("run", model, "--threads", THREADS, "--quiet", "--out", done.results, **done.environment)
     assert "unchanged, nothing to do" in again.stdout
-    if os.environ.get("QUANT_DATA_HOME"):
+    if HAS_DATA:
         judged = quant("eval", model, "--target", "onnxruntime", "--json", "--quiet", "--out", done.results)
         assert judged.returncode == 0, judged.stdout + judged.stderr[-2000:]
         row = pooled(judged.stdout)["onnxruntime"]
@@ -108,7 +107,7 @@ def test_same_inputs_same_bytes(tmp_path: Path) -> None:
 
     def run(place: str) -> subprocess.CompletedProcess[str]:
         cache = {"QUANT_DATA_HOME": "", "QUANT_CACHE": str(tmp_path / f"cache-{place}")}
-        return quant("run", REC, *overrides, "--threads", 1, "--quiet", "--out", tmp_path / place, **cache)
+        return quant("run", REC, *overrides, "--threads", THREADS, "--quiet", "--out", tmp_path / place, **cache)
 
     with ThreadPoolExecutor(2) as pool:
         for done in pool.map(run, ("one", "two")):

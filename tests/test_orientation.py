@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import yaml
+from main_jobs import THREADS
 from tiny_pir import fill_graph, tiny_feeds
 
 from eval.dataset import Sample, read_sample
@@ -25,7 +26,7 @@ from quant.recipe import load_recipe
 from quant.runtime import open_session
 from quant.task import ClassPrediction, make_task
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("orientation")]
 
 LINES, PAGES = "PP-LCNet_x0_25_textline_ori", "PP-LCNet_x1_0_doc_ori"
 MODEL_HOME = Path(os.environ.get("QUANT_MODEL_HOME", "nowhere").split(os.pathsep)[0])
@@ -38,7 +39,7 @@ needs_data = pytest.mark.skipif("QUANT_DATA_HOME" not in os.environ, reason="QUA
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Finished]:
-    options = Options(tmp_path_factory.mktemp("results"), 2, lambda what, done, total: None)
+    options = Options(tmp_path_factory.mktemp("results"), THREADS, lambda what, done, total: None)
     recipe = load_recipe(LINES)
     done = run_model(recipe, options)
     return start(recipe, options), done
@@ -65,7 +66,7 @@ def assert_equal(ours: list[ClassPrediction], theirs: list[dict[str, Any]]) -> N
 
 
 def ours(job: Job, folder: Path, target: str, samples: list[Sample]) -> list[ClassPrediction]:
-    session = open_session(target, folder / target, 2)  # type: ignore[arg-type]
+    session = open_session(target, folder / target, THREADS)  # type: ignore[arg-type]
     prepared = [job.adapter.preprocess(read_sample(sample)) for sample in samples]
     found = [job.adapter.postprocess(session.run(p.inputs), p.context) for p in prepared]
     assert all(isinstance(prediction, ClassPrediction) for prediction in found)
@@ -105,17 +106,17 @@ def test_the_page_model_loads_under_its_official_name(tmp_path: Path, target: st
     prepared = tmp_path / "prepared"
     prepared.mkdir()
     feeds = tiny_feeds(4, shape=(1, 3, 224, 224))
-    prepare(fill_graph(official / "inference.json", tmp_path / "model"), feeds[:1], 1e-3, 2, prepared)
+    prepare(fill_graph(official / "inference.json", tmp_path / "model"), feeds[:1], 1e-3, THREADS, prepared)
     graph = Graph(onnx.load(prepared / "prepared.onnx"))
     operators = quantizable_operators(graph, {})
-    statistics = collect_statistics(graph, activation_tensors(operators), feeds, 2)
+    statistics = collect_statistics(graph, activation_tensors(operators), feeds, THREADS)
     dtype = "int8" if target == "paddle" else "uint8"
     method = make_range_method("minmax", 100)
     plan = make_plan(graph, operators, statistics, method, model=PAGES, dtype=dtype, prepared_sha256="")
     export_artifact(target, graph, plan, yml, tmp_path / target)  # type: ignore[arg-type]
 
     task = make_task("image_classification", yml, PAGES)
-    session = open_session(target, tmp_path / target, 2)  # type: ignore[arg-type]
+    session = open_session(target, tmp_path / target, THREADS)  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 255, (300, 400 + 50 * number, 3), dtype=np.uint8) for number in range(4)]
     ready = [task.preprocess(picture) for picture in pictures]

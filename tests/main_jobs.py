@@ -10,12 +10,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+HAS_DATA = bool(os.environ.get("QUANT_DATA_HOME"))
+THREADS = 1  # two jobs run side by side
 QUANT = Path(sys.executable).parent / "quant"
 
 
 def quant(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [str(QUANT), *map(str, arguments)]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def together(*models: str, bare: bool = False) -> list[Any]:
+    """Parameters of tests: those that look at the same main job run in one process, where it is run once."""
+    apart = bare and HAS_DATA
+    return [pytest.param(name, marks=pytest.mark.xdist_group(f"{name} bare" if apart else name)) for name in models]
 
 
 def pooled(output: str) -> dict[str, dict[str, Any]]:
@@ -43,7 +53,7 @@ class MainJobs:
 
     def on_real_data(self, model: str) -> MainJob:
         """With the data that there is: without any, the bare command."""
-        if "QUANT_DATA_HOME" not in os.environ:
+        if not HAS_DATA:
             return self.bare(model)
         return self._finished(f"{model}-real", model, {})
 
@@ -54,7 +64,8 @@ class MainJobs:
         if name not in self.done:
             results = self.place / name
             environment = {**settings, "QUANT_CACHE": str(self.place / f"{name}-cache")}
-            finished = quant("run", model, "--json", "--quiet", "--out", results, **environment)
+            command = ("run", model, "--threads", THREADS, "--json", "--quiet", "--out", results)
+            finished = quant(*command, **environment)
             assert finished.returncode == 0, finished.stdout + finished.stderr[-2000:]
             (metrics,) = (results / model).glob("*/metrics.json")
             self.done[name] = MainJob(results, metrics.parent, pooled(finished.stdout), environment)
