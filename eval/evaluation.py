@@ -143,14 +143,18 @@ def judged_rows(
     rows: list[JudgedRow | SkippedRow] = []
     for name in [POOLED, *names]:
         chosen = np.array([name in (POOLED, dataset) for dataset in outcomes.datasets])
-        sets = names if name == POOLED else [name]
-        rows.append(_row(recipe, target, name, outcomes.only(chosen), metric, evidence(sets), facts))
+        rows.append(_row(recipe, target, name, outcomes.only(chosen), metric, facts))
     return rows
 
 
 def evidence(datasets: Sequence[str]) -> Evidence:
-    """Generated data alone is no evidence."""
-    return "generated" if all(name.startswith(GENERATED) for name in datasets) else "real"
+    """Generated data is no evidence, nor is a row that is drawn for the most part.
+
+    Args:
+        datasets: the set of each sample of a row.
+    """
+    drawn = sum(name.startswith(GENERATED) for name in datasets)
+    return "generated" if 2 * drawn > len(datasets) else "real"
 
 
 def _row(
@@ -159,7 +163,6 @@ def _row(
     dataset: str,
     outcomes: Outcomes,
     metric: Metric,
-    kind: Evidence,
     facts: dict[str, Any],
 ) -> JudgedRow | SkippedRow:
     fp32, int8 = outcomes.fp32, outcomes.int8
@@ -169,7 +172,7 @@ def _row(
         return SkippedRow(
             model=recipe.name, task=recipe.task, target=target, reason=f"{dataset}: {error.reason}", fix=error.fix
         )
-    gate = recipe.gate
+    gate, kind = recipe.gate, evidence(outcomes.datasets)
     return JudgedRow(
         model=recipe.name,
         task=recipe.task,

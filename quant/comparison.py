@@ -12,6 +12,8 @@ import numpy as np
 
 Arrays = Sequence[np.ndarray]
 
+_LONG_LIST = 20  # rows; in a shorter one the last row is no trifle
+
 
 def side_by_side(found: Arrays, exact: Arrays) -> list[tuple[np.ndarray, np.ndarray]]:
     """Pairs as float64 of equal shape: rows of a list beside the row most alike, zeros where a partner is missing.
@@ -20,6 +22,25 @@ def side_by_side(found: Arrays, exact: Arrays) -> list[tuple[np.ndarray, np.ndar
         found, exact: outputs of two models for the same picture.
     """
     return [_comparable(*_matched(one, other)) for one, other in zip(found, exact, strict=True)]
+
+
+def largest_difference(found: Arrays, expected: Arrays) -> float:
+    """Largest absolute difference of the outputs for one picture; infinite where shapes differ or one is not finite.
+
+    Of long lists the row that differs most may be another one: which detection is the last
+    that gets into the list is a matter of rounding.
+    """
+    if any(one.shape != other.shape for one, other in zip(found, expected, strict=True)):
+        return float("inf")
+    worst = 0.0
+    for one, other in side_by_side(found, expected):
+        if one.size:
+            apart = np.abs(one - other)
+            if not np.isfinite(apart).all():
+                return float("inf")
+            is_list = one.ndim == 2 and len(one) >= _LONG_LIST
+            worst = max(worst, float(np.sort(apart.max(axis=1))[-2] if is_list else apart.max()))
+    return worst
 
 
 def _matched(found: np.ndarray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from quant.bridge import bridge
-from quant.comparison import side_by_side
+from quant.comparison import largest_difference
 from quant.conversion import ANCHORS, Imported, import_model, trace_anchors
 from quant.errors import InputError
 from quant.fold import fold
@@ -155,7 +155,7 @@ def _compare_import(
         check_calls(session, feeds, imported.reference, tolerance, what)
     worst = 0.0
     for feed, reference in zip(feeds, imported.reference, strict=True):
-        difference = _difference(session.run(feed), reference)
+        difference = largest_difference(session.run(feed), reference)
         if not difference <= tolerance:
             place = _first_anchor_apart(graph, files, feed, tolerance, threads, work)
             raise InputError(
@@ -171,7 +171,7 @@ def _first_anchor_apart(graph: Graph, files: ModelFiles, feed: Feed, tolerance: 
     nodes = [node for node in graph.nodes if node.op_type in ANCHORS.values()]
     values = onnx_session(graph.to_model([n.output[0] for n in nodes]), threads).run(feed, [n.output[0] for n in nodes])
     for (kind, name, original), node, value in zip(traced, nodes, values, strict=False):
-        if ANCHORS[kind] != node.op_type or not _difference([value], [original]) <= _scaled(tolerance, original):
+        if ANCHORS[kind] != node.op_type or not largest_difference([value], [original]) <= _scaled(tolerance, original):
             return f"operator {kind} '{name}' (ONNX {node.op_type} '{node.name or node.output[0]}')"
     return "the last operators"
 
@@ -182,7 +182,7 @@ def _compare_fold(
     session = onnx_session(prepared.to_model(), threads)
     worst = 0.0
     for feed, reference in zip(feeds, imported.reference, strict=True):
-        difference = _difference(session.run(feed), reference)
+        difference = largest_difference(session.run(feed), reference)
         if not difference <= tolerance:
             place = first_operator_apart(shipped, prepared, feed, tolerance, threads)
             apart = f"{difference:.3g} (allowed {tolerance:g})"
@@ -199,7 +199,7 @@ def first_operator_apart(before: Graph, after: Graph, feed: Feed, tolerance: flo
     expected = onnx_session(before.to_model(names), threads).run(feed, names)
     found = onnx_session(after.to_model(names), threads).run(feed, names)
     for node, one, other in zip(nodes, expected, found, strict=True):
-        if not _difference([one], [other]) <= _scaled(tolerance, one):
+        if not largest_difference([one], [other]) <= _scaled(tolerance, one):
             return f"operator {node.op_type} '{node.output[0]}'"
     return "an operator whose output has no counterpart"
 
@@ -207,20 +207,3 @@ def first_operator_apart(before: Graph, after: Graph, feed: Feed, tolerance: flo
 def _scaled(tolerance: float, values: np.ndarray) -> float:
     """Inner tensors are larger than the outputs that `tolerance` is meant for."""
     return tolerance * max(1.0, float(np.abs(values).max(initial=0.0)))
-
-
-def _difference(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    """Largest absolute difference; infinite where shapes differ or values are not finite.
-
-    Of lists (see `quant.comparison`) the row that differs most may be another one: which detection is the last that
-    gets into the list is a matter of rounding.
-    """
-    if any(one.shape != other.shape for one, other in zip(found, expected, strict=True)):
-        return float("inf")
-    worst = 0.0
-    for one, other in side_by_side(found, expected):
-        if one.size:
-            apart = np.abs(one.astype(np.float64) - other)
-            rows = np.sort(apart.max(axis=1)) if one.ndim == 2 else apart.ravel()
-            worst = max(worst, float(rows[:-1].max() if one.ndim == 2 and len(rows) > 1 else rows.max()))
-    return worst if np.isfinite(worst) else float("inf")

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant.comparison import side_by_side
+from quant.comparison import largest_difference, side_by_side
 from quant.sensitivity import relative_errors
 
 
@@ -40,3 +40,13 @@ def test_a_sequence_that_ends_sooner_is_filled_with_zeros() -> None:
     assert found.shape == exact.shape == (1, 4, 5) and found.sum() == 10
     assert relative_errors([[short]], [[long]]) == [0.5]
     assert side_by_side([np.zeros((0, 6))], [np.ones((2, 6))])[0][0].shape == (2, 6)
+
+
+def test_one_row_of_a_long_list_may_be_another_but_must_be_finite() -> None:
+    boxes = np.arange(120, dtype=np.float32).reshape(30, 4)
+    other = boxes.copy()
+    other[-1] += 50
+    assert largest_difference([other], [boxes]) < 1e-9
+    assert largest_difference([other[-5:]], [boxes[-5:]]) > 1
+    other[-1] = np.nan
+    assert largest_difference([other], [boxes]) == np.inf
