@@ -226,6 +226,7 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return name, Graph(onnx.load(folder / "prepared.onnx")), inputs
 
 
+@pytest.mark.xdist_group("slim")
 @pytest.mark.slow
 @pytest.mark.parametrize(("onednn", "new_ir"), MODES)
 def test_real_models_compute_the_same_in_fp32(
@@ -244,6 +245,7 @@ def mean_difference(found: list[Array], expected: list[Array]) -> float:
     return float(np.mean([np.abs(a - b).mean() for a, b in zip(found, expected, strict=True)]))
 
 
+@pytest.mark.xdist_group("slim")
 @pytest.mark.slow
 def test_real_models_compute_their_plan_in_every_mode(real: tuple[str, Graph, list[Feed]], tmp_path: Path) -> None:
     _, graph, inputs = real
