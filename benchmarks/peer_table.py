@@ -29,7 +29,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"Versions: {', '.join(f'{name} {version}' for name, version in report['versions'].items())}.",
         WORDS,
         f"## Accuracy, size and cost; latency at {_size(reference)}",
-        _table(["Quantizer", "Runtime", *_ACCURACY, *_TIMES, "Remark"], [_line(row, reference) for row in rows]),
+        table(["Quantizer", "Runtime", *_ACCURACY, *_TIMES, "Remark"], [_line(row, reference) for row in rows]),
         "## Latency: INT8 / FP32 prepared / FP32 as shipped, ms",
         _latency_table([row for row in rows if row.get("cells")]),
     ]
@@ -84,14 +84,15 @@ def _latency_table(rows: list[dict[str, Any]]) -> str:
                 notes = [cell["note"] or NOT_KNOWN for cell in row["cells"]]
                 texts = [_triple(cell) if cell else note for cell, note in zip(cells, notes, strict=True)]
                 lines.append([row["label"], f"{row['target']} {precision}".strip(), *texts])
-    return _table(["Quantizer", "Runtime", *map(_size, shapes)], lines)
+    return table(["Quantizer", "Runtime", *map(_size, shapes)], lines)
 
 
 def _triple(timing: dict[str, float | None]) -> str:
     return " / ".join(_number(timing[name]) for name in ("int8", "fp32_prepared", "fp32"))
 
 
-def _table(headings: list[str], lines: list[list[str]]) -> str:
+def table(headings: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown."""
     every = [headings, ["---"] * len(headings), *lines]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in every)
 

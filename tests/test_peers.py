@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import peers  # noqa: E402
 from peer_coverage import coverage, ir_coverage, onnx_coverage  # noqa: E402
 from peer_quantizers import PEERS  # noqa: E402
+from peer_quote import BEGIN, END, README, RESULTS, quote, quoted  # noqa: E402
 from peer_table import markdown  # noqa: E402
 from peer_worker import Task  # noqa: E402
 
@@ -202,3 +204,39 @@ def test_the_page_without_any_result() -> None:
 
 def test_every_quantizer_has_a_name_of_its_own() -> None:
     assert len({peer.label for peer in PEERS.values()}) == len(PEERS)
+
+
+def test_the_readme_quotes_what_was_measured(tmp_path: Path) -> None:
+    row = {
+        "label": "ours",
+        "target": "onnxruntime",
+        "status": "judged",
+        "seconds": 61.7,
+        "samples": 1300,
+        "drop": -0.25,
+        "drop_upper95": 0.5,
+        "gate": {"passed": True},
+        "cells": [{"shape": SHAPE, "ms": {"fp32": 10.0, "fp32_prepared": 9.0, "int8": 5.0}}],
+    }
+    failed = row | {"target": "openvino", "drop": 12, "drop_upper95": 15, "gate": {"passed": False}, "cells": []}
+    report = {
+        "model": "some_model",
+        "processor": {"name": "a processor", "features": ["avx2"]},
+        "threads": 2,
+        "calibration": 128,
+        "latency_shape": SHAPE,
+        "rows": [row, failed, {"label": "another", "target": "paddle", "status": "failed", "reason": "it broke"}],
+    }
+    (tmp_path / "peers-some_model.json").write_text(json.dumps(report), encoding="utf-8")
+    lines = quote(tmp_path).splitlines()
+    assert lines[0].startswith(
+        "some_model, 1300 samples that no quantizer saw, 128 for calibration; a processor (avx2)"
+    )
+    assert lines[4] == "| ours | -0.25 (0.50), 2.00x | **12.00 (15.00)**, not timed | - | 62 |"
+    assert lines[5] == "| another | - | - | failed | - |"
+
+
+def test_the_readme_is_not_behind_the_results() -> None:
+    readme = README.read_text(encoding="utf-8")
+    assert BEGIN in readme and END in readme
+    assert quoted(readme) == quote(RESULTS)
