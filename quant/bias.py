@@ -95,7 +95,7 @@ class _Segment:
         body = helper.make_graph(self.nodes, "segment", inputs, outputs, constants)
         model = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)])
         model.ir_version = IR_VERSION
-        session = onnx_session(model, threads)
+        session = onnx_session(model, threads, integers=False)
         results = []
         for kept in values:
             found = dict(zip(computed, session.run({n: kept[n] for n in self.reads}, computed), strict=True))

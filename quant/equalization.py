@@ -49,9 +49,9 @@ class _Reach:
     low: np.ndarray
     high: np.ndarray
 
-    def update(self, values: np.ndarray) -> None:
-        self.low = np.minimum(self.low, values.min(axis=(0, 2, 3)))
-        self.high = np.maximum(self.high, values.max(axis=(0, 2, 3)))
+    def update(self, low: np.ndarray, high: np.ndarray) -> None:
+        """Take in one picture."""
+        self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
 
 
 def make_equalizers(
@@ -189,13 +189,18 @@ def _is_pointwise(graph: Graph, node: NodeProto) -> bool:
 
 
 def _channel_reaches(graph: Graph, tensors: list[str], feeds: Iterable[Feed], threads: int) -> dict[str, _Reach]:
-    session = onnx_session(graph.to_model(tensors), threads)
+    extremes = [(f"{name}_lowest", f"{name}_highest") for name in tensors]
+    bench = graph.copy()
+    for name, (low, high) in zip(tensors, extremes, strict=True):
+        for kind, output in (("ReduceMin", low), ("ReduceMax", high)):
+            bench.nodes.append(helper.make_node(kind, [name], [output], name=output, axes=[0, 2, 3], keepdims=0))
+    wanted = [name for pair in extremes for name in pair]
+    session = onnx_session(bench.to_model(wanted), threads)
     reaches: dict[str, _Reach] = {}
     for feed in feeds:
-        for name, values in zip(tensors, session.run(feed, tensors), strict=True):
-            if name not in reaches:
-                reaches[name] = _Reach(values.min(axis=(0, 2, 3)), values.max(axis=(0, 2, 3)))
-            reaches[name].update(values)
+        found = dict(zip(wanted, session.run(feed, wanted), strict=True))
+        for name, (low, high) in zip(tensors, extremes, strict=True):
+            reaches.setdefault(name, _Reach(found[low], found[high])).update(found[low], found[high])
     if not reaches:
         raise InputError("no calibration picture can be read; give another set with --data")
     return reaches

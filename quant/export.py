@@ -20,7 +20,7 @@ from quant.placement import place
 from quant.plan import IntegerWeight, QuantPlan, corrected_graph
 from quant.runtime import Feed, onnx_session, open_session, target_format
 from quant.sensitivity import relative_errors
-from quant.simulation import rounded_constant, simulated_model
+from quant.simulation import rounded_constant, simulated_session
 from quant.target import TARGETS, TargetName
 from quant.tensorrt_rules import explicit_quantization_problems
 
@@ -145,7 +145,7 @@ def _differences(
     """Median distances of the simulation from FP32, and of the artifact from the simulation."""
     sessions = [
         onnx_session(graph.to_model(), threads),
-        onnx_session(simulated_model(graph, plan), threads),
+        simulated_session(graph, plan, threads),
         open_session(target if TARGETS[target].executed else "onnxruntime", folder, threads),
     ]
     exact, simulated, executed = ([session.run(feed) for feed in feeds] for session in sessions)

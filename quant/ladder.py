@@ -79,25 +79,29 @@ def climb(
     gate: Gate,
     min_coverage: float,
     judge: Judge,
+    damaged: Callable[[QuantPlan], QuantPlan] = lambda plan: plan,
     refine: Callable[[QuantPlan], QuantPlan] = lambda candidate: candidate,
 ) -> tuple[QuantPlan, list[Rung]]:
     """The first plan that passes on the search split, or the best one.
 
     Args:
-        plan: with the damage of each quantized operator noted.
+        plan: with everything in INT8, its biases corrected.
         judge: runs a plan's simulation on the search split.
+        damaged: notes the damage of each quantized operator; asked where the plan as it is does not pass.
         refine: fits a candidate to the operators that are left in INT8.
 
     Returns:
         The chosen plan and all rungs tried, in order.
     """
     tried: list[tuple[QuantPlan, Rung]] = []
-    for limit in (1.0, *(step for step in ladder.coverage_steps if step > min_coverage), min_coverage):
+    for limit in (1.0, *(step for step in ladder.coverage_steps if min_coverage < step < 1), min_coverage):
+        if limit < 1 and len(tried) == 1:
+            plan = damaged(plan)
         candidate = revert_to(plan, limit, ladder.min_weights)
         if tried and candidate.quantized().keys() == tried[-1][0].quantized().keys():
             continue
-        candidate = refine(candidate)
         reverted = len(plan.quantized()) - len(candidate.quantized())
+        candidate = refine(candidate) if reverted else candidate
         rung = try_plan("ptq" if not reverted else f"revert {reverted}", candidate, reverted, ladder, gate, judge)
         tried.append((candidate, rung))
         if rung.passed:

@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 
 HALF_BINS = 8192
+MOST_VALUES = 2**16
+"""Values of a tensor that are counted for each picture; of larger tensors every k-th."""
 MOMENTUM = 0.9
 
 
@@ -32,7 +34,7 @@ class MovingRange:
 
 @dataclass
 class Histogram:
-    """Streaming histogram of fixed size over [-limit, limit), exact in minimum and maximum.
+    """Streaming histogram of fixed size over [-limit, limit), of all or of MOST_VALUES; minimum and maximum are exact.
 
     `limit` is a power of two and doubles when a larger value arrives (pairs of bins merge), so the
     result does not depend on the order of the samples and memory does not grow with their number.
@@ -52,9 +54,12 @@ class Histogram:
             raise ValueError("the tensor holds NaN or infinity")
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         self.average.update(low, high)
+        merge = bool(self.counts.any())
         while high >= self.limit or -low > self.limit:  # bins are open at their upper end
-            self._double()
-        index = np.multiply(values, np.float32(HALF_BINS / self.limit), dtype=np.float32).ravel()
+            self._double(merge)
+        step = -(-values.size // MOST_VALUES)
+        values = values.ravel()[:: step | 1]  # an odd step does not meet the same columns in every row
+        index = np.multiply(values, np.float32(HALF_BINS / self.limit), dtype=np.float32)
         index = np.clip(np.floor(index, out=index), -HALF_BINS, HALF_BINS - 1, out=index).astype(np.int32)
         self.counts += np.bincount(index + HALF_BINS, minlength=2 * HALF_BINS)
 
@@ -63,11 +68,13 @@ class Histogram:
         width = self.limit / HALF_BINS
         return (np.arange(-HALF_BINS, HALF_BINS) + 0.5) * width
 
-    def _double(self) -> None:
+    def _double(self, merge: bool) -> None:
+        self.limit *= 2
+        if not merge:
+            return
         merged = self.counts.reshape(-1, 2).sum(axis=1)
         self.counts = np.zeros_like(self.counts)
         self.counts[HALF_BINS // 2 : HALF_BINS // 2 + HALF_BINS] = merged
-        self.limit *= 2
 
 
 class RangeMethod(Protocol):

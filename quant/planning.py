@@ -63,7 +63,7 @@ from quant.rounding import collect_moments, round_by_moments
 from quant.runtime import Feed, Session, onnx_session
 from quant.search import Point, chosen, draw_front, explore, front
 from quant.sensitivity import OutputError, load_errors, measure_errors, output_error, save_errors
-from quant.simulation import simulated_model
+from quant.simulation import simulated_session
 from quant.speed import measured_gains, relative_latency
 from quant.stage import file_digests
 from quant.target import TARGETS, TargetName
@@ -145,12 +145,14 @@ def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
     key = {**_judged_by(job), "plan": file_digests(everything), "min_coverage": choice.min_coverage}
 
     def build(folder: Path) -> None:
-        graph, plan = prepared_graph(job), load_plan(everything)
-        damages = {name: error.damage for name, error in alone_errors(job, choice).items()}
-        plan.operators = with_damages(plan.operators, damages)
+        def damaged(plan: QuantPlan) -> QuantPlan:
+            damages = {name: error.damage for name, error in alone_errors(job, choice).items()}
+            return replace(plan, operators=with_damages(plan.operators, damages))
+
+        graph = prepared_graph(job)
         minimum = least_coverage(job.recipe, choice)
         judge, refine = SearchJudge(job, graph), partial(_with_full_biases, job, graph)
-        best, rungs = climb(plan, recipe.ladder, recipe.gate, minimum, judge, refine)
+        best, rungs = climb(load_plan(everything), recipe.ladder, recipe.gate, minimum, judge, damaged, refine)
         best.save(folder)
         (folder / "ladder.json").write_text(json.dumps([r.document() for r in rungs], sort_keys=True), encoding="utf-8")
 
@@ -198,13 +200,34 @@ def full_stage(job: Job, choice: TargetChoice) -> Path:
             plan.notes.append(f"weights rounded by second moments: {', '.join(sorted(moments))}")
         if recipe.calibration.range == "per_tensor" and choice.method == "ptq":
             plan = _with_best_ranges(job, equalized, plan, choice)
-        if biases:
-            limit = recipe.calibration.bias_samples if recipe.calibration.bias_correction == "full" else None
-            feeds = calibration_feeds(job, "correcting biases", limit)
-            plan.bias_shifts = correct_biases(equalized, plan, feeds, job.options.threads)
-        plan.save(folder)
+        if recipe.calibration.bias_correction == "fast":
+            plan.bias_shifts = _fast_biases(job, equalized, plan)
+        _with_full_biases(job, graph, plan).save(folder)
 
     return job.store.result("full", key, build)
+
+
+def alone_stage(job: Job, choice: TargetChoice) -> Path:
+    """Stage: the full plan with biases that suit operators of which one alone, or one kind, is in INT8."""
+    everything = full_stage(job, choice)
+    if job.recipe.calibration.bias_correction != "full":
+        return everything
+
+    def build(folder: Path) -> None:
+        plan = load_plan(everything)
+        graph = equalize(prepared_graph(job), plan.equalizers, plan.equalizers)
+        plan.bias_shifts = _fast_biases(job, graph, plan)
+        plan.save(folder)
+
+    samples = sample_ids(job.selection.calibration)[: job.recipe.calibration.bias_samples]
+    return job.store.result("alone", {**job.key, "plan": file_digests(everything), "samples": samples}, build)
+
+
+def _fast_biases(job: Job, equalized: Graph, plan: QuantPlan) -> dict[str, np.ndarray]:
+    """Corrections of each convolution for its own rounding, as if it alone were in INT8."""
+    limit = job.recipe.calibration.bias_samples if job.recipe.calibration.bias_correction == "full" else None
+    feeds = calibration_feeds(job, "correcting biases", limit)
+    return correct_biases(equalized, plan, feeds, job.options.threads)
 
 
 def _with_full_biases(job: Job, graph: Graph, plan: QuantPlan) -> QuantPlan:
@@ -329,7 +352,7 @@ def _calibrated(job: Job, graph: Graph, tensors: list[str], choice: TargetChoice
 
 def alone_errors(job: Job, choice: TargetChoice) -> dict[str, OutputError]:
     """Stage: how far the outputs move when one operator of the full plan is in INT8, for each of them."""
-    recipe, everything = job.recipe, full_stage(job, choice)
+    recipe, everything = job.recipe, alone_stage(job, choice)
     count = recipe.ladder.damage_samples
 
     def build(folder: Path) -> None:
@@ -370,7 +393,7 @@ class SearchJudge:
         return feeds, [session.run(feed) for feed in feeds]
 
     def _session(self, plan: QuantPlan, threads: int) -> Session:
-        return onnx_session(simulated_model(self.graph, plan), threads)
+        return simulated_session(self.graph, plan, threads)
 
 
 def _exact_search_scores(job: Job, graph: Graph) -> Path:

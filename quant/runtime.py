@@ -93,9 +93,13 @@ def streams(target: TargetName, threads: int) -> tuple[int, int]:
     return (threads, 1) if TARGETS[target].side_by_side else (1, threads)
 
 
-def onnx_session(model: ModelProto | Path, threads: int) -> Session:
-    """An onnxruntime CPU session of a model file or a model in memory."""
-    return _OnnxRuntime(model, threads)
+def onnx_session(model: ModelProto | Path, threads: int, *, integers: bool = True) -> Session:
+    """An onnxruntime CPU session of a model file or a model in memory.
+
+    Args:
+        integers: whether operators between Q/DQ may become integer kernels; else each node is computed as it stands.
+    """
+    return _OnnxRuntime(model, threads, integers)
 
 
 def openvino_session(file: Path, threads: int, precision: Precision = "f32") -> Session:
@@ -104,7 +108,7 @@ def openvino_session(file: Path, threads: int, precision: Precision = "f32") -> 
 
 
 class _OnnxRuntime:
-    def __init__(self, model: ModelProto | Path, threads: int) -> None:
+    def __init__(self, model: ModelProto | Path, threads: int, integers: bool) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -114,6 +118,7 @@ class _OnnxRuntime:
         options.enable_mem_pattern = False  # a pattern is kept for every picture size
         # Else the idle threads of one session take the cores from the next: FP32 and INT8 in turn run at half speed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry("session.disable_quant_qdq", "0" if integers else "1")
         source = str(model) if isinstance(model, Path) else model.SerializeToString()
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

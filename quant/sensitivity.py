@@ -15,7 +15,7 @@ from quant.graph import Graph, attribute
 from quant.ladder import SearchScore
 from quant.plan import Operator, QuantPlan, weight_axis
 from quant.runtime import Feed, Session, onnx_session
-from quant.simulation import simulated_model
+from quant.simulation import simulated_session
 
 MOST_SCORED = 12
 PATIENCE = 3
@@ -57,7 +57,7 @@ def measure_errors(
     exact = [reference.run(feed) for feed in feeds]
 
     def measured(names: set[str]) -> OutputError:
-        session = onnx_session(simulated_model(graph, plan.with_only(names, "measured without it")), 1)
+        session = simulated_session(graph, plan.with_only(names, "measured without it"), 1)
         return compare_outputs([session.run(feed) for feed in feeds], exact)
 
     errors = {}

@@ -15,7 +15,7 @@ from quant.graph import Graph
 from quant.job import Job, counted, first_feeds, labels_digest, prepared_graph, runs_folder, sample_ids
 from quant.ladder import SearchScore
 from quant.plan import QuantPlan, load_plan
-from quant.planning import SearchJudge, alone_errors, full_stage, least_coverage
+from quant.planning import SearchJudge, alone_errors, alone_stage, least_coverage
 from quant.sensitivity import (
     OutputError,
     kernel_groups,
@@ -92,7 +92,7 @@ def report_sensitivity(job: Job, target: TargetName) -> tuple[Sensitivity, list[
 def _sensitivity_stage(job: Job, target: TargetName) -> Path:
     """Stage: `sensitivity.json` and `sensitivity.svg` of a target."""
     recipe, choice = job.recipe, job.recipe.targets[target]
-    full = full_stage(job, choice)
+    full = alone_stage(job, choice)
     minimum = least_coverage(recipe, choice)
     search = job.selection.search
     key = {

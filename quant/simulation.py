@@ -1,6 +1,6 @@
-"""The plan's reference output: quantization written as plain float arithmetic.
+"""The plan's reference output: every quantized tensor rounded where it stands, all arithmetic in float32.
 
-Independent of any runtime's Q/DQ or integer kernels; exports are compared with it.
+Independent of integer kernels and of what runtimes fuse; exports are compared with it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,24 @@ from quant.graph import Graph
 from quant.observer import affine_parameters
 from quant.placement import place
 from quant.plan import ActivationQuantizer, IntegerWeight, QuantPlan, dequantize_weight
+from quant.runtime import Session, onnx_session
+
+
+def simulated_session(prepared: Graph, plan: QuantPlan, threads: int) -> Session:
+    """The simulation, ready to run."""
+    return onnx_session(simulated_model(prepared, plan), threads, integers=False)
 
 
 def simulated_model(prepared: Graph, plan: QuantPlan) -> ModelProto:
-    """The prepared graph in which quantized tensors are rounded and clipped in float32."""
+    """The prepared graph in which quantized tensors are rounded and clipped; to be run without integer kernels."""
     return place(prepared, plan, FloatWriter()).to_model()
 
 
 class FloatWriter:
-    """Quantization as float arithmetic (see `quant.placement.Writer`). Biases stay as they are."""
+    """Quantization of float tensors in place (see `quant.placement.Writer`). Biases stay as they are.
+
+    Q and DQ stand side by side, so that whatever reads the tensor reads floats; weights are floats from the start.
+    """
 
     def rounded(self, graph: Graph, before: NodeProto, tensor: str, scale: float, zero_point: int, dtype: str) -> str:
         return _rounded(graph, before, tensor, (scale, zero_point, dtype), (scale, zero_point))
@@ -51,23 +60,14 @@ def _rounded(
     graph: Graph, before: NodeProto, tensor: str, written: tuple[float, int, str], read: tuple[float, int]
 ) -> str:
     """Nodes that round and clip as one quantizer does, and read the integers on another scale."""
-    (scale, zero_point, dtype), (read_scale, read_zero_point) = written, read
-    smallest, largest = integer_limits(dtype)
-    values = {
-        "scale": scale,
-        "low": smallest - zero_point,
-        "high": largest - zero_point,
-        "move": zero_point - read_zero_point,
-        "read_scale": read_scale,
-    }
-    number = {key: graph.add_constant(f"{tensor}_{key}", np.asarray(v, dtype=np.float32)) for key, v in values.items()}
-    steps = [("Div", ["scale"]), ("Round", []), ("Clip", ["low", "high"]), ("Add", ["move"]), ("Mul", ["read_scale"])]
-    for kind, keys in steps:
-        if kind == "Add" and not values["move"]:
-            continue
+    stored = np.uint8 if written[2] == "uint8" else np.int8
+    for kind, (scale, zero_point) in (("QuantizeLinear", written[:2]), ("DequantizeLinear", read)):
+        numbers = [
+            graph.add_constant(f"{tensor}_scale", np.asarray(scale, dtype=np.float32)),
+            graph.add_constant(f"{tensor}_zero_point", np.asarray(zero_point, dtype=stored)),
+        ]
         name = graph.fresh_name(f"{tensor}_sim")
-        node = helper.make_node(kind, [tensor, *(number[key] for key in keys)], [name], name=name)
-        graph.insert_before(before, node)
+        graph.insert_before(before, helper.make_node(kind, [tensor, *numbers], [name], name=name))
         tensor = name
     return tensor
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_flow import flowing_plan, mobile_block
 from test_plan import plan_of
-from tiny_models import TinyNet, run, small_detector, small_recognizer
+from tiny_models import TinyNet, run, simulate, small_detector, small_recognizer
 
 from quant.bias import sequential_biases
 from quant.placement import active_chains
@@ -33,7 +33,7 @@ def mean_errors(net: TinyNet, plan: QuantPlan, feeds: list[Feed]) -> dict[str, f
         exact = np.mean([run(graph.to_model([op.name]), f, op.name)[0].mean((0, 2, 3)) for f in feeds], axis=0)
         model = simulated_model(graph, plan)
         model.graph.output.append(type(model.graph.output[0])(name=op.name))
-        found = np.mean([run(model, f, op.name)[0].mean((0, 2, 3)) for f in feeds], axis=0)
+        found = np.mean([simulate(model, f, op.name)[0].mean((0, 2, 3)) for f in feeds], axis=0)
         factor = chains.get(op.name)
         errors[op.name] = float(np.abs(found / (1 if factor is None else factor) - exact).max())
     return errors

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import TinyNet, kinds, run
+from tiny_models import TinyNet, kinds, run, simulate
 
 from quant.calibration import collect_statistics
 from quant.equalization import FLOOR, Equalizer, equalize, load_equalizers, make_equalizers, save_equalizers
@@ -111,9 +111,9 @@ def test_reverting_an_operator_changes_nothing_for_the_others() -> None:
     """An operator alone in INT8 errs as it does among others: its weights and ranges are found by name."""
     net, graph = built()
     plan = equalized_plan(net, graph)
-    together = run(simulated_model(graph, plan), net.feed(50))
+    together = simulate(simulated_model(graph, plan), net.feed(50))
     for name, values in zip(graph.outputs, together, strict=True):
-        alone = run(simulated_model(graph, plan.with_only({name}, "alone")), net.feed(50), name)[0]
+        alone = simulate(simulated_model(graph, plan.with_only({name}, "alone")), net.feed(50), name)[0]
         np.testing.assert_allclose(alone, values, atol=1e-5)
         assert np.abs(alone - run(graph.to_model(), net.feed(50), name)[0]).max() > 1e-4
 

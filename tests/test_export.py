@@ -15,7 +15,7 @@ import yaml
 from onnx import numpy_helper
 from test_plan import plan_of
 from test_simulation import plan_for
-from tiny_models import TinyNet, run, session_values, small_detector, small_recognizer
+from tiny_models import TinyNet, run, session_values, simulate, small_detector, small_recognizer
 
 from quant.errors import InputError
 from quant.export import check_artifact, export_artifact, quantized_model
@@ -53,7 +53,7 @@ def test_onnxruntime_computes_the_plan(net: TinyNet, tmp_path: Path, dtype: str,
     plan = with_shifts(plan_of(net, dtype))
     exported(net, plan, tmp_path)
     exact = run(net.graph().to_model(), net.feed())[0]
-    expected = run(simulated_model(net.graph(), plan), net.feed())[0]
+    expected = simulate(simulated_model(net.graph(), plan), net.feed())[0]
     found = session_values(tmp_path / "inference.onnx", net.feed(), optimized=optimized)[0]
     distance = float(np.abs(found - expected).max())
     # A kernel may round single values to the neighbouring step; the plan itself moves the output further.
@@ -67,7 +67,7 @@ def test_openvino_computes_the_plan(net: TinyNet, tmp_path: Path, dtype: str) ->
     plan = with_shifts(plan_of(net, dtype))
     exported(net, plan, tmp_path)
     exact = run(net.graph().to_model(), net.feed())[0]
-    expected = run(simulated_model(net.graph(), plan), net.feed())[0]
+    expected = simulate(simulated_model(net.graph(), plan), net.feed())[0]
     found = open_session("openvino", tmp_path, 1).run(net.feed())[0]
     assert found.shape == expected.shape
     moved, distance = (float(np.abs(expected - other).mean()) for other in (exact, found))
@@ -123,7 +123,7 @@ def test_reverted_operators_keep_float_weights(tmp_path: Path) -> None:
     model = exported(net, less, tmp_path)
     floats = [t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 4]
     assert floats == [plan.operators[1].weight]
-    expected = run(simulated_model(net.graph(), less), net.feed())[0]
+    expected = simulate(simulated_model(net.graph(), less), net.feed())[0]
     np.testing.assert_allclose(
         session_values(tmp_path / "inference.onnx", net.feed(), optimized=False)[0], expected, atol=2e-5
     )
@@ -139,7 +139,7 @@ def test_a_tensor_and_a_weight_shared_with_an_fp32_operator() -> None:
     plan = plan_for(net, graph).with_only({first}, "test")
     model = quantized_model(graph, plan, {})
     onnx.checker.check_model(model, full_check=True)
-    exact, expected = run(graph.to_model(), net.feed()), run(simulated_model(graph, plan), net.feed())
+    exact, expected = run(graph.to_model(), net.feed()), simulate(simulated_model(graph, plan), net.feed())
     found = run(model, net.feed())
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from test_plan import plan_of
-from tiny_models import TinyNet, run
+from tiny_models import TinyNet, run, simulate
 
 from quant.calibration import collect_statistics
 from quant.equalization import equalize, make_equalizers
@@ -100,7 +100,7 @@ def test_simulation_and_export_agree_and_stay_near_fp32(shift: float, scope: str
     net = mobile_block(shift)
     plan, feed = flowing_plan(net, scope), net.feed(50)
     exact = run(net.graph().to_model(), feed)[0]
-    simulated = run(simulated_model(net.graph(), plan), feed)[0]
+    simulated = simulate(simulated_model(net.graph(), plan), feed)[0]
     exported = run(quantized_model(net.graph(), plan, {}), feed)[0]
     assert 0 < distance(simulated, exact) < 0.05
     assert distance(exported, simulated) < 0.01
@@ -121,7 +121,7 @@ def test_an_operator_in_fp32_leaves_its_neighbours_on_integers(tmp_path: Path, r
     fewer = load_plan(tmp_path)
     feed = net.feed(50)
     exact = run(net.graph().to_model(), feed)[0]
-    simulated = run(simulated_model(net.graph(), fewer), feed)[0]
+    simulated = simulate(simulated_model(net.graph(), fewer), feed)[0]
     assert distance(simulated, exact) < 0.05
     exported = run(quantized_model(net.graph(), fewer, {}), feed)[0]
     assert distance(exported, simulated) < 0.01

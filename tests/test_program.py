@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from test_plan import plan_of
-from tiny_models import TinyNet, run, small_detector, small_recognizer
+from tiny_models import TinyNet, run, simulate, small_detector, small_recognizer
 
 from quant.errors import InputError
 from quant.graph import Graph
@@ -293,7 +293,7 @@ def test_a_plan_computes_what_its_simulation_computes(net: TinyNet, onednn: bool
     wider = (*net.shape[:-1], net.shape[-1] + 4)
     differences, effects = [], []
     for feed in feeds([net.shape, wider, (3, *wider[1:])], scale=1.5):
-        expected, found = run(simulated, feed)[0], compute(feed)[0]
+        expected, found = simulate(simulated, feed)[0], compute(feed)[0]
         differences.append(np.abs(found - expected).ravel())
         effects.append(np.abs(run(graph.to_model(), feed)[0] - expected).ravel())
     # A value on the edge between two steps may fall to either side; most values are not near one.
@@ -324,7 +324,7 @@ def test_a_tensor_and_a_weight_shared_with_an_fp32_operator(new_ir: bool, tmp_pa
     write_program(net.graph(), tmp_path, plan)
     (feed,) = feeds([(2, 4, 5, 5)])
     found = predictor(tmp_path, onednn=False, new_ir=new_ir)(feed)[0]
-    np.testing.assert_allclose(found, run(simulated_model(net.graph(), plan), feed)[0], atol=1e-5)
+    np.testing.assert_allclose(found, simulate(simulated_model(net.graph(), plan), feed)[0], atol=1e-5)
     assert np.abs(found[:, :4] - found[:, 4:]).max() > 1e-4
 
 

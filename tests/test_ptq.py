@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_plan import plan_of
-from tiny_models import TinyNet, run, small_detector, small_recognizer
+from tiny_models import TinyNet, run, simulate, small_detector, small_recognizer
 
 from quant.calibration import collect_statistics
 from quant.graph import Graph
@@ -75,7 +75,7 @@ def alone(graph: Graph, plan: QuantPlan, name: str, feeds: list[Any]) -> np.ndar
     simulated = simulated_model(graph, plan.with_only({name}, ""))
     simulated.graph.output[0].CopyFrom(graph.to_model([name]).graph.output[-1])
     errors = [
-        (run(graph.to_model([name]), feed, name)[0] - run(simulated, feed, name)[0]).mean(axis=(0, 2, 3))
+        (run(graph.to_model([name]), feed, name)[0] - simulate(simulated, feed, name)[0]).mean(axis=(0, 2, 3))
         for feed in feeds
     ]
     return np.mean(errors, axis=0)
@@ -146,5 +146,8 @@ def test_a_tensor_that_was_always_zero_gets_a_usable_quantizer() -> None:
     plan = plan_of(net)
     (quantizer,) = plan.activations.values()
     assert quantizer.scale > 0
-    exact, found = run(net.graph().to_model(), net.feed())[0], run(simulated_model(net.graph(), plan), net.feed())[0]
+    exact, found = (
+        run(net.graph().to_model(), net.feed())[0],
+        simulate(simulated_model(net.graph(), plan), net.feed())[0],
+    )
     np.testing.assert_array_equal(exact, found)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_pipeline import NAME, Place, noted_stages, place
 from test_plan import plan_of
-from tiny_models import TinyNet, run, small_detector, small_recognizer
+from tiny_models import TinyNet, run, simulate, small_detector, small_recognizer
 
 from quant import cli
 from quant.advice import GroupImpact, OperatorImpact, advise, most_damaging
@@ -33,7 +33,7 @@ from quant.sensitivity import (
     score_worst,
 )
 from quant.sensitivity_report import Sensitivity, draw_sensitivity, load_sensitivity, report_sensitivity
-from quant.simulation import simulated_model
+from quant.simulation import simulated_model, simulated_session
 
 __all__ = ["place"]  # the fixture
 
@@ -56,7 +56,7 @@ def test_errors_are_those_of_the_outputs_with_one_operator_in_int8() -> None:
     for name, error in errors.items():
         exact = [run(graph.to_model(), net.feed(seed))[0].astype(np.float64) for seed in range(2)]
         model = simulated_model(graph, plan.with_only({name}, ""))
-        found = [run(model, net.feed(seed))[0] for seed in range(2)]
+        found = [simulate(model, net.feed(seed))[0] for seed in range(2)]
         relative = [np.abs(f - e).sum() / np.abs(e).sum() for f, e in zip(found, exact, strict=True)]
         assert error.damage == pytest.approx(float(np.mean(relative)), rel=1e-4)
         noise = np.concatenate([(f - e).ravel() for f, e in zip(found, exact, strict=True)])
@@ -72,7 +72,7 @@ def test_a_part_of_several_operators_is_in_int8_at_once() -> None:
     parts = {"two": set(names[:2]), "all": set(names), "none": set()}
     errors = measure_errors(graph, plan, parts, [net.feed()], 2, lambda: steps.append(1))
     assert len(steps) == 3
-    session = onnx_session(simulated_model(graph, plan.with_only(set(names[:2]), "")), 1)
+    session = simulated_session(graph, plan.with_only(set(names[:2]), ""), 1)
     exact = [run(graph.to_model(), net.feed())]
     assert errors["two"].damage == pytest.approx(output_error(session, [net.feed()], exact), rel=1e-4)
     assert errors["none"] == OutputError(0.0, None)

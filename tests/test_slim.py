@@ -12,7 +12,7 @@ import onnx
 import pytest
 from test_program import MODES, feeds, parameters, predictor
 from test_task import DET, REC, Image, adapter, drawn_line, drawn_page, model_folder, real_pictures
-from tiny_models import Array, TinyNet, run, session_values, small_detector, small_recognizer
+from tiny_models import Array, TinyNet, run, session_values, simulate, small_detector, small_recognizer
 
 from quant.errors import InputError
 from quant.graph import Graph
@@ -113,7 +113,7 @@ def test_a_plan_runs_in_paddle_as_it_is_simulated(averaged: tuple[Graph, SlimSca
     write_program(graph, tmp_path, plan)
     compute, simulated = predictor(tmp_path), simulated_model(graph, plan)
     for feed in feeds(SHAPES):
-        expected = run(simulated, feed)[0]
+        expected = simulate(simulated, feed)[0]
         assert np.abs(compute(feed)[0] - expected).mean() < 0.02 * np.abs(expected).mean()
     assert sum(value.dtype == np.int8 for value in parameters(tmp_path).values()) == len(scales.weights)
 
@@ -123,7 +123,7 @@ def test_uint8_is_the_same_grid(averaged: tuple[Graph, SlimScales]) -> None:
     signed, unsigned = (plan_from(graph, scales, dtype) for dtype in ("int8", "uint8"))
     assert {q.zero_point for q in unsigned.activations.values()} == {128}
     for feed in feeds(SHAPES, scale=3.0):
-        results = [run(simulated_model(graph, plan), feed)[0] for plan in (signed, unsigned)]
+        results = [simulate(simulated_model(graph, plan), feed)[0] for plan in (signed, unsigned)]
         np.testing.assert_array_equal(*results)
 
 

@@ -96,6 +96,10 @@ def run(model: ModelProto, feed: Feed, *outputs: str) -> list[Array]:
     return onnx_session(model, 1).run(feed, outputs or None)
 
 
+def simulate(model: ModelProto, feed: Feed, *outputs: str) -> list[Array]:
+    return onnx_session(model, 1, integers=False).run(feed, outputs or None)
+
+
 def kinds(graph: Graph) -> list[str]:
     return [node.op_type for node in graph.nodes]
 
