@@ -8,8 +8,6 @@ from typing import Protocol
 import numpy as np
 
 HALF_BINS = 8192
-MOST_VALUES = 2**16
-"""Values of a tensor that are counted for each picture; of larger tensors every k-th."""
 MOMENTUM = 0.9
 
 
@@ -34,7 +32,7 @@ class MovingRange:
 
 @dataclass
 class Histogram:
-    """Streaming histogram of fixed size over [-limit, limit), of all or of MOST_VALUES; minimum and maximum are exact.
+    """Streaming histogram of fixed size over [-limit, limit), exact in minimum and maximum.
 
     `limit` is a power of two and doubles when a larger value arrives (pairs of bins merge), so the
     result does not depend on the order of the samples and memory does not grow with their number.
@@ -57,11 +55,11 @@ class Histogram:
         merge = bool(self.counts.any())
         while high >= self.limit or -low > self.limit:  # bins are open at their upper end
             self._double(merge)
-        step = -(-values.size // MOST_VALUES)
-        values = values.ravel()[:: step | 1]  # an odd step does not meet the same columns in every row
-        index = np.multiply(values, np.float32(HALF_BINS / self.limit), dtype=np.float32)
-        index = np.clip(np.floor(index, out=index), -HALF_BINS, HALF_BINS - 1, out=index).astype(np.int32)
-        self.counts += np.bincount(index + HALF_BINS, minlength=2 * HALF_BINS)
+        # Scaling by a power of two is exact, so every index lies inside; clipping would cost most of the time.
+        index = np.multiply(values, np.float32(HALF_BINS / self.limit), dtype=np.float32).ravel()
+        np.floor(index, out=index)
+        index += HALF_BINS
+        self.counts += np.bincount(index.astype(np.intp), minlength=2 * HALF_BINS)
 
     def centers(self) -> np.ndarray:
         """Bin centers, float64[2 * HALF_BINS]."""

@@ -8,7 +8,6 @@ Surgeon", 1993). No gradient and no labels; the scales stay as they are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -21,9 +20,6 @@ from quant.runtime import Feed, onnx_session
 
 POSITIONS = 256
 """Output positions of a picture that are looked at, at most."""
-
-POSITIONS_PER_INPUT = 4
-"""Positions that are enough for each input: many pictures add up, and depthwise ones take the most time."""
 
 LARGEST = 2304
 """Most inputs of an output channel: the moments of more take too much memory, nearest rounding remains."""
@@ -193,8 +189,7 @@ def _patches(graph: Graph, node: NodeProto, values: np.ndarray, rng: np.random.G
     reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
     height, width = ((size - r) // s + 1 for size, r, s in zip(padded.shape[2:], reach, strides, strict=True))
     count = len(padded) * height * width
-    inputs = math.prod(graph.constants[node.input[1]].shape[1:])
-    places = rng.choice(count, min(count, POSITIONS, POSITIONS_PER_INPUT * inputs), replace=False)
+    places = rng.choice(count, min(count, POSITIONS), replace=False)
     picture, row, column = np.unravel_index(places, (len(padded), height, width))
     down = row[:, None, None] * strides[0] + np.arange(kernel[0])[None, :, None] * dilations[0]
     across = column[:, None, None] * strides[1] + np.arange(kernel[1])[None, None, :] * dilations[1]
