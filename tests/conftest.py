@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from main_jobs import MainJobs
 from official_host import OfficialHost
+
+if TYPE_CHECKING:
+    from tiny_run import TinyRun
 
 os.environ["FLAGS_enable_pir_api"] = "0"
 os.environ["PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK"] = "True"
@@ -34,3 +38,18 @@ def host() -> Iterator[OfficialHost]:
     server = OfficialHost()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_run_once(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    from tiny_run import tiny_run
+
+    return tiny_run(tmp_path_factory.mktemp("tiny-run"))
+
+
+@pytest.fixture
+def tiny(tiny_run_once: TinyRun, monkeypatch: pytest.MonkeyPatch) -> TinyRun:
+    """The finished run of a tiny network, with its cache and data; nothing else on this machine is seen."""
+    for name, value in tiny_run_once.environment.items():
+        monkeypatch.setenv(name, value)
+    return tiny_run_once

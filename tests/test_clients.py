@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from main_jobs import THREADS, MainJobs, together
+from test_card import card_of, code_of, run_snippet
 
 from eval.dataset import Sample, read_image
 from quant.job import Job, Options, start
@@ -133,3 +135,17 @@ def without_partner(some: list[np.ndarray], others: list[np.ndarray]) -> int:
     box over the threshold. So a share of all boxes counts: a picture may have five boxes, one of them on the verge.
     """
     return sum(min((np.abs(box - other).max() for other in others), default=99) > 3.0 for box in some)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "paddle"])
+def test_the_code_in_the_card_runs(exported: Exported, target: str, tmp_path: Path) -> None:
+    """Every snippet in a folder of its own, as `quant export` makes it; PaddleX reads what our eval path reads."""
+    folder = Path(shutil.copytree(exported.folder / target, tmp_path / "artifact"))
+    assert cv2.imwrite(str(folder / "picture.png"), read_image(exported.samples[0].image))
+    said = {client: run_snippet(code, folder) for client, code in code_of(card_of(exported.folder, target)).items()}
+    clients = {"PaddleX", "PaddleOCR"}
+    clients |= {"Paddle Inference"} if target == "paddle" else {"onnxruntime", "OpenVINO", "RapidOCR"}
+    assert set(said) == clients
+    if exported.job.recipe.name == REC and target != "openvino":  # another runtime than PaddleX's
+        assert said["PaddleX"].strip().splitlines()[-1] == exported.ours(target)[0].text
+    assert said["PaddleX"].strip().splitlines()[-1] == said["PaddleOCR"].strip().splitlines()[-1]

@@ -28,7 +28,7 @@ from quant.errors import InputError, Unavailable
 from quant.execution import executed_coverage
 from quant.job import Options, prepared_stage, start
 from quant.judging import evaluate_model
-from quant.manifest import Manifest, load_manifest, newest_run, processor
+from quant.manifest import CARD, Manifest, artifact_digests, load_manifest, newest_run, processor
 from quant.pipeline import Finished, run_model
 from quant.plan import load_plan
 from quant.planning import planned_stage
@@ -242,7 +242,7 @@ def test_the_manifest_says_what_made_the_run(place: Place, first: First) -> None
     assert manifest.model_sha256 == {
         name: digest for name, digest in file_digests(place.root / "model").items() if name != "inference.yml"
     }
-    assert manifest.artifacts == {target: file_digests(first.folder / target) for target in EXPORTED}
+    assert manifest.artifacts == {target: artifact_digests(first.folder / target) for target in EXPORTED}
     assert manifest.intact(first.folder)
     groups = [manifest.calibration_ids, manifest.search_ids, manifest.report_ids]
     assert [len(group) for group in groups[:2]] == [6, 6]
@@ -258,7 +258,7 @@ def test_the_manifest_says_what_made_the_run(place: Place, first: First) -> None
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_has_an_artifact_its_plan_and_its_rows(first: First, target: Any) -> None:
     files = MODEL_FILES[target_format(target)]
-    assert {path.name for path in (first.folder / target).iterdir()} == {*files, "inference.yml"}
+    assert {path.name for path in (first.folder / target).iterdir()} == {*files, "inference.yml", CARD}
     written = (first.folder / target / files[0]).read_bytes()
     assert (b"quantize_linear" if target == "paddle" else b"QuantizeLinear") in written
     plan = load_plan(first.folder / "plans" / target)
@@ -513,7 +513,7 @@ def test_stopped_in_every_stage_it_goes_on_and_does_nothing_twice(
     assert comparable(finished, *ONNX_TARGETS) == comparable(first.finished, *ONNX_TARGETS)
     for target in ONNX_TARGETS:
         assert model_bytes(finished.folder / target) == model_bytes(first.folder / target)
-        assert file_digests(finished.folder / target) == file_digests(first.folder / target)
+        assert artifact_digests(finished.folder / target) == artifact_digests(first.folder / target)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
