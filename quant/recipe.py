@@ -329,6 +329,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: no such recipe.
         RecipeError: the overrides or what they make of the file is wrong; lists every problem.
+
+    Example:
+        >>> load_recipe("PP-OCRv4_mobile_rec", ["calibration.samples=64"]).calibration.samples
+        64
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else recipes_dir() / f"{name}.yaml"
     if not path.is_file() or (Path(name).name != name and not name.endswith((".yaml", ".yml"))):
