@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from eval.gate import JudgedRow, SkippedRow, speed_advice, verdict_text
 from quant import __version__
@@ -30,6 +31,7 @@ _TWIN = (
     "This is a **twin**: a small stand-in for the model, trained on generated pictures of a narrow world. It proves "
     "that the family goes through, not what INT8 costs the official model; do not use it for real work."
 )
+_LONGEST_NOTE = 200  # characters; some notes list every operator
 _NOT_JUDGED = "This artifact was not judged: "
 
 
@@ -144,8 +146,8 @@ def _figures(subject: Subject) -> list[str]:
     metric, limits = plain(judged[0].metric), judged[0].gate
     words = (
         f"Metric: {metric}, in percent, of the FP32 model as shipped and of this artifact, both on "
-        f"{_RUNTIMES[subject.target]}, on pictures that neither calibration nor search has seen. The gate allows a "
-        f"drop of {limits.max_drop:g} points and {limits.max_relative_drop:g} %."
+        f"{_RUNTIMES[subject.target]}, on pictures that neither calibration nor search has seen. Limits of the gate: "
+        f"{limits.max_drop:g} (drop, points) and {limits.max_relative_drop:g} (relative, %)."
     )
     return [words, markdown_table(headings, cells), *parts, *_costs(subject, judged)]
 
@@ -192,7 +194,7 @@ def _making(subject: Subject) -> list[str]:
         f"Seed {manifest.seed}, {manifest.threads} threads",
     ]
     facts += [f"Data set {plain(name)}: {plain(r.source)} ({plain(r.licence)})" for name, r in manifest.data.items()]
-    facts += map(plain, plan.notes)
+    facts += [plain(shorten(note, _LONGEST_NOTE, placeholder=" ...")) for note in plan.notes]
     rungs = [
         [
             plain(rung["name"]),

@@ -452,6 +452,32 @@ def _verdict(run: Path, target: str) -> str:
 
 
 @app.command()
+def report(
+    models: Models = None,
+    out: Out = None,
+    to: Annotated[Path | None, typer.Option("--to", help="Folder of the report; `report` in the results.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write what the newest runs found as Markdown and as one HTML page that needs nothing else.
+
+    Examples:
+
+      quant report
+
+      quant report PP-OCRv4_mobile_det --to my_report
+    """
+    from quant.report import FOLDER, write_report
+
+    results = _results_dir(out)
+    written = write_report(results, models or [], to or results / FOLDER)
+    if as_json:
+        _print_json({name: str(v) if isinstance(v, Path) else v for name, v in vars(written).items()})
+        return
+    print(f"written: {written.page} ({written.pictures} pictures, {written.left_out} left out)")
+    print(f"written: {written.markdown}")
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> int:
     """Versions, processor features, devices and caches; what is missing and how to get it."""
     from quant.doctor import examine

@@ -6,12 +6,14 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from eval.benchmark import interleaved_latency
-from eval.dataset import Sample, by_shape
+from eval.dataset import Sample, by_shape, read_sample
 from eval.evaluation import Outcomes, judged_rows, load_outcomes
+from eval.exhibits import Predict, write_exhibits
 from eval.gate import EvalReport, JudgedRow, SkippedRow, of_twins
 from eval.metric import make_metric
 from quant.errors import InputError, Unavailable
@@ -29,7 +31,7 @@ from quant.job import (
 )
 from quant.manifest import Manifest, artifact_digests, load_manifest, newest_run, processor, versions
 from quant.plan import QuantPlan, load_plan
-from quant.recipe import Recipe
+from quant.recipe import Recipe, class_labels
 from quant.runtime import model_bytes, open_session, streams
 from quant.selection import Selection, find_datasets, select, unused
 from quant.shares import Share, judged_in_processes
@@ -141,7 +143,7 @@ def judge_target(
         fix = f"Build an engine of its inference.onnx on a machine with {target}, for example with trtexec"
         return [*skipped_rows(recipe, [target], reason, fix)]
     try:
-        stored = _judged_stage(job, target, plan, artifact, samples)
+        stored = judged_stage(job, target, plan, artifact, samples)
         outcomes = load_outcomes(stored / "outcomes.npz")
         for sentence in outcomes.broken:
             log.warning("left out: %s", sentence)
@@ -154,8 +156,8 @@ def judge_target(
         return [*skipped_rows(recipe, [target], error.reason, error.fix)]
 
 
-def _judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path, samples: Sequence[Sample]) -> Path:
-    """Stage: outcomes of every sample, latencies, and what the runtime executes in integers."""
+def judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path, samples: Sequence[Sample]) -> Path:
+    """Stage: outcomes of every sample, the folder `exhibits`, latencies, and what the runtime executes in integers."""
     recipe, threads = job.recipe, job.options.threads
     key = {
         "artifact": artifact_digests(artifact),
@@ -176,6 +178,9 @@ def _judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path,
         advance = counted(job.options.progress, f"{recipe.name}: evaluating {target}", len(samples))
         outcomes = outcomes_of(job, target, artifact, samples, advance)
         outcomes.save(folder / "outcomes.npz")
+        classes, metric = class_labels(recipe), make_metric(recipe.metric)
+        predict = _predictor(job, _share(job, target, artifact, samples))
+        write_exhibits(folder / "exhibits", recipe.task, metric, outcomes, samples, predict, classes)
         latency = _latency(job, target, artifact)
         (folder / "latency.json").write_text(json.dumps(latency), encoding="utf-8")
         execution = {"executed_coverage": executed_coverage(target, artifact, plan)}
@@ -188,21 +193,43 @@ def outcomes_of(
     job: Job, target: TargetName, artifact: Path, samples: Sequence[Sample], advance: Callable[[], None] = lambda: None
 ) -> Outcomes:
     """FP32 as shipped and an artifact on the same pictures, in as many threads or processes as is fastest."""
-    recipe, threads = job.recipe, job.options.threads
-    processes = recipe.targets[target].judged_in == "processes"
-    workers, each = (threads, 1) if processes else streams(target, threads)
-    share = Share(
+    share, threads = _share(job, target, artifact, samples), job.options.threads
+    if _in_processes(job, target):
+        return judged_in_processes(share, threads, advance)
+    return share.judged(streams(target, threads)[0], advance)
+
+
+def _share(job: Job, target: TargetName, artifact: Path, samples: Sequence[Sample]) -> Share:
+    """All pictures and both models, with as many threads for each session as are fastest."""
+    recipe = job.recipe
+    return Share(
         target=target,
         fp32=fp32_folders(job, target)["fp32"],
         int8=artifact,
-        threads=each,
+        threads=1 if _in_processes(job, target) else streams(target, job.options.threads)[1],
         task=recipe.task,
         inference_yml=job.files.inference_yml,
         model=recipe.name,
         metric=recipe.metric,
         samples=by_shape(samples),
     )
-    return judged_in_processes(share, workers, advance) if processes else share.judged(workers, advance)
+
+
+def _in_processes(job: Job, target: TargetName) -> bool:
+    return job.recipe.targets[target].judged_in == "processes"
+
+
+def _predictor(job: Job, share: Share) -> Predict:
+    """Predictions of both models, by sessions like those that judged; they are opened for the first picture."""
+    adapter, sessions = job.adapter, cache(share.sessions)
+
+    def predict(sample: Sample) -> tuple[Any, Any]:
+        prepared = adapter.preprocess(read_sample(sample))
+        outputs = [session.run(prepared.inputs) for session in sessions()]
+        fp32, int8 = (adapter.postprocess(output, prepared.context) for output in outputs)
+        return fp32, int8
+
+    return predict
 
 
 def _latency(job: Job, target: TargetName, artifact: Path) -> dict[str, float]:

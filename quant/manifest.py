@@ -34,6 +34,9 @@ PACKAGES = (
 CARD = "README.md"
 """The model card in an artifact's folder: for people, no part of the model."""
 
+EXHIBITS = "exhibits"
+"""Folder of a run with a folder per target: pictures on which FP32 and INT8 differ (see `eval.exhibits`)."""
+
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp")
 
 

@@ -16,13 +16,14 @@ from quant.archive import staged
 from quant.card import Subject, write_card
 from quant.errors import InputError, Unavailable
 from quant.export import check_artifact, export_artifact, fitted
+from quant.histograms import RANGES, range_charts, save_ranges
 from quant.job import Job, Options, feed_of, first_feeds, prepared_graph, prepared_stage, runs_folder, sample_ids, start
-from quant.judging import judge_target, skipped_rows
+from quant.judging import judge_target, judged_stage, skipped_rows
 from quant.ladder import Rung, load_rung
 from quant.loop import check_runtime, has_loop
-from quant.manifest import Manifest, artifact_digests, load_manifest, newest_run, now, processor, versions
+from quant.manifest import EXHIBITS, Manifest, artifact_digests, load_manifest, newest_run, now, processor, versions
 from quant.plan import QuantPlan, load_plan
-from quant.planning import planned_stage
+from quant.planning import calibrated_statistics, planned_stage
 from quant.prepare import old_ir_form, read_proof
 from quant.recipe import Recipe
 from quant.runtime import target_format
@@ -149,6 +150,11 @@ def _write_run(job: Job, name: str, quantized: dict[TargetName, Quantized], repo
         result.plan.save(folder / "plans" / target)
         for path in result.planned.glob("search.*"):
             shutil.copy(path, folder / "plans" / target)
+        ranges = range_charts(calibrated_statistics(job, target), result.plan)
+        save_ranges(ranges, folder / "plans" / target / RANGES)
+        if any(row.target == target and row.status == "judged" for row in report.rows):
+            judged = judged_stage(job, target, result.plan, result.artifact, job.selection.report)
+            shutil.copytree(judged / "exhibits", folder / EXHIBITS / target)
     plans = {str(target): result.plan.document() for target, result in quantized.items()}
     text = json.dumps({"schema": 1, "plans": plans}, indent=1, sort_keys=True)
     (folder / "plan.json").write_text(text + "\n", encoding="utf-8")

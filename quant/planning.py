@@ -315,6 +315,17 @@ def _with_best_ranges(job: Job, graph: Graph, plan: QuantPlan, choice: TargetCho
     return method.refine(graph, plan, statistics, outputs, feeds, job.options.threads)
 
 
+def calibrated_statistics(job: Job, target: TargetName) -> Statistics:
+    """Histograms that the ranges of a target were chosen from; none with PaddleSlim, which keeps none."""
+    choice = job.recipe.targets[target]
+    if choice.method == "paddleslim":
+        return {}
+    graph = prepared_graph(job)
+    equalizers = _equalizers(job, graph, choice)
+    equalized = equalize(graph, equalizers, equalizers)
+    return _statistics(job, equalized, _operators(job, equalized, choice), choice)[0]
+
+
 def _statistics(
     job: Job, graph: Graph, operators: list[Operator], choice: TargetChoice
 ) -> tuple[Statistics, dict[str, str]]:

@@ -54,15 +54,15 @@ class Share:
     metric: str
     samples: Sequence[Sample]
 
+    def sessions(self) -> tuple[Session, Session]:
+        """Both models, loaded."""
+        fp32, int8 = (open_session(self.target, folder, self.threads) for folder in (self.fp32, self.int8))
+        return fp32, int8
+
     def judged(self, workers: int, advance: Callable[[], None]) -> Outcomes:
         """The outcomes, in this process."""
-
-        def open_pair() -> tuple[Session, Session]:
-            fp32, int8 = (open_session(self.target, folder, self.threads) for folder in (self.fp32, self.int8))
-            return fp32, int8
-
         adapter = make_task(self.task, self.inference_yml, self.model)
-        return compare(open_pair, self.samples, adapter, make_metric(self.metric), workers, advance)
+        return compare(self.sessions, self.samples, adapter, make_metric(self.metric), workers, advance)
 
 
 def judged_in_processes(whole: Share, count: int, advance: Callable[[], None]) -> Outcomes:

@@ -28,7 +28,7 @@ from quant.errors import InputError, Unavailable
 from quant.execution import executed_coverage
 from quant.job import Options, prepared_stage, start
 from quant.judging import evaluate_model
-from quant.manifest import CARD, Manifest, artifact_digests, load_manifest, newest_run, processor
+from quant.manifest import CARD, EXHIBITS, Manifest, artifact_digests, load_manifest, newest_run, processor
 from quant.pipeline import Finished, run_model
 from quant.plan import load_plan
 from quant.planning import planned_stage
@@ -229,7 +229,7 @@ def test_a_run_is_one_folder_named_by_its_hash(place: Place, first: First) -> No
     assert re.fullmatch("[0-9a-f]{12}", first.folder.name)
     assert [path.name for path in first.folder.parent.iterdir()] == [first.folder.name]
     names = {path.name for path in first.folder.iterdir()}
-    assert names == {"manifest.json", "plan.json", "metrics.json", "plans", *EXPORTED}
+    assert names == {"manifest.json", "plan.json", "metrics.json", "plans", EXHIBITS, *EXPORTED}
     assert {path.name for path in (first.folder / "plans").iterdir()} == set(EXPORTED)
     metrics = json.loads((first.folder / "metrics.json").read_text(encoding="utf-8"))
     assert metrics == first.finished.report.to_document()
@@ -658,7 +658,7 @@ def test_without_the_model_there_is_a_row_that_says_so(place: Place, first: Firs
 
 def test_a_target_that_the_newest_run_has_not(place: Place, first: First, tmp_path: Path, built: list[str]) -> None:
     small = run_model(place.onnx_recipe, place.options(results=tmp_path))
-    assert {path.name for path in small.folder.iterdir() if path.is_dir()} == {"onnxruntime", "plans"}
+    assert {path.name for path in small.folder.iterdir() if path.is_dir()} == {"onnxruntime", "plans", EXHIBITS}
     assert built == []
     report = evaluate_model(limited_to(place.recipe, ONNX_TARGETS), place.options(results=tmp_path))
     assert [row.target for row in report.rows if isinstance(row, JudgedRow)] == 3 * ["onnxruntime"]

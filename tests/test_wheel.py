@@ -56,7 +56,7 @@ def test_what_it_holds(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     recipes = {f"quant/_recipes/{path.relative_to(ROOT / 'recipes')}" for path in (ROOT / "recipes").rglob("*.yaml")}
     sets = {f"calib_data/{path.name}" for path in (ROOT / "calib_data").glob("*.yaml")}
-    assert recipes | sets | {"quant/py.typed", "eval/py.typed"} <= names
+    assert recipes | sets | {"quant/py.typed", "eval/py.typed", "quant/templates/report.html"} <= names
     assert not [name for name in names if name.startswith(("tests/", "results/"))]
 
 
@@ -75,3 +75,5 @@ def test_it_works_outside_the_checkout(environment: Path, tiny: TinyRun, tmp_pat
     place, folder, passed = json.loads(called(environment / "bin" / "python", "-c", SNIPPET).splitlines()[-1])
     assert Path(place).is_relative_to(environment)
     assert Path(folder).is_relative_to(tmp_path / "out") and passed == [True]
+    assert "report.html" in called(program, "report", "--out", "out")
+    assert (tmp_path / "out" / "report" / "report.html").stat().st_size > 10_000

@@ -1,0 +1,42 @@
+"use strict";
+// Tables sort by a click on a heading; a field above a table or a gallery hides what does not hold its words.
+const key = (row, column) => {
+  const cell = row.cells[column];
+  return "value" in cell.dataset ? Number(cell.dataset.value) : null;
+};
+const compare = (first, second, column) => {
+  const [a, b] = [key(first, column), key(second, column)];
+  if (a !== null && b !== null) return a - b;
+  if (a !== null || b !== null) return a === null ? 1 : -1;
+  return first.cells[column].textContent.localeCompare(second.cells[column].textContent);
+};
+for (const table of document.querySelectorAll("table.sortable")) {
+  const headings = [...table.tHead.rows[0].cells];
+  headings.forEach((heading, column) => heading.addEventListener("click", () => {
+    const down = heading.getAttribute("aria-sort") === "ascending";
+    headings.forEach((other) => other.removeAttribute("aria-sort"));
+    heading.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const rows = [...table.tBodies[0].rows].sort((a, b) => (down ? -1 : 1) * compare(a, b, column));
+    table.tBodies[0].append(...rows);
+  }));
+}
+const parts = (place) => [...(place.tBodies ? place.tBodies[0].rows : place.children)];
+const filter = (place) => {
+  const field = document.querySelector(`[data-filter="${place.id}"]`);
+  const choice = document.querySelector(`[data-marks="${place.id}"]`);
+  const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+  let shown = 0;
+  for (const part of parts(place)) {
+    const text = part.textContent.toLowerCase();
+    const wanted = words.every((word) => text.includes(word)) && (!choice || !choice.value || part.dataset.mark === choice.value);
+    part.hidden = !wanted;
+    shown += wanted;
+  }
+  const said = document.querySelector(`output[for="${place.id}"]`);
+  said.textContent = shown === parts(place).length ? "" : `${shown} of ${parts(place).length}`;
+};
+for (const field of document.querySelectorAll("[data-filter], [data-marks]")) {
+  const place = document.getElementById(field.dataset.filter || field.dataset.marks);
+  for (const event of ["input", "change"]) field.addEventListener(event, () => filter(place));
+}
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => { part.open = true; }));

@@ -1,0 +1,129 @@
+"""The report in a real browser: it opens without complaint, filters, sorts, and fits a phone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_runs import HOSTILE, copied, with_differences
+from tiny_run import TinyRun
+
+from quant.report import write_report
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium with chromedriver on this machine"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(BROWSER)
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1400,1000",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def opened(browser: Any, tiny: TinyRun, tmp_path: Path) -> Any:
+    """Two models, one with a hostile name, with pictures on which INT8 reads something else."""
+    results = tmp_path / "results"
+    with_differences(tiny, copied(tiny, results), "onnxruntime", HOSTILE)
+    with_differences(tiny, copied(tiny, results, "another<b>"), "openvino", "rgb", count=4)
+    page = write_report(results, [], tmp_path / "report").page
+    browser.get_log("browser")
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.get(page.as_uri())
+    return browser
+
+
+def cells(browser: Any, column: int, table: str = "diff") -> list[str]:
+    """Text of the visible cells of a column."""
+    script = """return [...document.getElementById(arguments[0]).tBodies[0].rows]
+        .filter((row) => !row.hidden).map((row) => row.cells[arguments[1]].textContent)"""
+    return list(browser.execute_script(script, table, column))
+
+
+def click(browser: Any, heading: str) -> None:
+    browser.find_element("xpath", f"//table[@id='diff']//button[text()='{heading}']").click()
+
+
+def test_it_opens_without_complaint(opened: Any) -> None:
+    assert opened.title == "INT8 report"
+    assert opened.execute_script("return window.hacked") is None
+    assert opened.execute_script("return document.scripts.length") == 1
+    drawn = (
+        "return [...document.querySelectorAll('.exhibit svg')].every((svg) => svg.getBoundingClientRect().height > 1)"
+    )
+    opened.execute_script("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    assert opened.execute_script("return document.querySelectorAll('.exhibit').length") == 9
+    assert opened.execute_script(drawn)
+    assert opened.get_log("browser") == []
+
+
+def test_it_sorts(opened: Any) -> None:
+    click(opened, "Pictures")
+    numbers = [int(text) for text in cells(opened, 3) if text != "-"]
+    assert numbers == sorted(numbers) and len(set(numbers)) > 1
+    assert cells(opened, 3)[-1] == "-", "what has no number stands last"
+    click(opened, "Pictures")
+    assert [int(text) for text in cells(opened, 3) if text != "-"] == sorted(numbers, reverse=True)
+    click(opened, "Target")
+    assert cells(opened, 1) == sorted(cells(opened, 1))
+    sorted_by = opened.execute_script("return [...document.querySelectorAll('[aria-sort]')].map((e) => e.textContent)")
+    assert sorted_by == ["Target"]
+
+
+def test_it_filters(opened: Any) -> None:
+    everything = len(cells(opened, 0))
+    field = opened.find_element("css selector", "[data-filter=diff]")
+    field.send_keys("openvino another")
+    assert set(cells(opened, 1)) == {"openvino"} and set(cells(opened, 0)) == {"another<b>"}
+    said = opened.find_element("css selector", "output[for=diff]").text
+    assert said == f"3 of {everything}"
+    opened.find_element("css selector", "[data-marks=diff] option[value=passed]").click()
+    assert cells(opened, 2) == ["pooled"]
+    field.clear()
+    field.send_keys("no such thing")
+    assert cells(opened, 0) == []
+    opened.execute_script("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    gallery = opened.find_element("css selector", "[data-filter$=pictures]")
+    gallery.send_keys("iiit5k")
+    shown = "return [...document.querySelectorAll('.gallery')][0].innerText"
+    assert "icdar2015_rec" not in opened.execute_script(shown)
+    assert opened.get_log("browser") == []
+
+
+def test_it_fits_a_phone_and_follows_the_dark(opened: Any) -> None:
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    opened.execute_script("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    assert opened.execute_script("return document.documentElement.scrollWidth") <= 390
+    colours = []
+    for scheme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        colours.append(opened.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    assert colours == ["rgb(255, 255, 255)", "rgb(20, 24, 27)"]
+
+
+def test_it_prints(opened: Any) -> None:
+    assert len(opened.print_page()) > 10_000

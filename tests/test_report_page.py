@@ -1,0 +1,233 @@
+"""The report: everything that a run says stands in it, escaped, and it needs nothing from outside."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from report_runs import HOSTILE, copied, with_differences
+from test_pipeline import NAME
+from tiny_run import TinyRun
+
+from eval.exhibits import load_exhibits
+from quant import report_page
+from quant.advice import OperatorImpact
+from quant.charts import Dot, histogram, scatter
+from quant.cli import _guarded
+from quant.errors import InputError
+from quant.histograms import RangeChart, load_ranges
+from quant.manifest import EXHIBITS
+from quant.plan import load_plan
+from quant.report import read_run, write_report
+from quant.report_page import report_page as page_of
+from quant.report_page import table_cells
+from quant.report_tables import diff_table, operator_table, size_table
+from quant.sensitivity_report import Sensitivity
+
+ADDRESS = re.compile(r"(?:https?:)?//", re.IGNORECASE)
+
+
+class Elements(HTMLParser):
+    """Every start tag with its attributes, and all text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+def hostile(tiny: TinyRun, tmp_path: Path) -> Path:
+    """A run whose names and texts are markup."""
+    folder = copied(tiny, tmp_path / "results")
+    with_differences(tiny, folder, "onnxruntime", HOSTILE)
+    for name in ("metrics.json", "manifest.json"):
+        document = json.loads((folder / name).read_text(encoding="utf-8"))
+        for place in document["rows"] if name == "metrics.json" else [document]:
+            place["model"] = HOSTILE
+        if name == "manifest.json":
+            document["source"] = document["processor"]["name"] = f'"><img src=x onerror=hack()>{HOSTILE}'
+        (folder / name).write_text(json.dumps(document), encoding="utf-8")
+    return folder
+
+
+def test_everything_from_files_is_escaped(hostile: Path) -> None:
+    page = page_of([read_run(hostile)])
+    found = Elements(page.html)
+    kinds = [tag for tag, _ in found.tags]
+    assert kinds.count("script") == 1 and "img" not in kinds and "iframe" not in kinds
+    assert HOSTILE in found.text and page.html.count("&lt;script&gt;window.hacked") > 5
+    assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
+
+
+def test_it_needs_nothing_from_outside(hostile: Path) -> None:
+    found = Elements(page_of([read_run(hostile)]).html)
+    ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in found.tags:
+        for name in ("href", "src", "action", "data", "srcset", "style"):
+            value = attributes.get(name, "")
+            if value.startswith("data:"):
+                assert value == "data:," or value.startswith("data:image/jpeg;base64,"), value
+                continue
+            assert not ADDRESS.search(value) and "url(" not in value, (tag, name, value)
+            assert not value or name == "style" or (value[0] == "#" and value[1:] in ids), (tag, name, value)
+    policies = [a["content"] for tag, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policies and policies[0].startswith("default-src 'none'; img-src data:;")
+
+
+def test_the_page_shows_what_the_run_says(tiny: TinyRun, tmp_path: Path) -> None:
+    folder = copied(tiny, tmp_path)
+    with_differences(tiny, folder, "openvino", "rgbrgb", count=3)
+    run = read_run(folder)
+    page = page_of([run])
+    found = Elements(page.html)
+    table = diff_table([run])
+    assert len(table.rows) == len(run.rows) == 10 and table.marks.count("passed") == 3
+    assert {"informs", "skipped"} < set(table.marks)
+    for row in table.rows:
+        assert all(cell.text in found.text for cell in row)
+    assert page.pictures == 3 and page.left_out == 0
+    kinds = [tag for tag, _ in found.tags]
+    assert kinds.count("article") == 3 and kinds.count("symbol") == 3 and kinds.count("details") == 4
+    assert "3 of 35 pictures came out differently" in re.sub(r"\d+ pictures came", "35 pictures came", found.text)
+    for rung in run.manifest.ladder["openvino"]:
+        assert rung["name"] in found.text
+    for chart in load_ranges(folder / "plans" / "openvino" / "ranges.json"):
+        assert chart.tensor in found.text
+    assert "it keeps no histograms" in found.text, "PaddleSlim's targets"
+    again = page_of([read_run(folder)])
+    assert again == page
+
+
+def test_the_run_keeps_bounded_exhibits_of_judged_targets(tiny: TinyRun) -> None:
+    assert sorted(path.name for path in (tiny.folder / EXHIBITS).iterdir()) == ["onnxruntime", "openvino", "paddle"]
+    record = load_exhibits(tiny.folder / EXHIBITS / "paddle")
+    assert record.differing == 0 and record.exhibits == [] and record.samples > 20
+    assert {part.axis for part in record.slices} == {"data set", "text length", "script", "size of text"}
+    assert all((part.fp32, part.int8) == (100, 100) for part in record.slices)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_ranges_are_those_of_the_plan(tiny: TinyRun, target: str) -> None:
+    folder = tiny.folder / "plans" / target
+    plan, charts = load_plan(folder), load_ranges(folder / "ranges.json")
+    used = {**plan.used_activations(), **{q.tensor: q for q in plan.outputs.values()}}
+    assert {chart.tensor for chart in charts} == set(used)
+    for chart in charts:
+        quantizer = used[chart.tensor]
+        assert chart.high - chart.low == pytest.approx(255 * quantizer.scale)
+        assert chart.low <= 0 <= chart.high and 0 <= chart.clipped < 0.01
+        assert len(chart.counts) == 64 and sum(chart.counts) > 1000
+
+
+def test_sizes_add_up_to_the_file(tiny: TinyRun) -> None:
+    (target,) = [t for t in read_run(tiny.folder).targets if t.target == "onnxruntime"]
+    rows = size_table(target).rows
+    assert sum(row[4].value or 0 for row in rows) == (tiny.folder / "onnxruntime" / "inference.onnx").stat().st_size
+    assert [row[0].text for row in operator_table(target).rows]
+
+
+def test_pictures_stay_within_bounds(tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copied(tiny, tmp_path)
+    with_differences(tiny, folder, "onnxruntime", "x", count=8)
+    monkeypatch.setattr(report_page, "MOST_PICTURES", 6)
+    monkeypatch.setattr(report_page, "MOST_BYTES", 3000)
+    page = page_of([read_run(folder)])
+    assert page.pictures + page.left_out == 6 and page.left_out > 0
+    assert f"{page.left_out} pictures are left out here" in page.html
+
+
+def test_the_command(tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results, to = tmp_path / "results", tmp_path / "mine"
+    copied(tiny, results)
+    assert _guarded(["report", "--out", str(results)]) == 0
+    assert (results / "report" / "report.html").is_file()
+    assert _guarded(["report", NAME, "--out", str(results), "--to", str(to), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out.split("\n", 2)[2])
+    assert said == {
+        "page": str(to / "report.html"),
+        "markdown": str(to / "report.md"),
+        "models": [NAME],
+        "pictures": 0,
+        "left_out": 0,
+    }
+    text = (to / "report.md").read_text(encoding="utf-8")
+    assert "## FP32 against INT8" in text and "### openvino" in text and "| passed, " in text
+
+
+def test_a_report_needs_a_whole_run(tiny: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no run in .*quant run MODEL"):
+        write_report(tmp_path / "none", [], tmp_path / "to")
+    with pytest.raises(InputError, match="is not quantized yet: .*quant run other"):
+        write_report(tmp_path / "none", ["other"], tmp_path / "to")
+    folder = copied(tiny, tmp_path / "results")
+    (folder / "plans" / "openvino" / "ranges.json").write_text("[{}]", encoding="utf-8")
+    with pytest.raises(InputError, match=r"ranges.json: missing or damaged"):
+        write_report(tmp_path / "results", [], tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+def test_hostile_markdown_makes_no_markup(hostile: Path, tmp_path: Path) -> None:
+    written = write_report(hostile.parents[1], [], tmp_path / "to")
+    assert "<script" not in written.markdown.read_text(encoding="utf-8")
+
+
+def test_tables_are_read_as_spans_alone() -> None:
+    html = '<table><tr><td colspan="2" onclick="hack()">a</td></tr><tr><td rowspan=900>b</td><td></td></tr></table>'
+    assert table_cells(html) == [[(1, 2)], [(50, 1), (1, 1)]]
+    assert table_cells("<p>no table") == []
+
+
+def test_charts_hold_any_numbers() -> None:
+    names = RangeChart(f"{HOSTILE}", 0.0, 0.0, [0, 0], 0.0, 0.0, 0.0)
+    drawn = histogram(names)
+    assert "<script" not in drawn and "nan" not in drawn.lower()
+    dots = [Dot(1.0, 0.0, HOSTILE, front=True, chosen=True), Dot(1.0, 0.0, "b")]
+    assert "<script" not in scatter(dots, "x", "y", limit=1.0) and "nan" not in scatter(dots[:1], "x", "y").lower()
+
+
+def test_a_run_from_before_pictures_were_kept(tiny: TinyRun, tmp_path: Path) -> None:
+    folder = copied(tiny, tmp_path)
+    shutil.rmtree(folder / EXHIBITS)
+    (folder / "plans" / "openvino" / "ranges.json").unlink()
+    text = Elements(page_of([read_run(folder)]).html).text
+    assert text.count("This run kept no pictures") == 3 and text.count("This run kept no histograms") == 1
+    assert text.count("was not judged here") == 1 and text.count("PaddleSlim chose these ranges") == 2
+
+
+def test_a_search_and_a_sensitivity_are_shown_where_they_are(tiny: TinyRun, tmp_path: Path) -> None:
+    folder = copied(tiny, tmp_path)
+    score = {"drop": 0.5, "relative_drop": 0.5, "discordance": 1.0, "samples": 9}
+    point = {"name": "ladder", "score": score, "latency": 0.8, "front": True, "chosen": True}
+    (folder / "plans" / "openvino" / "search.json").write_text(json.dumps([point]), encoding="utf-8")
+    (target,) = [t for t in read_run(folder).targets if t.target == "openvino"]
+    operator = target.plan.operators[0]
+    numbers = {
+        "macs_share": 0.5,
+        "weights_share": 0.5,
+        "damage": 0.125,
+        "snr_db": 9.0,
+        "discordance": 2.0,
+        "drop": 0.75,
+    }
+    impact = OperatorImpact(name=operator.name, op_type="Conv", kind="Conv", position=1, channels=6, **numbers)
+    (folder.parent / "sensitivity").mkdir()
+    text = Sensitivity(NAME, "openvino", [impact], [], []).to_json()
+    (folder.parent / "sensitivity" / "openvino.json").write_text(text, encoding="utf-8")
+    run = read_run(folder)
+    assert "Plans that the search by latency tried" in page_of([run]).html
+    (again,) = [t for t in run.targets if t.target == "openvino"]
+    first = [cell.text for cell in operator_table(again).rows[0]]
+    assert first[:4] == [operator.name, "Conv", "12.500", "0.75"]
