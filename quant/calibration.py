@@ -5,12 +5,15 @@ Pictures pass one at a time; memory does not grow with their number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
+from onnx import NodeProto
 
+from quant.bodies import inner_nodes, stepwise
 from quant.errors import InputError
 from quant.graph import Graph
 from quant.observer import HALF_BINS, MOMENTUM, Histogram, MovingRange
@@ -18,6 +21,7 @@ from quant.plan import QUANTIZABLE
 from quant.runtime import Feed, onnx_session
 
 Statistics = dict[str, Histogram]
+Shape = tuple[int, ...]
 
 
 def collect_statistics(
@@ -27,18 +31,19 @@ def collect_statistics(
 
     Args:
         graph: the prepared graph.
-        tensors: names of graph inputs or intermediate tensors.
+        tensors: names of graph inputs or intermediate tensors, those inside of loops too (all steps count).
         feeds: input name -> array, one picture each; their order matters to the moving average alone.
         momentum: of the moving average of the extremes, 0..1.
 
     Raises:
         InputError: there was no feed, or a tensor held NaN or infinity.
     """
-    session = onnx_session(graph.to_model(tensors), threads)
+    exposed, places = stepwise(graph, tensors)
+    session = onnx_session(exposed.to_model(places), threads)
     statistics = {name: Histogram(average=MovingRange(momentum)) for name in tensors}
     count = 0
     for count, feed in enumerate(feeds, start=1):
-        for name, values in zip(tensors, session.run(feed, tensors), strict=True):
+        for name, values in zip(tensors, session.run(feed, places), strict=True):
             try:
                 statistics[name].update(values)
             except ValueError as error:
@@ -76,25 +81,42 @@ def load_statistics(file: Path) -> Statistics:
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply-accumulates by operator name (its output tensor) at one input shape."""
+    """Multiply-accumulates by operator name (its output tensor) at one input shape, over all steps of a loop."""
 
     macs: dict[str, int]
 
 
 def count_work(graph: Graph, feed: Feed, threads: int) -> Work:
-    """Count the multiply-accumulates of Conv, ConvTranspose and MatMul by running the graph once."""
-    nodes = [node for node in graph.nodes if node.op_type in QUANTIZABLE]
-    names = {node.output[0] for node in nodes}
-    names |= {name for node in nodes for name in node.input[:2] if not graph.is_constant(name)}
-    ordered = sorted(names)
-    arrays = onnx_session(graph.to_model(ordered), threads).run(feed, ordered)
-    shapes = {name: array.shape for name, array in zip(ordered, arrays, strict=True)}
-    macs = {}
-    for node in nodes:
-        weight = graph.constants[node.input[1]].shape if graph.is_constant(node.input[1]) else shapes[node.input[1]]
-        if node.op_type == "ConvTranspose":
-            macs[node.output[0]] = int(np.prod(shapes[node.input[0]])) * int(np.prod(weight[1:]))
-        else:
-            per_output = weight[-2:][0] if node.op_type == "MatMul" else int(np.prod(weight[1:]))
-            macs[node.output[0]] = int(np.prod(shapes[node.output[0]])) * per_output
-    return Work(macs)
+    """Multiply-accumulates of Conv, ConvTranspose and MatMul, in all steps of loops, by running the graph once."""
+    written = {node.output[0]: node for node in graph.nodes if node.output} | inner_nodes(graph)
+    nodes = {name: node for name, node in written.items() if node.op_type in QUANTIZABLE}
+    wanted = {*nodes, *(name for node in nodes.values() for name in node.input[:2] if not graph.is_constant(name))}
+    ordered = sorted(wanted)
+    exposed, places = stepwise(graph, ordered, "Shape")
+    arrays = onnx_session(exposed.to_model(places), threads).run(feed, places)
+    shapes = {
+        name: [array.shape] if place == name else [tuple(map(int, sizes)) for sizes in array]
+        for name, place, array in zip(ordered, places, arrays, strict=True)
+    }
+    shapes |= {name: [value.shape] for name, value in graph.constants.items()}
+    return Work({name: _macs(node, shapes) for name, node in nodes.items()})
+
+
+def mean_work(graph: Graph, feeds: Sequence[Feed], threads: int) -> Work:
+    """The mean over several pictures, of which each may take a loop through another number of steps."""
+    found = [count_work(graph, feed, threads).macs for feed in feeds]
+    return Work({name: round(sum(macs[name] for macs in found) / len(found)) for name in found[0]})
+
+
+def _macs(node: NodeProto, shapes: Mapping[str, Sequence[Shape]]) -> int:
+    """Of all steps; what is no part of the step has one shape for all."""
+    used = [shapes[name] for name in (*node.input[:2], node.output[0])]
+    steps = len(used[-1])
+    repeated = (values if len(values) == steps else steps * [values[0]] for values in used)
+    return sum(_macs_once(node.op_type, *each) for each in zip(*repeated, strict=True))
+
+
+def _macs_once(kind: str, data: Shape, weight: Shape, written: Shape) -> int:
+    if kind == "ConvTranspose":
+        return math.prod(data) * math.prod(weight[1:])
+    return math.prod(written) * (weight[-2:][0] if kind == "MatMul" else math.prod(weight[1:]))

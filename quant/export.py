@@ -153,10 +153,10 @@ def _differences(
 
 
 class QdqWriter:
-    """Quantization as Q/DQ nodes (see `quant.placement.Writer`). Equal zero points are stored once."""
+    """Quantization as Q/DQ nodes (see `quant.placement.Writer`). Equal zero points are stored once a graph."""
 
     def __init__(self) -> None:
-        self._zero_points: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._zero_points: dict[tuple[Graph, str, tuple[int, ...], bytes], str] = {}
 
     def rounded(self, graph: Graph, before: NodeProto, tensor: str, scale: float, zero_point: int, dtype: str) -> str:
         quantized = self._quantize(graph, before, tensor, scale, zero_point, dtype)
@@ -205,7 +205,7 @@ class QdqWriter:
         return name
 
     def _zero_point(self, graph: Graph, values: np.ndarray) -> str:
-        key = (values.dtype.name, values.shape, values.tobytes())
+        key = (graph, values.dtype.name, values.shape, values.tobytes())
         if key not in self._zero_points:
             self._zero_points[key] = graph.add_constant(f"{values.dtype.name}_zero_point", values)
         return self._zero_points[key]

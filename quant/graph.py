@@ -37,7 +37,7 @@ class Graph:
             self.constants[tensor.name] = numpy_helper.to_array(tensor)
         for node in model.graph.node:
             if node.op_type == "Constant":
-                self.constants[node.output[0]] = _constant_value(node)
+                self.constants[node.output[0]] = constant_value(node)
             else:
                 self.nodes.append(_copy(node))
         self.inputs = [i.name for i in model.graph.input if i.name not in self.constants]
@@ -93,7 +93,7 @@ class Graph:
 
     def replace_uses(self, old: str, new: str) -> None:
         """Let every node that reads `old` read `new`."""
-        _rename_reads(self.nodes, old, new)
+        rename_reads(self.nodes, old, new)
 
     def insert_before(self, anchor: NodeProto, node: NodeProto) -> None:
         self.nodes.insert(self._position(anchor), node)
@@ -155,38 +155,51 @@ class Graph:
     def copy(self) -> Graph:
         return Graph(self.to_model())
 
+    def body(self, loop: NodeProto) -> Graph:
+        """A copy of what a loop holds, as a graph of its own; names made in it are new around it, too."""
+        (body,) = bodies([loop])
+        inner = Graph(helper.make_model(body, opset_imports=self._model.opset_import))
+        inner._names |= self._names
+        return inner
+
+    def set_body(self, loop: NodeProto, body: Graph) -> None:
+        """Let a loop hold what `body` gave, after changes."""
+        next(bodies([loop])).CopyFrom(body.to_model().graph)
+        self._names |= body._names
+
 
 def reads(node: NodeProto) -> list[str]:
     """Tensors that a node reads, each once; of a loop or a branch also those that its bodies read from outside."""
     names = [*node.input]
-    for body in _bodies([node]):
+    for body in bodies([node]):
         outside = [*(name for inner in body.node for name in reads(inner)), *(output.name for output in body.output)]
-        own = _own_names(body)
+        own = own_names(body)
         names += [name for name in outside if name not in own]
     return list(dict.fromkeys(names))
 
 
-def _rename_reads(nodes: Sequence[NodeProto], old: str, new: str) -> None:
+def rename_reads(nodes: Sequence[NodeProto], old: str, new: str) -> None:
+    """Let nodes, and what their bodies hold, read `new` in the place of `old`."""
     for node in nodes:
         for index, name in enumerate(node.input):
             if name == old:
                 node.input[index] = new
-    for body in _bodies(nodes):
-        if old in _own_names(body):
+    for body in bodies(nodes):
+        if old in own_names(body):
             continue  # paddle2onnx gives inputs of a body the names of outer tensors
-        _rename_reads(body.node, old, new)
+        rename_reads(body.node, old, new)
         for output in body.output:  # a body may hand on what it did not compute
             if output.name == old:
                 output.name = new
 
 
-def _own_names(body: GraphProto) -> set[str]:
+def own_names(body: GraphProto) -> set[str]:
     """Tensors that a body is given or computes."""
     given = {info.name for info in body.input} | {tensor.name for tensor in body.initializer}
     return given | {name for node in body.node for name in node.output}
 
 
-def _bodies(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
+def bodies(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
     """The graphs inside of loops and branches among the nodes."""
     for node in nodes:
         for attr in node.attribute:
@@ -197,8 +210,8 @@ def _all_written(nodes: Sequence[NodeProto]) -> Iterator[str]:
     """Tensors that nodes write, and those inside of loops and branches."""
     for node in nodes:
         yield from node.output
-    for body in _bodies(nodes):
-        yield from _own_names(body)
+    for body in bodies(nodes):
+        yield from own_names(body)
         yield from _all_written(body.node)
 
 
@@ -211,7 +224,8 @@ def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
     return default
 
 
-def _constant_value(node: NodeProto) -> np.ndarray:
+def constant_value(node: NodeProto) -> np.ndarray:
+    """What a Constant node holds."""
     for attr in node.attribute:
         value = helper.get_attribute_value(attr)
         if attr.name == "value":

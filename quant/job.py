@@ -29,6 +29,8 @@ from quant.target import TargetName
 from quant.task import TaskAdapter, make_task
 
 PROOF_PICTURES = 3
+LOOP_PICTURES = 8
+"""Of the calibration split, to count how many steps a loop takes."""
 TWINS = "twins"
 """Folder of results that holds the runs of twins."""
 
@@ -143,6 +145,13 @@ def latency_feed(job: Job) -> Feed:
     if has_loop(prepared_graph(job)):
         return first_feeds(job, job.selection.calibration or job.selection.report, 1)[0]
     return feed_of(job, job.recipe.latency.shape)
+
+
+def work_feeds(job: Job) -> list[Feed]:
+    """Inputs that the work of each operator is counted on: several pictures where a loop decides how much there is."""
+    if has_loop(prepared_graph(job)):
+        return first_feeds(job, job.selection.calibration or job.selection.report, LOOP_PICTURES)
+    return [latency_feed(job)]
 
 
 def feed_of(job: Job, shape: Sequence[int]) -> Feed:

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
-from onnx import GraphProto, ModelProto, NodeProto
+from onnx import GraphProto, ModelProto
 
 from quant.errors import InputError, Unavailable
-from quant.graph import Graph
+from quant.graph import Graph, bodies
 from quant.runtime import Feed, Session, onnx_session, open_session
 from quant.target import TargetName
 
@@ -38,7 +37,7 @@ def with_clean_bodies(model: ModelProto) -> ModelProto:
     result.CopyFrom(model)
     known = set(_names(result.graph))
     for node in result.graph.node:
-        for body in _bodies(node):
+        for body in bodies([node]):
             _clean(body, known)
     return result
 
@@ -54,7 +53,7 @@ def _clean(body: GraphProto, known: set[str]) -> None:
     known.update(_names(body))
     _rename_uses(body, fresh)
     for node in body.node:
-        for inner in _bodies(node):
+        for inner in bodies([node]):
             _clean(inner, known)
 
 
@@ -62,7 +61,7 @@ def _rename_uses(graph: GraphProto, fresh: dict[str, str]) -> None:
     for node in graph.node:
         for place, name in enumerate(node.input):
             node.input[place] = fresh.get(name, name)
-        for inner in _bodies(node):
+        for inner in bodies([node]):
             given = {info.name for info in inner.input}
             _rename_uses(inner, {old: new for old, new in fresh.items() if old not in given})
     for info in graph.output:
@@ -81,12 +80,6 @@ def _fresh(stem: str, known: set[str]) -> str:
 def _names(graph: GraphProto) -> Iterator[str]:
     yield from (info.name for info in (*graph.input, *graph.initializer))
     yield from (name for node in graph.node for name in node.output)
-
-
-def _bodies(node: NodeProto) -> Iterator[GraphProto]:
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
 
 
 def check_calls(

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from onnx import NodeProto
 
+from quant.bodies import loops
 from quant.flow import Chain, find_chains, scale_writer, write_chain, write_inverse
 from quant.flow import Writer as FlowWriter
 from quant.graph import Graph
@@ -62,8 +63,27 @@ def place(prepared: Graph, plan: QuantPlan, writer: Writer) -> Graph:
                 node.input[index] = writer.weight(graph, node, name, integers[name], plan.weights[name].axis)
         if operator is not None and plan.outputs and _has_integer_bias(graph, operator, node):
             node.input[2] = writer.bias(graph, node, node.input[2], _bias_scale(operator, plan, stored, integers))
+    for loop, _ in list(loops(graph)):
+        _place_inside(graph, loop, plan, writer)
     graph.prune()
     return graph
+
+
+def _place_inside(graph: Graph, loop: NodeProto, plan: QuantPlan, writer: Writer) -> None:
+    """Quantize what the plan names of a loop's body; numbers stand inside: runtimes want to see constants there."""
+    body, quantized = graph.body(loop), plan.quantized()
+    done: dict[str, str] = {}
+    for node in list(body.nodes):
+        operator = quantized.get(node.output[0]) if node.output else None
+        if operator is None or operator.weight is None:
+            continue
+        source, weight = node.input[0], operator.weight
+        if source not in done:
+            done[source] = writer.rounded(body, node, source, *numbers_of(plan.activations[source]))
+        integers, axis = plan.integers[weight], plan.weights[weight].axis
+        node.input[:] = [done[source], writer.weight(body, node, weight, integers, axis)]
+    if done:
+        graph.set_body(loop, body)
 
 
 def _has_integer_bias(graph: Graph, operator: Operator, node: NodeProto) -> bool:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from onnx import NodeProto
 from pydantic import BaseModel, ConfigDict, Field
 
+from quant.bodies import inner_nodes
 from quant.equalization import Equalizer, equalize, equalizer_tensors, read_equalizers
 from quant.errors import InputError
 from quant.graph import Graph, attribute
@@ -51,6 +53,7 @@ class Operator(_Part):
     weight: str | None
     macs: int = Field(ge=0, description="multiply-accumulates at the recipe's reference shape")
     parameters: int = Field(ge=0, description="number of constant weights")
+    in_loop: bool = Field(False, description="whether it stands inside of a loop; macs are then those of all steps")
     quantized: bool
     reason: str = ""
     damage: float | None = Field(default=None, description="output error when only this operator is in INT8")
@@ -223,18 +226,17 @@ def weight_axis(op_type: str) -> int:
 
 
 def quantizable_operators(graph: Graph, macs: dict[str, int]) -> list[Operator]:
-    """All Conv, ConvTranspose and MatMul of a prepared graph, marked as quantized.
+    """All Conv, ConvTranspose and MatMul of a prepared graph and of its loops, marked as quantized.
 
     A ConvTranspose with groups stays in FP32: its output channels have no axis of their own.
     """
     operators = []
-    for node in graph.nodes:
+    inner = inner_nodes(graph)
+    for node in [*graph.nodes, *inner.values()]:
         if node.op_type not in QUANTIZABLE:
             continue
-        constant = graph.is_constant(node.input[1])
-        grouped = node.op_type == "ConvTranspose" and attribute(node, "group", 1) != 1
-        flat = not constant or node.op_type != "MatMul" or graph.constants[node.input[1]].ndim == 2
-        fits = flat and not grouped and not graph.is_constant(node.input[0])
+        constant, in_loop = graph.is_constant(node.input[1]), node.output[0] in inner
+        reason = _unfit_in_loop(graph, node) if in_loop else _unfit(graph, node)
         operators.append(
             Operator(
                 name=node.output[0],
@@ -243,11 +245,27 @@ def quantizable_operators(graph: Graph, macs: dict[str, int]) -> list[Operator]:
                 weight=node.input[1] if constant else None,
                 macs=macs.get(node.output[0], 0),
                 parameters=int(graph.constants[node.input[1]].size) if constant else 0,
-                quantized=fits,
-                reason="" if fits else "weight layout has no per-channel axis",
+                in_loop=in_loop,
+                quantized=not reason,
+                reason=reason,
             )
         )
     return operators
+
+
+def _unfit(graph: Graph, node: NodeProto) -> str:
+    """Why an operator cannot be in INT8; empty where it can."""
+    constant = graph.is_constant(node.input[1])
+    grouped = node.op_type == "ConvTranspose" and attribute(node, "group", 1) != 1
+    flat = not constant or node.op_type != "MatMul" or graph.constants[node.input[1]].ndim == 2
+    fits = flat and not grouped and not graph.is_constant(node.input[0])
+    return "" if fits else "weight layout has no per-channel axis"
+
+
+def _unfit_in_loop(graph: Graph, node: NodeProto) -> str:
+    if node.op_type != "MatMul" or not graph.is_constant(node.input[1]):
+        return "inside a loop, where products by weights alone are quantized: caches grow from step to step"
+    return _unfit(graph, node)
 
 
 def corrected_graph(graph: Graph, plan: QuantPlan) -> Graph:

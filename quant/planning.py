@@ -19,7 +19,7 @@ from eval.evaluation import readable
 from eval.metric import make_metric
 from eval.statistics import compare_counts
 from quant.bias import sequential_biases
-from quant.calibration import Statistics, collect_statistics, count_work, load_statistics, save_statistics
+from quant.calibration import Statistics, collect_statistics, load_statistics, mean_work, save_statistics
 from quant.equalization import Equalizer, equalize, load_equalizers, make_equalizers, save_equalizers
 from quant.errors import InputError
 from quant.flow import find_chains
@@ -30,11 +30,11 @@ from quant.job import (
     counted,
     first_feeds,
     labels_digest,
-    latency_feed,
     prepared_graph,
     prepared_stage,
     sample_ids,
     tracked,
+    work_feeds,
 )
 from quant.ladder import SearchScore, climb, try_plan
 from quant.manifest import processor, products_saturate
@@ -434,7 +434,7 @@ def _search_scores(job: Job, session: Session, what: str) -> np.ndarray:
 
 
 def _operators(job: Job, graph: Graph, choice: TargetChoice) -> list[Operator]:
-    operators = quantizable_operators(graph, count_work(graph, latency_feed(job), job.options.threads).macs)
+    operators = quantizable_operators(graph, mean_work(graph, work_feeds(job), job.options.threads).macs)
     known = {op.name for op in operators}
     if unknown := [name for name in choice.fp32 if name not in known]:
         raise InputError(f"targets.*.fp32: '{unknown[0]}' is no Conv, ConvTranspose or MatMul of {job.recipe.name}")

@@ -31,7 +31,8 @@ def _in_fp32(operator: Operator, reason: str) -> Operator:
 def _matches(operator: Operator, entry: KeptOperators) -> bool:
     kinds = not entry.kinds or operator.op_type in entry.kinds
     weights = entry.weights is None or entry.weights == (operator.weight is not None)
-    return kinds and weights and (not entry.names or operator.name.startswith(tuple(entry.names)))
+    loops = entry.loops is None or entry.loops == operator.in_loop
+    return kinds and weights and loops and (not entry.names or operator.name.startswith(tuple(entry.names)))
 
 
 def _behind(graph: Graph, kinds: Sequence[str]) -> set[str]:

@@ -17,6 +17,7 @@ from quant.conversion import ANCHORS, Imported, import_model, trace_anchors
 from quant.errors import InputError
 from quant.fold import fold
 from quant.graph import Graph
+from quant.invariants import hoist_invariants
 from quant.loop import check_calls, has_loop, with_clean_bodies
 from quant.runtime import Feed, onnx_session
 from quant.source import ModelFiles
@@ -59,8 +60,10 @@ def prepare(files: ModelFiles, feeds: list[Feed], tolerance: float, threads: int
     imported = import_model(files, feeds, work)
     shipped = _renamed(imported, feeds[0], files)
     difference = _compare_import(shipped, imported, files, feeds, tolerance, threads, work)
-    graph = _cleaned(shipped)
-    folds = fold(graph)
+    graph = shipped.copy()
+    hoisted = hoist_invariants(graph)
+    graph = _cleaned(graph)
+    folds = {"loop_invariant": hoisted, **fold(graph)}
     prepared = graph.to_model()
     onnx.checker.check_model(prepared, full_check=True)
     difference = max(difference, _compare_fold(shipped, graph, imported, feeds, tolerance, threads))

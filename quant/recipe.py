@@ -231,11 +231,12 @@ class KeptOperators(_Part):
     names: list[str] = Field([], description="what the names of their output tensors start with")
     weights: bool | None = Field(None, description="true: those by constant weights, false: of activations alone")
     after: list[str] = Field([], description="ONNX kinds; those whose input depends on an operator of these kinds")
+    loops: bool | None = Field(None, description="true: those inside of loops, false: those outside")
 
     @model_validator(mode="after")
     def _names_something(self) -> KeptOperators:
-        if not (self.kinds or self.names or self.after or self.weights is not None):
-            raise ValueError("names no operator: give kinds, names, weights or after")
+        if not (self.kinds or self.names or self.after or self.weights is not None or self.loops is not None):
+            raise ValueError("names no operator: give kinds, names, weights, after or loops")
         return self
 
 

@@ -70,7 +70,8 @@ def collect_moments(
         seed: of the positions that are looked at.
     """
     nodes = {node.output[0]: node for node in graph.nodes if node.output}
-    chosen = [nodes[op.name] for op in operators if op.quantized and _supported(graph, nodes[op.name])]
+    found = [nodes[op.name] for op in operators if op.quantized and not op.in_loop]
+    chosen = [node for node in found if _supported(graph, node)]
     tensors = list(dict.fromkeys(node.input[0] for node in chosen))
     inner = [name for name in tensors if name not in graph.inputs]
     session = onnx_session(graph.to_model(inner), threads)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from quant.bodies import find_node
 from quant.comparison import side_by_side
 from quant.graph import Graph, attribute
 from quant.ladder import SearchScore
@@ -108,7 +109,8 @@ def kernel_kind(graph: Graph, operator: Operator) -> str:
     """Which operators share a kernel: those of the same kind, in words."""
     shape = _weight_shape(graph, operator)
     if operator.op_type == "MatMul":
-        return "MatMul by weights" if shape else "MatMul of activations"
+        kind = "MatMul by weights" if shape else "MatMul of activations"
+        return f"{kind}, in a loop" if operator.in_loop else kind
     if operator.op_type == "ConvTranspose":
         return "ConvTranspose"
     if attribute(graph.producers()[operator.name], "group", 1) > 1 and shape[1:2] == (1,):
@@ -132,7 +134,7 @@ def output_channels(graph: Graph, operator: Operator) -> int | None:
 
 def _weight_shape(graph: Graph, operator: Operator) -> tuple[int, ...]:
     """Sizes of a constant weight, else (); asked of the node, as plans name weights of the equalized graph."""
-    weight = graph.constants.get(graph.producers()[operator.name].input[1])
+    weight = graph.constants.get(find_node(graph, operator.name).input[1])
     return () if weight is None else weight.shape
 
 

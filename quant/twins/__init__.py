@@ -128,8 +128,8 @@ def find_twin(recipe: Recipe) -> Twin:
 def _places(recipe: Recipe, seed: int, minutes: float) -> Twin:
     """Where in the cache: other code, fonts or arguments give other folders."""
     model, count = recipe.name, recipe.data.generated.samples
-    folder = cache_dir() / "twins" / f"{model}-{_fingerprint([model, seed, minutes])}"
-    return Twin(folder, cached_dir(f"{GENERATED}twin-{_fingerprint([model, count])}"))
+    folder = cache_dir() / "twins" / f"{model}-{_fingerprint(model, [seed, minutes])}"
+    return Twin(folder, cached_dir(f"{GENERATED}twin-{_fingerprint(model, [count])}"))
 
 
 def _write_world(recipe: Recipe, world: Path) -> None:
@@ -137,10 +137,12 @@ def _write_world(recipe: Recipe, world: Path) -> None:
         load_module(recipe.name).write_world(temporary, recipe.data.generated.samples, WORLD_SEED)
 
 
-def _fingerprint(facts: Sequence[str | float]) -> str:
-    """12 digits for facts, and for the code that trains and generates."""
+def _fingerprint(model: str, facts: Sequence[float]) -> str:
+    """12 digits for facts, and for the code that trains a model's twin and generates its world."""
     from calib_data.generator import find_fonts, fonts_fingerprint
 
-    folders = (Path(__file__).parent, Path(__file__).parents[2] / "calib_data")
-    code = hashlib.sha256(b"".join(path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py"))))
-    return digest(json.dumps([*facts, code.hexdigest(), fonts_fingerprint(find_fonts())]))[:12]
+    here, others = Path(__file__).parent, {name for twin, name in MODULES.items() if twin != model}
+    files = [path for path in sorted(here.glob("*.py")) if path.stem not in others - {MODULES.get(model)}]
+    files += sorted((here.parents[1] / "calib_data").glob("*.py"))
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in files if path.name != "__init__.py"))
+    return digest(json.dumps([model, *facts, code.hexdigest(), fonts_fingerprint(find_fonts())]))[:12]
