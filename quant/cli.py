@@ -399,6 +399,7 @@ def export(
     from quant.job import runs_folder
     from quant.manifest import load_manifest, newest_run
     from quant.recipe import load_recipe
+    from quant.verification import seal
 
     recipe = load_recipe(model)
     runs = runs_folder(recipe, _results_dir(out), model_dir)
@@ -421,6 +422,7 @@ def export(
     for target, place in places.items():
         with staged(place) as temporary:
             shutil.copytree(folder / target, temporary)
+            seal(temporary, recipe.name, folder.name, target)
         print(f"{place}: {_verdict(folder, target)}")
     if fp32:
         _export_fp32(recipe, prepared, out, model_dir)
@@ -435,11 +437,36 @@ def _export_fp32(recipe: Recipe, place: Path, out: Path | None, model_dir: Path 
     from quant.export import write_inference_yml
     from quant.job import fp32_folders
     from quant.judging import find_evaluation
+    from quant.verification import seal
 
     with _working(out, None, model_dir, None, True, False) as (options, _), staged(place) as temporary:
-        job = find_evaluation(recipe, options).job
-        shutil.copytree(fp32_folders(job, "onnxruntime")["fp32_prepared"], temporary)
-        write_inference_yml(job.files.inference_yml, temporary)
+        found = find_evaluation(recipe, options)
+        shutil.copytree(fp32_folders(found.job, "onnxruntime")["fp32_prepared"], temporary)
+        write_inference_yml(found.job.files.inference_yml, temporary)
+        seal(temporary, recipe.name, found.folder.name, "fp32")
+
+
+@app.command("verify")
+def verify_folders(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Of runs, artifacts, or exported ones.")],
+    as_json: AsJson = False,
+) -> int:
+    """Compare folders with their manifests; name every file that is missing, changed or added.
+
+    Example: quant verify deploy/PP-OCRv4_mobile_det_onnxruntime_int8
+    """
+    from quant.verification import verify
+
+    found = [verify(folder) for folder in folders]
+    if as_json:
+        _print_json([one.document() for one in found])
+    else:
+        for one in found:
+            verdict = "good" if one.good else "not what was written"
+            print(f"{one.folder}: {verdict}, {one.checked} files of run {one.run} of {one.model}")
+            for problem in one.problems:
+                print(f"  {problem}")
+    return 0 if all(one.good for one in found) else INPUT_ERROR
 
 
 def _verdict(run: Path, target: str) -> str:

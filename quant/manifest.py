@@ -13,11 +13,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from quant.archive import staged
 from quant.errors import InputError
 from quant.stage import file_digests
 
 log = logging.getLogger(__name__)
 
+MANIFEST_FILE = "manifest.json"
 PACKAGES = (
     "paddlepaddle",
     "paddleslim",
@@ -73,6 +75,7 @@ class Manifest(BaseModel):
     proof: dict[str, Any]
     ladder: dict[str, list[dict[str, Any]]]
     artifacts: dict[str, dict[str, str]] = Field(description="target -> file -> sha256")
+    files: dict[str, str] = Field(default_factory=dict, description="every other file of the run -> sha256")
     seed: int
     threads: int
     code_sha256: str
@@ -81,7 +84,8 @@ class Manifest(BaseModel):
 
     def save(self, folder: Path) -> None:
         text = json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, sort_keys=True, ensure_ascii=False)
-        (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+        with staged(folder / MANIFEST_FILE) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
 
     def intact(self, folder: Path) -> bool:
         """Whether every artifact in the run's folder still has the hash that was noted."""
@@ -103,7 +107,7 @@ def load_manifest(folder: Path) -> Manifest:
     Raises:
         InputError: missing or not readable.
     """
-    file = folder / "manifest.json"
+    file = folder / MANIFEST_FILE
     try:
         return Manifest.model_validate_json(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError) as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.gate import EvalReport, JudgedRow, SkippedRow, of_twins
-from quant.archive import staged
+from quant.archive import file_sha256, staged
 from quant.card import Subject, write_card
 from quant.errors import InputError, Unavailable
 from quant.export import check_artifact, export_artifact, fitted
@@ -160,6 +160,7 @@ def _write_run(job: Job, name: str, quantized: dict[TargetName, Quantized], repo
     (folder / "plan.json").write_text(text + "\n", encoding="utf-8")
     (folder / "metrics.json").write_text(report.to_json(), encoding="utf-8")
     recipe, selection = job.recipe, job.selection
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     manifest = Manifest(
         model=recipe.name,
         run=name,
@@ -176,6 +177,7 @@ def _write_run(job: Job, name: str, quantized: dict[TargetName, Quantized], repo
         proof=vars(read_proof(prepared_stage(job))),
         ladder={str(t): [rung.document() for rung in q.rungs] for t, q in quantized.items()},
         artifacts=artifacts,
+        files={name: file_sha256(path) for name, path in files.items() if name.partition("/")[0] not in artifacts},
         seed=recipe.seed,
         threads=job.options.threads,
         code_sha256=code_digest(),

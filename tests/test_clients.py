@@ -15,9 +15,11 @@ from test_card import card_of, code_of, run_snippet
 
 from eval.dataset import Sample, read_image
 from quant.job import Job, Options, start
+from quant.manifest import load_manifest
 from quant.recipe import load_recipe
 from quant.runtime import open_session
 from quant.task import BoxPrediction, TextPrediction
+from quant.verification import seal
 
 pytestmark = pytest.mark.slow
 
@@ -44,11 +46,15 @@ class Exported:
 
 
 @pytest.fixture(scope="module", params=together(DET, REC))
-def exported(request: pytest.FixtureRequest, main_jobs: MainJobs) -> Exported:
+def exported(request: pytest.FixtureRequest, main_jobs: MainJobs, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     model: str = request.param
     done = main_jobs.on_real_data(model)
+    folder = tmp_path_factory.mktemp("exported") / model
+    for target in load_manifest(done.folder).artifacts:
+        shutil.copytree(done.folder / target, folder / target)
+        seal(folder / target, model, done.folder.name, target)  # as `quant export` does
     job = start(load_recipe(model), Options(done.results, THREADS, lambda what, done, total: None))
-    return Exported(job, done.folder, job.selection.report[:PICTURES])
+    return Exported(job, folder, job.selection.report[:PICTURES])
 
 
 def paddlex_predictions(exported: Exported, target: str, **arguments: Any) -> list[Any]:

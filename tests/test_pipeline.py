@@ -37,6 +37,7 @@ from quant.recipe import Recipe, limited_to, load_recipe
 from quant.runtime import MODEL_FILES, open_session, target_format
 from quant.shares import Share, judged_in_processes
 from quant.stage import StageStore, file_digests
+from quant.verification import verify
 
 NAME = "colour_reader"
 HEIGHT, BAR = 16, 8
@@ -335,10 +336,27 @@ def test_operators_that_the_recipe_names_stay_in_fp32(place: Place, first: First
 def test_the_prepared_fp32_model_is_exported_with_its_processing(place: Place, first: First, tmp_path: Path) -> None:
     folder = tmp_path / f"{NAME}_fp32"
     _export_fp32(place.recipe, folder, place.results, place.root / "model")
-    assert {path.name for path in folder.iterdir()} == {"inference.onnx", "inference.yml"}
+    assert {path.name for path in folder.iterdir()} == {"inference.onnx", "inference.yml", "manifest.json"}
+    assert verify(folder).good and verify(folder).run == first.folder.name
     assert (folder / "inference.yml").read_bytes() == (first.folder / "onnxruntime" / "inference.yml").read_bytes()
     kinds = {node.op_type for node in onnx.load(folder / "inference.onnx").graph.node}
     assert "Conv" in kinds and "QuantizeLinear" not in kinds
+
+
+def test_a_run_and_its_artifacts_are_verified(first: First, tmp_path: Path) -> None:
+    whole = verify(first.folder)
+    assert whole.good and whole.kind == "run"
+    assert whole.checked == sum(path.is_file() for path in first.folder.rglob("*")) - 1, "all but the manifest itself"
+    assert [verify(first.folder / target).problems for target in EXPORTED] == [[]] * len(EXPORTED)
+    copy = shutil.copytree(first.folder, tmp_path / "copy")
+    (copy / "metrics.json").write_text("{}", encoding="utf-8")
+    (copy / "plans" / "paddle" / "plan.json").unlink()
+    (copy / "onnxruntime" / "extra.bin").write_bytes(b"")
+    assert verify(copy).problems == [
+        "missing: plans/paddle/plan.json",
+        "changed: metrics.json",
+        "added: onnxruntime/extra.bin",
+    ]
 
 
 def test_a_search_leaves_its_front_beside_the_plan(place: Place, first: First, tmp_path: Path) -> None:

@@ -1,0 +1,140 @@
+"""Whether a folder still holds what was written: a run, one of its artifacts, or what `quant export` copied out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from quant.archive import file_sha256
+from quant.errors import InputError
+from quant.manifest import CARD, MANIFEST_FILE, load_manifest
+
+Kind = Literal["run", "artifact", "export"]
+_LARGEST = 64 << 20
+
+
+class ExportManifest(BaseModel):
+    """manifest.json of a folder that `quant export` wrote."""
+
+    model_config = ConfigDict(protected_namespaces=(), populate_by_name=True, extra="forbid")
+
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    model: str
+    run: str
+    target: str
+    files: dict[str, str] = Field(description="file -> sha256")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How a folder compares with its manifest.
+
+    Attributes:
+        checked: how many files the manifest lists.
+        missing, changed: files that it lists.
+        added: files that it does not list.
+    """
+
+    folder: str
+    kind: Kind
+    model: str
+    run: str
+    checked: int
+    missing: list[str]
+    changed: list[str]
+    added: list[str]
+
+    @property
+    def good(self) -> bool:
+        return not self.problems
+
+    @property
+    def problems(self) -> list[str]:
+        groups = {"missing": self.missing, "changed": self.changed, "added": self.added}
+        return [f"{what}: {name}" for what, names in groups.items() for name in names]
+
+    def document(self) -> dict[str, Any]:
+        return {"schema": 1, "good": self.good, **asdict(self)}
+
+
+def seal(folder: Path, model: str, run: str, target: str) -> None:
+    """Write a manifest into a folder that leaves its run, so that it can be verified on its own."""
+    files = {name: file_sha256(path) for name, path in _files(folder).items() if _hashed(name)}
+    manifest = ExportManifest(model=model, run=run, target=target, files=files)
+    (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
+
+
+def verify(folder: Path) -> Verification:
+    """Compare a run, an artifact inside of one, or an exported folder with its manifest.
+
+    Raises:
+        InputError: it is none of these, or its manifest is damaged.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; give a run's, an artifact's or an exported folder")
+    folder = folder.resolve()
+    if not (folder / MANIFEST_FILE).is_file():
+        return _verify_artifact(folder)
+    exported = _export_manifest(folder / MANIFEST_FILE)
+    if exported:
+        return _compared(folder, "export", exported.model, exported.run, exported.files)
+    manifest = load_manifest(folder)
+    artifacts = {f"{t}/{name}": sha256 for t, files in manifest.artifacts.items() for name, sha256 in files.items()}
+    found = _compared(folder, "run", manifest.model, manifest.run, {**manifest.files, **artifacts})
+    if manifest.files:
+        return found
+    # Older runs list their artifacts alone: what else lies there is not known.
+    added = [name for name in found.added if name.partition("/")[0] in manifest.artifacts]
+    return Verification(**{**asdict(found), "added": added})
+
+
+def _verify_artifact(folder: Path) -> Verification:
+    if not (folder.parent / MANIFEST_FILE).is_file():
+        raise InputError(
+            f"{folder}: there is no {MANIFEST_FILE} in it or above it; give the folder of a run, or one that "
+            "`quant export` wrote"
+        )
+    manifest = load_manifest(folder.parent)
+    if folder.name not in manifest.artifacts:
+        raise InputError(f"{folder.parent / MANIFEST_FILE} lists no artifact {folder.name}: it is not of this run")
+    return _compared(folder, "artifact", manifest.model, manifest.run, manifest.artifacts[folder.name])
+
+
+def _export_manifest(file: Path) -> ExportManifest | None:
+    """The manifest of an exported folder, None where it is another kind's, or damaged."""
+    if file.stat().st_size > _LARGEST:
+        raise InputError(f"{file}: not a manifest of this program: it has more than {_LARGEST >> 20} MiB")
+    try:
+        return ExportManifest.model_validate_json(file.read_bytes())
+    except ValidationError:
+        return None
+
+
+def _compared(folder: Path, kind: Kind, model: str, run: str, listed: Mapping[str, str]) -> Verification:
+    found = _files(folder)
+    unsafe = [name for name in listed if not _inside(name)]
+    if unsafe:
+        raise InputError(f"{folder / MANIFEST_FILE}: not a manifest of this program: it lists {unsafe[0]!r}")
+    missing = sorted(set(listed) - set(found))
+    changed = sorted(n for n in set(listed) & set(found) if found[n].is_symlink() or file_sha256(found[n]) != listed[n])
+    added = sorted(name for name in set(found) - set(listed) if _hashed(name))
+    return Verification(str(folder), kind, model, run, len(listed), missing, changed, added)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def _hashed(name: str) -> bool:
+    """Manifests hold hashes and cannot be hashed by themselves; cards are text for people."""
+    return name != MANIFEST_FILE and PurePosixPath(name).name != CARD
+
+
+def _inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
