@@ -10,11 +10,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from eval.gate import POOLED
 from quant.archive import Progress, install, staged
+from quant.document import DocumentError, parse_yaml
 from quant.errors import InputError, Unavailable
 from quant.recipe import Sha256, Task
 from quant.source import cache_dir, search_path
@@ -141,9 +141,9 @@ def load_entry(name: str) -> DatasetEntry:
     if Path(name).name != name or not path.is_file():
         raise InputError(f"no data set '{name}'. Known sets: {', '.join(dataset_names())}; or give a folder")
     try:
-        return DatasetEntry.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path.name}: no YAML: {' '.join(str(error).split())}") from error
+        return DatasetEntry.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
+    except DocumentError as error:
+        raise InputError(f"{path.name}: no YAML: {error}") from error
     except ValidationError as error:
         details = [f"{path.name}: {_key(detail)} = {detail['input']!r}: {detail['msg']}" for detail in error.errors()]
         raise InputError("\n".join(details)) from error

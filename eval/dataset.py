@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from calib_data.registry import DatasetFolder, LabelFormat, example_of
 from eval.layouts import BrokenLayout, Layout, in_words_of, read_layouts
+from quant.document import parse_json
 from quant.errors import InputError
 from quant.recipe import Angle, Rotations, Splits
 
@@ -251,14 +251,14 @@ def _class(folder: DatasetFolder, line: str) -> tuple[str, Label]:
 def _table(folder: DatasetFolder, line: str) -> tuple[str, Label]:
     """A table: `html` is text, or PubTabNet's structure and cells, whose pictures lie in a folder for each `split`."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
         name, html = entry["filename"], entry["html"]
         if not isinstance(name, str):
             raise TypeError
         markup = html if isinstance(html, str) else _joined(html["structure"]["tokens"], html["cells"])
         if "split" in entry and not (folder.images / _relative(name)).is_file():
             name = f"{entry['split']}/{name}"
-    except (AttributeError, KeyError, OSError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise _BrokenLine("the label is no JSON object with 'filename' and 'html'") from error
     return name, _table_html(markup)
 
@@ -328,8 +328,8 @@ def _text(text: str) -> str:
 
 def _boxes(text: str) -> tuple[Box, ...]:
     try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        entries = parse_json(text)
+    except ValueError as error:
         raise _BrokenLine("the label is no JSON") from error
     if not isinstance(entries, list):
         raise _BrokenLine("the label is no JSON list")

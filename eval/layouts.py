@@ -7,13 +7,13 @@ no model knows is not judged, and neither are detections of classes that a set d
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from quant.document import parse_json
 from quant.errors import InputError
 
 Rectangle = tuple[float, float, float, float]
@@ -70,7 +70,7 @@ def read_layouts(path: Path) -> LayoutFile:
         InputError: it is no COCO file, or lists no picture.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
+        document = parse_json(path.read_text(encoding="utf-8-sig"))
         categories = {entry["id"]: str(entry["name"]) for entry in document["categories"]}
         images = {entry["id"]: str(entry["file_name"]) for entry in document["images"]}
         boxes: dict[Any, list[Any]] = {number: [] for number in images}
@@ -78,7 +78,7 @@ def read_layouts(path: Path) -> LayoutFile:
             boxes[entry["image_id"]].append(entry)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         what = " ".join(str(error).split())
         raise InputError(f"{path} is no COCO file ({what}): it needs images, annotations and categories") from error
     if not images:

@@ -10,7 +10,6 @@ Paddle's flags act once in a process, so the work is done in one of its own: `py
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,15 @@ from typing import Any
 import numpy as np
 
 from quant.archive import file_sha256
-from quant.child import child_command, child_environment, last_line
+from quant.child import (
+    LimitExceeded,
+    child_command,
+    child_environment,
+    ending,
+    follow_parent,
+    model_limits,
+    run_child,
+)
 from quant.errors import InputError
 from quant.lowering import Lowering
 from quant.pir import kind_of, written_operators
@@ -79,15 +86,12 @@ def _run_child(files: ModelFiles, folder: Path) -> None:
     log = folder / LOG_FILE
     environment = child_environment(FLAGS_enable_pir_api="0", GLOG_minloglevel="2")
     command, cannot = child_command("quant.bridge", folder / "job.json"), "it cannot be written as an old-IR program"
-    with log.open("wb") as stream:
-        try:
-            child = subprocess.run(
-                command, stdout=stream, stderr=stream, env=environment, timeout=_SECONDS, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise InputError(f"{files.model.name}: {cannot} in {_SECONDS / 60:.0f} minutes") from error
-    if child.returncode:
-        raise InputError(f"{files.model.name}: {cannot}: {last_line(log)[:300]}")
+    try:
+        code = run_child(command, log, environment, model_limits([files.model, files.params], _SECONDS))
+    except LimitExceeded as error:
+        raise InputError(f"{files.model.name}: {cannot}: that {error}") from error
+    if code:
+        raise InputError(f"{files.model.name}: {cannot}: {ending(code, log)}")
 
 
 def _child(job: dict[str, Any]) -> None:
@@ -155,4 +159,5 @@ def _outputs(model: str, params: str, feeds: list[Feed], threads: int) -> list[n
 
 
 if __name__ == "__main__":
+    follow_parent()
     _child(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -1,10 +1,62 @@
-"""Modules of this project in a process of their own: flags that act once, prints and memory of a library stay there."""
+"""Modules of this project in a process of their own: flags that act once, prints and memory of a library stay there.
+
+What others made is parsed there too, within limits: a crash inside a native library, a hang or memory without end ends
+the child, and one sentence is left of it. Results travel as files, errors as sentences; never as pickles.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from quant.errors import INPUT_ERROR, InputError, Unavailable
+
+_GIB = 1 << 30
+_WATCH_SECONDS = 0.1
+_SHARE_OF_MACHINE = 0.9
+_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_ERROR_FILE = "error.json"
+
+
+class LimitExceeded(Exception):
+    """A child was ended; the message says which limit it had exceeded, as the end of a sentence."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a child may take.
+
+    Attributes:
+        seconds: from its start to its end.
+        memory: resident bytes, its own children's counted.
+    """
+
+    seconds: float
+    memory: int
+
+
+def model_limits(files: Sequence[Path], seconds: float) -> Limits:
+    """For work on a model: memory by its size, and QUANT_CHILD_GIB where that is set; never all of the machine's.
+
+    The largest models take 12 times their size, and 3 GiB for pictures.
+    """
+    import psutil
+
+    machine = int(_SHARE_OF_MACHINE * psutil.virtual_memory().total)
+    chosen = os.environ.get("QUANT_CHILD_GIB", "")
+    try:
+        memory = int(float(chosen) * _GIB) if chosen else 6 * _GIB + 20 * sum(file.stat().st_size for file in files)
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"QUANT_CHILD_GIB={chosen}: must be a number of GiB, like 8") from error
+    return Limits(seconds, min(memory, machine))
 
 
 def child_command(module: str, *arguments: object) -> list[str]:
@@ -19,7 +71,138 @@ def child_environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **variables}
 
 
+def run_child(command: Sequence[str], log: Path, environment: Mapping[str, str], limits: Limits) -> int:
+    """Run a command to its end, and give its exit code; negative where a signal ended it.
+
+    Args:
+        log: receives what it prints.
+
+    Raises:
+        LimitExceeded: it was ended, with all its children.
+    """
+    with log.open("wb") as stream:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=dict(environment))
+    try:
+        return _watched(child, limits)
+    except BaseException:
+        for process in [*_family(child.pid)[1:], child]:
+            process.kill()
+        child.wait()
+        raise
+
+
+def ask(module: str, job: Mapping[str, Any], folder: Path, limits: Limits, subject: str, **variables: str) -> None:
+    """Have a module do a job: `python -m MODULE FOLDER/job.json`, whose main calls `answer`.
+
+    Args:
+        folder: receives `job.json`, `child.log` and the results.
+        subject: what is worked on, for the message.
+        variables: of the environment.
+
+    Raises:
+        InputError: the child raised it, crashed, or exceeded a limit.
+        OSError: the child could not write.
+    """
+    file, log = folder / "job.json", folder / "child.log"
+    file.write_text(json.dumps(job), encoding="utf-8")
+    try:
+        code = run_child(child_command(module, file), log, child_environment(**variables), limits)
+    except LimitExceeded as error:
+        raise InputError(f"{subject}: working on it {error}; it is damaged, or larger than expected") from error
+    if code == INPUT_ERROR and (folder / _ERROR_FILE).is_file():
+        raise _said(json.loads((folder / _ERROR_FILE).read_text(encoding="utf-8")))
+    if code:
+        raise InputError(f"{subject}: {ending(code, log)}. It is damaged, or of a kind that is not known here")
+    for path in (file, log):
+        path.unlink()
+
+
+def answer(folder: Path, work: Callable[[], object]) -> None:
+    """What the main of a child that was asked does: the work; what is wrong with the input is said and exits 2."""
+    follow_parent()
+    try:
+        work()
+    except Unavailable as error:
+        _say(folder, {"kind": "unavailable", "reason": error.reason, "fix": error.fix})
+    except InputError as error:
+        _say(folder, {"kind": "input", "message": str(error)})
+    except OSError as error:
+        if error.errno is None:
+            raise
+        place = error.filename2 or error.filename
+        _say(folder, {"kind": "storage", "errno": error.errno, "file": place if isinstance(place, str) else ""})
+    else:
+        return
+    sys.exit(INPUT_ERROR)
+
+
+def follow_parent() -> None:
+    """Let this child end when its parent is killed, and leave no core file behind when it crashes (Linux)."""
+    import ctypes
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+
+
+def ending(code: int, log: Path) -> str:
+    """How a child ended, in words: the signal, or the last line that it printed."""
+    return f"it crashes ({signal.Signals(-code).name})" if code < 0 else last_line(log)[:300]
+
+
 def last_line(log: Path) -> str:
     """The last line of a child's log that is not blank."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].strip() if lines else "(the log is empty)"
+
+
+def _watched(child: subprocess.Popen[bytes], limits: Limits) -> int:
+    end = time.monotonic() + limits.seconds
+    while True:
+        try:
+            return child.wait(_WATCH_SECONDS)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > end:
+                raise LimitExceeded(f"took more than {_words(limits.seconds)}") from None
+        if _memory(child.pid) > limits.memory:
+            raise LimitExceeded(f"took more than {limits.memory / _GIB:.1f} GiB of memory (see QUANT_CHILD_GIB)")
+
+
+def _words(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:g} s"
+
+
+def _family(pid: int) -> list[Any]:
+    """A process and all its children; empty where it has ended."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _memory(pid: int) -> int:
+    import psutil
+
+    total = 0
+    for process in _family(pid):
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def _say(folder: Path, error: Mapping[str, Any]) -> None:
+    (folder / _ERROR_FILE).write_text(json.dumps(error), encoding="utf-8")
+
+
+def _said(error: Mapping[str, Any]) -> Exception:
+    if error["kind"] == "unavailable":
+        return Unavailable(error["reason"], error["fix"])
+    if error["kind"] == "storage":
+        return OSError(error["errno"], os.strerror(error["errno"]), error["file"] or None)
+    return InputError(error["message"])

@@ -7,7 +7,6 @@ The child also runs the original model, so that the import can be proven equal.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from quant.child import child_command, child_environment, last_line
+from quant.child import (
+    LimitExceeded,
+    child_command,
+    child_environment,
+    ending,
+    follow_parent,
+    model_limits,
+    run_child,
+)
 from quant.errors import InputError
 from quant.pir import with_fetches
 from quant.runtime import Feed, writes_in_steps
 from quant.source import ModelFiles
 
 OPSET = 17
+_SECONDS = 900.0
 # Operators, by their old-IR or PIR names, that the import carries over one to one and in order: anchors to find
 # where two graphs part.
 ANCHORS = {
@@ -65,6 +73,11 @@ def import_model(files: ModelFiles, feeds: list[Feed], folder: Path) -> Imported
     return Imported(folder / "imported.onnx", names["inputs"], names["outputs"], reference)
 
 
+def reference_outputs(folder: Path) -> list[np.ndarray]:
+    """What the original wrote for the first feed, from the folder that `import_model` filled."""
+    return _load_arrays(folder / "output0.npz")
+
+
 def trace_anchors(files: ModelFiles, feed: Feed, folder: Path) -> list[tuple[str, str, np.ndarray]]:
     """(operator type, name, value) of the anchor operators of a program, in order.
 
@@ -83,14 +96,13 @@ def _run_child(files: ModelFiles, folder: Path, job: dict[str, Any]) -> None:
     log = folder / "conversion.log"
     environment = child_environment(FLAGS_enable_pir_api="0", GLOG_minloglevel="2", PYTHONWARNINGS="ignore")
     command = child_command("quant.conversion", folder / "job.json")
-    with log.open("wb") as stream:
-        try:
-            child = subprocess.run(command, stdout=stream, stderr=stream, env=environment, timeout=900, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise InputError(f"{files.model}: Paddle did not finish loading the model in 15 minutes") from error
-    if child.returncode:
+    try:
+        code = run_child(command, log, environment, model_limits([files.model, files.params], _SECONDS))
+    except LimitExceeded as error:
+        raise InputError(f"{files.model}: loading it in Paddle {error}; it is damaged, or too large") from error
+    if code:
         raise InputError(
-            f"{files.model}: Paddle cannot load or convert this model ({last_line(log)[:200]}). "
+            f"{files.model}: Paddle cannot load or convert this model ({ending(code, log)[:200]}). "
             "It is damaged, or of another kind than the recipe's; fetch it again with `quant models fetch`"
         )
 
@@ -183,4 +195,5 @@ def _trace_pir(model: str, params: str, feed: Feed, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    follow_parent()
     _child(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -15,15 +15,16 @@ import onnx
 from eval.dataset import Sample
 from eval.evaluation import readable
 from quant.archive import Progress
+from quant.conversion import reference_outputs
 from quant.errors import InputError
 from quant.graph import Graph
 from quant.loop import has_loop
 from quant.manifest import products_saturate, versions
-from quant.prepare import check_outputs, prepare
+from quant.prepare import check_outputs, prepare_apart
 from quant.recipe import Recipe
-from quant.runtime import Feed, onnx_session, target_format
+from quant.runtime import Feed, target_format
 from quant.selection import Selection, select
-from quant.source import SHIPPED_FILES, ModelFiles, cache_dir, is_twin, resolve_model
+from quant.source import SHIPPED_FILES, ModelFiles, cache_dir, is_twin, resolve_model, unchanged
 from quant.stage import StageStore, code_digest, digest
 from quant.target import TargetName
 from quant.task import TaskAdapter, make_task
@@ -114,15 +115,15 @@ def prepared_stage(job: Job) -> Path:
     def build(folder: Path) -> None:
         feeds = first_feeds(job, job.selection.calibration or job.selection.report, PROOF_PICTURES)
         job.options.progress(f"{job.recipe.name}: importing and folding", 0, 1)
-        prepare(job.files, feeds, job.recipe.tolerance, job.options.threads, folder)
-        session = onnx_session(folder / "imported.onnx", job.options.threads)
-        check_outputs(job.files, job.adapter, feeds[0], session.run(feeds[0]))
         shipped, prepared = folder / "shipped", folder / "prepared"
-        for old, new in (("imported.onnx", shipped), ("prepared.onnx", prepared)):
-            new.mkdir()
-            (folder / old).rename(new / "inference.onnx")
-        for source, name in zip((job.files.model, job.files.params), SHIPPED_FILES[job.files.format], strict=True):
-            shutil.copyfile(source, shipped / name)
+        with unchanged(job.files):
+            prepare_apart(job.files, feeds, job.recipe.tolerance, job.options.threads, folder)
+            check_outputs(job.files, job.adapter, feeds[0], reference_outputs(folder / "import"))
+            for old, new in (("imported.onnx", shipped), ("prepared.onnx", prepared)):
+                new.mkdir()
+                (folder / old).rename(new / "inference.onnx")
+            for source, name in zip((job.files.model, job.files.params), SHIPPED_FILES[job.files.format], strict=True):
+                shutil.copyfile(source, shipped / name)
         shutil.rmtree(folder / "import")
         job.options.progress(f"{job.recipe.name}: importing and folding", 1, 1)
 

@@ -36,6 +36,18 @@ def check_pir(document: Document) -> None:
         raise ValueError("no PIR program")
 
 
+def all_kinds(document: Document) -> set[str]:
+    """Kinds of all operators, those inside of loops and branches among them."""
+    waiting: list[Any] = [document["program"]["regions"]]
+    kinds: set[str] = set()
+    while waiting:
+        for region in waiting.pop():
+            for block in region["blocks"]:
+                kinds.update(_kind(operator) for operator in block["ops"])
+                waiting += [operator["regions"] for operator in block["ops"] if "regions" in operator]
+    return kinds
+
+
 def parameter_shapes(document: Document) -> dict[str, tuple[int, ...]]:
     """Shape of each weight by its name, in the order of `inference.pdiparams`."""
     weights = [operator for operator in _written(document) if operator["#"] == "p"]

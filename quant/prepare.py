@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import onnx
 
 from quant.bridge import bridge
+from quant.child import answer, ask, model_limits
 from quant.comparison import largest_difference
 from quant.conversion import ANCHORS, Imported, import_model, trace_anchors
 from quant.errors import InputError
@@ -22,6 +25,9 @@ from quant.loop import check_calls, has_loop, with_clean_bodies
 from quant.runtime import Feed, onnx_session
 from quant.source import ModelFiles
 from quant.task import TaskAdapter
+
+_FEED = "prepare-feed"
+_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,32 @@ def prepare(files: ModelFiles, feeds: list[Feed], tolerance: float, threads: int
     proof = Proof(difference, tolerance, len(feeds), folds, bridged)
     (folder / "proof.json").write_text(json.dumps(asdict(proof), sort_keys=True), encoding="utf-8")
     return proof
+
+
+def prepare_apart(files: ModelFiles, feeds: list[Feed], tolerance: float, threads: int, folder: Path) -> None:
+    """`prepare` in a process of its own, within limits: whatever a model does to a native library stays there.
+
+    Raises:
+        InputError: as `prepare` does; or the model crashes what reads it, hangs it, or needs too much memory.
+    """
+    for index, feed in enumerate(feeds):
+        np.savez(folder / f"{_FEED}{index}.npz", **feed)
+    job = {"folder": str(folder), "feeds": len(feeds), "tolerance": tolerance, "threads": threads}
+    places = {"model": str(files.model), "params": str(files.params), "format": files.format, "sha256": files.sha256}
+    limits = model_limits([files.model, files.params], _SECONDS)
+    ask("quant.prepare", {**job, **places}, folder, limits, str(files.model))
+    for file in folder.glob(f"{_FEED}*.npz"):
+        file.unlink()
+
+
+def _child(job: dict[str, Any]) -> None:
+    folder, model = Path(job["folder"]), Path(job["model"])
+    files = ModelFiles(model.parent, job["format"], model, Path(job["params"]), {}, "", job["sha256"])
+    feeds = []
+    for index in range(job["feeds"]):
+        with np.load(folder / f"{_FEED}{index}.npz", allow_pickle=False) as stored:
+            feeds.append({name: stored[name] for name in stored.files})
+    prepare(files, feeds, job["tolerance"], job["threads"], folder)
 
 
 def old_ir_form(folder: Path) -> Path | None:
@@ -210,3 +242,8 @@ def first_operator_apart(before: Graph, after: Graph, feed: Feed, tolerance: flo
 def _scaled(tolerance: float, values: np.ndarray) -> float:
     """Inner tensors are larger than the outputs that `tolerance` is meant for."""
     return tolerance * max(1.0, float(np.abs(values).max(initial=0.0)))
+
+
+if __name__ == "__main__":
+    _job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    answer(Path(_job["folder"]), lambda: _child(_job))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -25,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from quant.document import DocumentError, parse_yaml
 from quant.errors import InputError
 from quant.target import TARGETS, ActivationType, EqualizationScope, Placement, TargetName
 
@@ -367,8 +367,8 @@ def _merged(path: Path) -> dict[str, Any]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, no date (2024-13-45)
+        document = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         line = " ".join(str(error).split())
         raise RecipeError([RecipeProblem(path.name, "(file)", "unreadable", line)]) from error
     if not isinstance(document, dict):
@@ -403,8 +403,8 @@ def _apply(overrides: Sequence[str], document: dict[str, Any]) -> None:
 
 def _yaml_value(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:  # ValueError: no date, like 2024-13-45
+        return parse_yaml(text)
+    except DocumentError as error:
         raise ValueError("is not a YAML value") from error
 
 

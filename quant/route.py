@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
+from quant.document import parse_json
 from quant.lowering import unknown_kinds
 from quant.recipe import Recipe, TargetChoice
 from quant.source import local_format, local_program, local_source, without_places
@@ -56,7 +56,10 @@ def _bridge(recipe: Recipe) -> str:
     model = local_program(recipe)
     if model is None:
         return f"{_BRIDGE}, if it knows all operators: that shows when the model is here"
-    unknown = unknown_kinds(json.loads(model.read_text(encoding="utf-8")))
+    try:
+        unknown = unknown_kinds(parse_json(model.read_bytes()))
+    except (OSError, ValueError, LookupError, TypeError):
+        return f"none: {model.name} is damaged, or no PIR program"
     if unknown:
         return f"none: the bridge does not know {', '.join(unknown)}; targets that take ONNX are not concerned"
     return f"{_BRIDGE}: it knows all operators"

@@ -9,15 +9,16 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
-import yaml
-
 from quant.archive import Progress, file_sha256, install, install_files
+from quant.document import parse_json, parse_yaml
 from quant.errors import InputError, Unavailable
-from quant.pir import check_pir, parameter_shapes
+from quant.pir import all_kinds, check_pir, parameter_shapes
 from quant.recipe import Archive, PackageFile, Recipe
 
 ModelFormat = Literal["paddle", "pir"]
@@ -38,6 +39,17 @@ _EXPECTED = "expected inference.pdmodel or inference.json with inference.pdipara
 _PARTS = {"Global": dict, "PreProcess": dict, "PostProcess": dict}
 _DETECTOR_PARTS = {"Global": dict, "Preprocess": list, "label_list": list}
 """Sections of inference.yml and their kinds; PaddleDetection, which detectors are exported by, has its own."""
+
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What a damaged file makes its parsers raise."""
+
+_UNSAFE = {
+    *("load", "load_combine", "save", "save_combine"),
+    *("py_func", "py_layer", "pylayer", "run_program", "listen_and_serv", "recv", "send"),
+}
+"""Operators of Paddle with effects beside their outputs."""
+
+_MOST_DIMS = 64
 
 _ITEM_BYTES = {0: 1, 1: 2, 2: 4, 3: 8, 4: 2, 5: 4, 6: 8, 20: 1, 21: 1, 22: 2, 23: 8, 24: 16}
 """Bytes of one number, by Paddle's VarType.Type: bool, int16..int64, fp16..fp64, uint8, int8, bf16, complex."""
@@ -158,8 +170,8 @@ def is_twin(recipe: Recipe, model_dir: Path | None) -> bool:
     """Whether the model that lies on this machine is a twin; False where none can be read, which `read_model` says."""
     folder = model_dir or _local_dir(recipe)
     try:
-        document = yaml.safe_load((folder / "inference.yml").read_text(encoding="utf-8")) if folder else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        document = parse_yaml((folder / "inference.yml").read_text(encoding="utf-8")) if folder else None
+    except (OSError, ValueError):
         return False
     section = document.get("Global") if isinstance(document, dict) else None
     return isinstance(section, dict) and bool(section.get(TWIN_KEY))
@@ -280,6 +292,21 @@ def read_model(recipe: Recipe, folder: Path, source: str, expected: Mapping[str,
     return ModelFiles(folder, kind, model, params, inference_yml, source, sha256)
 
 
+@contextmanager
+def unchanged(files: ModelFiles) -> Iterator[None]:
+    """Make sure that a model's files are still those that were found, whatever happens in the block.
+
+    Raises:
+        InputError: they changed, or vanished.
+    """
+    try:
+        yield
+    finally:
+        for path in (files.model, files.params):
+            if not path.is_file() or file_sha256(path) != files.sha256[path.name]:
+                raise InputError(f"{path} changed while it was being read; run the command again when it is at rest")
+
+
 def published(recipe: Recipe, sha256: Mapping[str, str], url: str | None = None) -> Archive | None:
     """The official archive that a model's files are from: by known hashes, else by its address; None for none."""
     archives = recipe.model.archives
@@ -317,8 +344,8 @@ def _inference_yml(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return _described(recipe)
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        document = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     parts = _DETECTOR_PARTS if recipe.task == "layout_detection" else _PARTS
     if not isinstance(document, dict) or not all(isinstance(document.get(part), kind) for part, kind in parts.items()):
@@ -357,17 +384,23 @@ def _check_content(model: Path, params: Path) -> None:
             raise InputError(f"{path} is empty; fetch the model again")
     try:
         if model.suffix == ".json":
-            document = json.loads(model.read_text(encoding="utf-8"))
+            document = parse_json(model.read_bytes())
             check_pir(document)
-            shapes = sorted(parameter_shapes(document).values())
+            shapes, kinds = sorted(parameter_shapes(document).values()), all_kinds(document)
         else:
-            shapes = sorted(_program_shapes(model.read_bytes()))
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+            program = model.read_bytes()
+            shapes, kinds = sorted(_program_shapes(program)), _program_kinds(program)
+    except _MALFORMED as error:
         raise InputError(f"{model} is cut off, or no Paddle model; fetch the model again") from error
+    if unsafe := sorted(kinds & _UNSAFE):
+        raise InputError(
+            f"{model} holds the operator '{unsafe[0]}', which reads or writes files, or runs code: no inference model "
+            "needs that, so this one is not loaded; get it from its maker"
+        )
     try:
         with params.open("rb") as file:
             stored = sorted(_stored_shapes(file, params.stat().st_size))
-    except (ValueError, KeyError, IndexError, TypeError, struct.error) as error:
+    except (*_MALFORMED, struct.error) as error:
         raise InputError(f"{params} is cut off, or no file of Paddle weights; fetch the model again") from error
     if shapes != stored:
         raise InputError(f"{params} holds the weights of another model than {model.name}; fetch both again")
@@ -385,6 +418,13 @@ def _program_shapes(data: bytes) -> list[tuple[int, ...]]:
     return [_dims(dict(_fields(kind[3]))[1]) for kind in types.values()]
 
 
+def _program_kinds(data: bytes) -> set[str]:
+    """The kinds of all operators of a ProgramDesc."""
+    blocks = [value for field, value in _fields(data) if field == 1 and isinstance(value, bytes)]
+    operators = [value for block in blocks for field, value in _fields(block) if field == 4]
+    return {dict(_fields(operator))[3].decode("utf-8", "replace") for operator in operators}
+
+
 def _variable_type(variable: dict[int, Any]) -> dict[int, Any]:
     return dict(_fields(variable[2]))
 
@@ -394,7 +434,9 @@ def _dims(tensor: bytes) -> tuple[int, ...]:
     dims: list[int] = []
     for field, value in _fields(tensor):
         if field == 2:
-            dims.extend(_varints(value) if isinstance(value, bytes) else [value])
+            dims.extend(islice(_varints(value), _MOST_DIMS + 1) if isinstance(value, bytes) else [value])
+        if len(dims) > _MOST_DIMS:
+            raise ValueError("no tensor")
     return tuple(dims)
 
 

@@ -19,7 +19,7 @@ from test_archive import files_below, interrupt, no_space, sha256, tar_of, unuse
 from quant import archive, source
 from quant.errors import InputError, Unavailable
 from quant.recipe import Recipe, load_recipe
-from quant.source import ModelFiles, cache_dir, cached_dir, check_loadable, install_model, resolve_model
+from quant.source import ModelFiles, cache_dir, cached_dir, check_loadable, install_model, resolve_model, unchanged
 
 DET, REC = "PP-OCRv4_mobile_det", "PP-OCRv4_mobile_rec"
 
@@ -348,6 +348,24 @@ def test_a_description_without_characters(tmp_path: Path) -> None:
     (folder / "inference.yml").write_text(yaml.safe_dump(load_recipe(REC).inference))
     with pytest.raises(InputError, match="character_dict is missing"):
         resolve_model(load_recipe(REC), folder)
+
+
+def test_a_program_that_would_write_files_is_not_loaded(folder: Path) -> None:
+    program = folder / "inference.pdmodel"
+    program.write_bytes(program.read_bytes().replace(b"hard_sigmoid", b"save_combine"))
+    with pytest.raises(InputError, match=r"inference\.pdmodel holds the operator 'save_combine'"):
+        resolve_model(load_recipe(DET), folder)
+
+
+def test_a_model_that_changes_while_it_is_read(folder: Path) -> None:
+    files = resolve_model(load_recipe(DET), folder)
+    with unchanged(files):
+        pass
+    with pytest.raises(InputError, match=r"pdiparams changed while it was being read"), unchanged(files):
+        files.params.write_bytes(b"others")
+    with pytest.raises(InputError, match=r"pdmodel changed while"), unchanged(files):
+        files.model.unlink()
+        raise ValueError("what it made of that")
 
 
 def test_paddle_loads_it_in_a_process_of_its_own(folder: Path) -> None:
