@@ -294,10 +294,19 @@ def test_the_artifact_reads_pictures_that_nobody_has_seen(
 
 
 def test_targets_with_equal_choices_share_their_plan(first: First) -> None:
-    stages = {"equalization": 3, "calibration": 2, "full": 3, "damage": 3, "plan": 3, "artifact": 4, "evaluation": 3}
+    stages = {"equalization": 3, "calibration": 2, "full": 3, "plan": 3, "artifact": 4, "evaluation": 3}
     assert Counter(first.built) == {**dict.fromkeys(("prepared", "search", "slim"), 1), **stages}
     plans = [load_plan(first.folder / "plans" / target).document() for target in ("paddle", "tensorrt")]
     assert {**plans[0], "target": ""} == {**plans[1], "target": ""}
+
+
+def test_damage_is_measured_once_where_everything_in_int8_does_not_pass(place: Place, built: list[str]) -> None:
+    limits = {"max_error": 1e-9, "coverage_steps": [], "min_coverage": 0.0, "min_weights": 0.0}
+    recipe = place.recipe.model_copy(update={"ladder": place.recipe.ladder.model_copy(update=limits)})
+    plan = load_plan(planned_stage(start(recipe, place.options()), "onnxruntime"))
+    assert built.count("alone") == built.count("damage") == 1
+    assert len(plan.quantized()) < len(plan.operators)
+    assert any(op.damage for op in plan.operators)
 
 
 @pytest.mark.parametrize("method", ["entropy", "moving_average", "per_tensor"])
@@ -346,7 +355,7 @@ def test_the_prepared_fp32_model_is_exported_with_its_processing(place: Place, f
 def test_a_run_and_its_artifacts_are_verified(first: First, tmp_path: Path) -> None:
     whole = verify(first.folder)
     assert whole.good and whole.kind == "run"
-    assert whole.checked == sum(path.is_file() for path in first.folder.rglob("*")) - 1, "all but the manifest itself"
+    assert whole.checked == sum(path.is_file() for path in first.folder.rglob("*")) - 5, "all but the manifest itself and the four cards"
     assert [verify(first.folder / target).problems for target in EXPORTED] == [[]] * len(EXPORTED)
     copy = shutil.copytree(first.folder, tmp_path / "copy")
     (copy / "metrics.json").write_text("{}", encoding="utf-8")
@@ -515,7 +524,7 @@ def test_stopped_in_every_stage_it_goes_on_and_does_nothing_twice(
 
     built = noted_stages(monkeypatch, stop_once)
     stages = tmp_path / "cache" / "stages"
-    for attempt in range(1, 10):
+    for attempt in range(1, 9):
         with pytest.raises(KeyboardInterrupt):
             run_model(recipe, options)
         assert len(stopped) == attempt
@@ -523,7 +532,7 @@ def test_stopped_in_every_stage_it_goes_on_and_does_nothing_twice(
         assert Counter(path.name.partition("-")[0] for path in stages.iterdir()) == Counter(built)
         assert not list(stages.rglob("half"))
     finished = run_model(recipe, options)
-    each = {"equalization", "calibration", "full", "damage", "plan", "artifact", "evaluation"}
+    each = {"equalization", "calibration", "full", "plan", "artifact", "evaluation"}
     assert set(stopped) == {"prepared", "search", *each}
     assert Counter(built) == {"prepared": 1, "search": 1, **dict.fromkeys(each, 2)}
     assert [path.name for path in (tmp_path / "results" / NAME).iterdir()] == [finished.folder.name]
