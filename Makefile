@@ -23,7 +23,7 @@ eval: $(READY)
 	$(BIN)/quant eval $(or $(MODEL),--all) $(ARGS)
 
 test: $(READY)
-	$(BIN)/pytest -q -m "not slow and not family"
+	$(BIN)/pytest -q -n 2 --dist loadgroup -m "not slow and not family"
 
 # Much of a main job keeps one processor busy: two of them side by side, with a thread each, take less time.
 slow: $(READY)

@@ -18,6 +18,7 @@ from typing import Any
 
 import onnx
 
+from quant.graph import all_nodes
 from quant.plan import QuantPlan
 from quant.runtime import Feed, openvino_settings
 from quant.target import TARGETS, TargetName
@@ -55,7 +56,8 @@ class Kernel:
 def executed_operators(target: TargetName, folder: Path, plan: QuantPlan) -> set[str] | None:
     """Names of the plan's operators that the target runs on integer kernels.
 
-    A matrix product that OpenVINO has merged into a larger kernel does not count.
+    A matrix product that OpenVINO has merged into a larger kernel does not count, nor what it has inside of a loop: the
+    graph that it executes does not show it.
 
     Returns:
         None for `paddle`, which cannot be asked.
@@ -93,7 +95,7 @@ def kernel_table(target: TargetName, folder: Path, feed: Feed, threads: int) -> 
 def _named_model(folder: Path) -> bytes:
     """The artifact with every node named by its output: runtimes carry names of nodes, plans names of tensors."""
     model = onnx.load(folder / "inference.onnx")
-    for node in model.graph.node:
+    for node in all_nodes(model.graph.node):
         node.name = node.output[0]
     return model.SerializeToString()
 
@@ -157,7 +159,7 @@ def _onnxruntime_integers(folder: Path) -> set[str]:
         options.optimized_model_filepath = str(Path(place) / "optimized.onnx")
         _onnxruntime_session(folder, options)
         optimized = onnx.load(options.optimized_model_filepath)
-    return {_old_name(node.name) for node in optimized.graph.node if node.op_type in _ONNXRUNTIME_KERNELS}
+    return {_old_name(node.name) for node in all_nodes(optimized.graph.node) if node.op_type in _ONNXRUNTIME_KERNELS}
 
 
 def _old_name(name: str) -> str:

@@ -30,6 +30,10 @@ _ROUNDING = 2e-3  # relative; different kernels may round single values to the n
 _NOISE_DRAWS = 2.0
 
 
+class RuntimeDiffers(InputError):
+    """A target's runtime computes something else than the plan says."""
+
+
 def export_artifact(
     target: TargetName,
     graph: Graph,
@@ -99,18 +103,19 @@ def check_artifact(
         Median relative L1 distance from the simulation.
 
     Raises:
-        InputError: it is further from the simulation than rounding noise explains; names the first operator at which
-            they part. Or its structure breaks a rule of the target.
+        RuntimeDiffers: it is further from the simulation than rounding noise explains; names the first operator at
+            which they part.
+        InputError: its structure breaks a rule of the target.
     """
     if not TARGETS[target].executed:
         problems = explicit_quantization_problems(onnx.load(folder / "inference.onnx"))
         if problems:
             raise InputError(f"target {target}: the artifact breaks its rules: {'; '.join(problems[:5])}")
     own_error, difference = _differences(target, folder, graph, plan, feeds, threads)
-    if not difference <= _NOISE_DRAWS * own_error + _ROUNDING:
+    if _apart(own_error, difference):
         operator = first_difference(target, graph, plan, feeds, threads)
         place = f"they part at operator {operator}" if operator else "no single operator shows it"
-        raise InputError(
+        raise RuntimeDiffers(
             f"target {target}: the exported model differs from its plan by {difference:.4f} (relative), the plan from "
             f"FP32 by {own_error:.4f}: this runtime computes something else; {place}. Keep operators in FP32 with "
             f"--set targets.{target}.fp32=[NAME, ...], or choose another target with --target"
@@ -134,9 +139,31 @@ def first_difference(
             opened = graph.ending_at([name])
             export_artifact(target, opened, plan, {}, Path(place))
             own_error, difference = _differences(target, Path(place), opened, plan, feeds, threads)
-        if not difference <= _NOISE_DRAWS * own_error + _ROUNDING:
+        if _apart(own_error, difference):
             return name
     return None
+
+
+def misread_operators(
+    target: TargetName, graph: Graph, plan: QuantPlan, feeds: Sequence[Feed], threads: int
+) -> list[str]:
+    """Quantized operators that the target computes wrongly even where each is the only one in INT8.
+
+    Finds what cutting the graph does not show: an error that a runtime makes when it merges operators behind the cut.
+    """
+    found = []
+    for name in plan.quantized():
+        alone = plan.with_only({name}, "tried without it")
+        with tempfile.TemporaryDirectory() as place:
+            export_artifact(target, graph, alone, {}, Path(place))
+            if _apart(*_differences(target, Path(place), graph, alone, feeds, threads)):
+                found.append(name)
+    return found
+
+
+def _apart(own_error: float, difference: float) -> bool:
+    """Whether an artifact is further from its plan than rounding explains, NaN included."""
+    return not difference <= _NOISE_DRAWS * own_error + _ROUNDING
 
 
 def _differences(

@@ -206,6 +206,14 @@ def bodies(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
             yield from [attr.g] if attr.HasField("g") else attr.graphs
 
 
+def all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """Nodes, and those inside of loops and branches among them."""
+    for node in nodes:
+        yield node
+        for body in bodies([node]):
+            yield from all_nodes(body.node)
+
+
 def _all_written(nodes: Sequence[NodeProto]) -> Iterator[str]:
     """Tensors that nodes write, and those inside of loops and branches."""
     for node in nodes:

@@ -122,6 +122,17 @@ def check_runtime(target: TargetName, folder: Path, feeds: Sequence[Feed], toler
         raise Unavailable(str(error), "Use this model on another target, for example --target onnxruntime") from error
 
 
+def check_repeats(target: TargetName, folder: Path, feeds: Sequence[Feed], tolerance: float, threads: int) -> None:
+    """See whether an artifact with a loop gives in later calls what it gives in the first one of a fresh session.
+
+    Raises:
+        InputError: it does not: something is carried from call to call.
+    """
+    reference = [open_session(target, folder, threads).run(feed) for feed in feeds]
+    session = open_session(target, folder, threads)
+    check_calls(session, feeds, reference, tolerance, f"the artifact for {target} differs from its own first call")
+
+
 def first_step_apart(found: Iterable[np.ndarray], expected: Iterable[np.ndarray], tolerance: float) -> int | None:
     """The first step, counted from 1, at which any output differs; None where all are equal.
 

@@ -10,17 +10,19 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eval.gate import EvalReport, JudgedRow, SkippedRow, of_twins
 from quant.archive import file_sha256, staged
 from quant.card import Subject, write_card
 from quant.errors import InputError, Unavailable
-from quant.export import check_artifact, export_artifact, fitted
+from quant.export import RuntimeDiffers, check_artifact, export_artifact, fitted, misread_operators
+from quant.graph import Graph
 from quant.histograms import RANGES, range_charts, save_ranges
 from quant.job import Job, Options, feed_of, first_feeds, prepared_graph, prepared_stage, runs_folder, sample_ids, start
 from quant.judging import judge_target, judged_stage, skipped_rows
 from quant.ladder import Rung, load_rung
-from quant.loop import check_runtime, has_loop
+from quant.loop import check_repeats, check_runtime, has_loop
 from quant.manifest import EXHIBITS, Manifest, artifact_digests, load_manifest, newest_run, now, processor, versions
 from quant.plan import QuantPlan, load_plan
 from quant.planning import calibrated_statistics, planned_stage
@@ -119,6 +121,17 @@ def quantize(job: Job, target: TargetName) -> Quantized:
         raise Unavailable(reason, "Give the model's folder with inference.json by --model-dir")
     plan = fitted(target, graph, plan, original)
     plan.target = target
+    try:
+        artifact = _artifact_stage(job, target, graph, plan, planned)
+    except RuntimeDiffers as error:
+        plan = _without_misread(job, target, graph, plan, planned, error)
+        artifact = _artifact_stage(job, target, graph, plan, planned)
+    return Quantized(plan, rungs, artifact, planned)
+
+
+def _artifact_stage(job: Job, target: TargetName, graph: Graph, plan: QuantPlan, planned: Path) -> Path:
+    """Stage: the artifact of a plan, compared with it on its runtime."""
+    original = old_ir_form(prepared_stage(job))
 
     def build(folder: Path) -> None:
         feeds = first_feeds(job, job.selection.calibration, CHECK_PICTURES)
@@ -127,10 +140,35 @@ def quantize(job: Job, target: TargetName) -> Quantized:
             check_runtime(target, prepared, feeds, job.recipe.tolerance, job.options.threads)
         export_artifact(target, graph, plan, job.files.inference_yml, folder, original)
         check_artifact(target, folder, graph, plan, feeds, job.options.threads)
+        if has_loop(graph) and TARGETS[target].executed:
+            check_repeats(target, folder, feeds, job.recipe.tolerance, job.options.threads)
 
-    key = {**job.key, "plan": file_digests(planned), "target": target, "tolerance": job.recipe.tolerance}
-    artifact = job.store.result("artifact", {**key, "bridged": original is not None}, build)
-    return Quantized(plan, rungs, artifact, planned)
+    key = {**_executed_plan(job, target, plan, planned), "tolerance": job.recipe.tolerance}
+    return job.store.result("artifact", {**key, "bridged": original is not None}, build)
+
+
+def _executed_plan(job: Job, target: TargetName, plan: QuantPlan, planned: Path) -> dict[str, Any]:
+    """What stages depend on that execute a plan: numbers stand in the files, what was changed since in the document."""
+    return {**job.key, "plan": [file_digests(planned), digest(plan.document())], "target": target}
+
+
+def _without_misread(
+    job: Job, target: TargetName, graph: Graph, plan: QuantPlan, planned: Path, error: RuntimeDiffers
+) -> QuantPlan:
+    """The plan without the operators that its runtime computes wrongly in INT8; raises the error if there are none."""
+
+    def build(folder: Path) -> None:
+        feeds = first_feeds(job, job.selection.calibration, CHECK_PICTURES)
+        wrong = misread_operators(target, graph, plan, feeds, job.options.threads)
+        (folder / "misread.json").write_text(json.dumps(wrong), encoding="utf-8")
+
+    if target_format(target) != "onnx":
+        raise error
+    stage = job.store.result("misread", _executed_plan(job, target, plan, planned), build)
+    wrong = json.loads((stage / "misread.json").read_text(encoding="utf-8"))
+    if not wrong:
+        raise error
+    return plan.with_only(set(plan.quantized()) - set(wrong), f"{target} computes something else with it in INT8")
 
 
 def read_report(folder: Path) -> EvalReport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from quant.errors import InputError
 from quant.graph import Graph, reads
 from quant.plan import Operator
 from quant.recipe import KeptOperators
@@ -13,7 +14,16 @@ _RECIPE = "the recipe keeps it in FP32"
 
 
 def kept(graph: Graph, operators: list[Operator], policy: Sequence[KeptOperators]) -> list[Operator]:
-    """Operators with those in FP32 that a recipe's policy names, and those that read numbers instead of a picture."""
+    """Operators with those in FP32 that a recipe's policy names, and those that read numbers instead of a picture.
+
+    Raises:
+        InputError: the policy names an input that the model does not have.
+    """
+    for number, entry in enumerate(policy):
+        if unknown := sorted(set(entry.inputs) - set(graph.inputs)):
+            raise InputError(
+                f"policy.{number}.inputs: '{unknown[0]}' is no input; the model has {', '.join(graph.inputs)}"
+            )
     numbers = {name for name in graph.inputs if len(graph.shape(name) or ()) != 4}
     reasons = {op.name: _BESIDE for op in operators if numbers.intersection(op.activations)}
     for entry in policy:
@@ -32,7 +42,8 @@ def _matches(operator: Operator, entry: KeptOperators) -> bool:
     kinds = not entry.kinds or operator.op_type in entry.kinds
     weights = entry.weights is None or entry.weights == (operator.weight is not None)
     loops = entry.loops is None or entry.loops == operator.in_loop
-    return kinds and weights and loops and (not entry.names or operator.name.startswith(tuple(entry.names)))
+    inputs = not entry.inputs or bool(set(entry.inputs).intersection(operator.activations))
+    return kinds and weights and loops and inputs and (not entry.names or operator.name.startswith(tuple(entry.names)))
 
 
 def _behind(graph: Graph, kinds: Sequence[str]) -> set[str]:

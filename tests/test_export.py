@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from test_simulation import plan_for
 from tiny_models import TinyNet, run, session_values, simulate, small_detector, small_recognizer
 
 from quant.errors import InputError
-from quant.export import check_artifact, export_artifact, quantized_model
+from quant.export import check_artifact, export_artifact, misread_operators, quantized_model
 from quant.plan import QuantPlan
-from quant.runtime import open_session
+from quant.runtime import Feed, onnx_session, open_session
 from quant.simulation import simulated_model
 
 YML: dict[str, Any] = {
@@ -234,3 +234,22 @@ def test_equal_zero_points_are_stored_once() -> None:
     used = {node.input[2] for node in model.graph.node if node.op_type.endswith("uantizeLinear")}
     stored = [numpy_helper.to_array(t) for t in model.graph.initializer if t.name in used]
     assert len({(array.dtype.name, array.shape, array.tobytes()) for array in stored}) == len(stored) == len(used)
+
+
+def test_operators_that_a_runtime_computes_wrongly_in_int8_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runtime that doubles its outputs as soon as one certain weight is in INT8."""
+    net = small_recognizer()
+    graph, plan = net.graph(), plan_of(net)
+    bad = next(op for op in plan.quantized().values() if op.op_type == "Conv")
+
+    class Doubling:
+        def __init__(self, folder: Path) -> None:
+            model = onnx.load(folder / "inference.onnx")
+            self._factor = 2 if any(t.name.startswith(f"{bad.weight}_int8") for t in model.graph.initializer) else 1
+            self._session = onnx_session(model, 1)
+
+        def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]:
+            return [self._factor * value for value in self._session.run(feed, outputs)]
+
+    monkeypatch.setattr("quant.export.open_session", lambda target, folder, threads: Doubling(folder))
+    assert misread_operators("openvino", graph, plan, [net.feed()], 1) == [bad.name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -9,6 +11,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from quant.bodies import inner_nodes
 from quant.calibration import collect_statistics, count_work, mean_work
+from quant.execution import executed_operators
 from quant.export import quantized_model
 from quant.graph import Graph
 from quant.invariants import hoist_invariants
@@ -140,7 +143,7 @@ def test_a_loop_of_no_step_is_no_work() -> None:
 
 
 @pytest.mark.parametrize("in_loop", [True, False])
-def test_products_inside_of_a_loop_are_quantized_unless_the_policy_says_no(in_loop: bool) -> None:
+def test_products_inside_of_a_loop_are_quantized_unless_the_policy_says_no(in_loop: bool, tmp_path: Path) -> None:
     graph = hoisted()
     policy = [] if in_loop else [KeptOperators(loops=True, reason="errors add up")]
     operators = kept(graph, quantizable_operators(graph, mean_work(graph, feeds(), 1).macs), policy)
@@ -155,6 +158,9 @@ def test_products_inside_of_a_loop_are_quantized_unless_the_policy_says_no(in_lo
     exported = quantized_model(graph, plan, {})
     onnx.checker.check_model(exported, full_check=True)
     artifact, exact = onnx_session(exported, 1), onnx_session(graph.to_model(), 1)
+    onnx.save(exported, tmp_path / "inference.onnx")
+    executed = executed_operators("onnxruntime", tmp_path, plan) or set()
+    assert ({"asked", "matched"} <= executed) == in_loop
     rounded = [node.op_type for node in inner_nodes(Graph(exported)).values()].count("QuantizeLinear")
     assert rounded == (2 if in_loop else 0)
     for feed in feeds() * 2:

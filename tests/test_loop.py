@@ -15,7 +15,7 @@ from quant.comparison import side_by_side
 from quant.conversion import import_model
 from quant.errors import InputError, Unavailable
 from quant.graph import Graph
-from quant.loop import check_calls, check_runtime, first_step_apart, has_loop, with_clean_bodies
+from quant.loop import check_calls, check_repeats, check_runtime, first_step_apart, has_loop, with_clean_bodies
 from quant.prepare import prepare
 from quant.runtime import Feed, onnx_session, openvino_session, writes_in_steps
 from quant.sensitivity import compare_outputs, relative_errors
@@ -124,6 +124,16 @@ def test_a_runtime_that_differs_is_left_out(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(Unavailable, match="FP32 on openvino differs from onnxruntime in call 3") as caught:
         check_runtime("openvino", tmp_path, feeds(), 1e-6, 1)
     assert "--target onnxruntime" in caught.value.fix
+
+
+def test_an_artifact_that_carries_something_from_call_to_call_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx.save(with_clean_bodies(halving_model()), tmp_path / "inference.onnx")
+    check_repeats("onnxruntime", tmp_path, feeds(), 1e-6, 1)
+    monkeypatch.setattr("quant.loop.open_session", lambda *_: Forgetful())
+    with pytest.raises(InputError, match="for onnxruntime differs from its own first call in call 3"):
+        check_repeats("onnxruntime", tmp_path, feeds(), 1e-6, 1)
 
 
 IDS = np.array([[0, 7, 5, 2]])

@@ -7,10 +7,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from pydantic import ValidationError
 
+from quant.errors import InputError
 from quant.graph import Graph
 from quant.plan import quantizable_operators
 from quant.policy import kept
-from quant.recipe import KeptOperators
+from quant.recipe import KeptOperators, load_recipe
 
 
 def two_stages() -> Graph:
@@ -59,6 +60,21 @@ def test_conditions_of_an_entry_hold_together() -> None:
     assert set(fp32([KeptOperators(kinds=["Conv"], reason="x")])) == {"seen", "scaled"}
     assert set(fp32([KeptOperators(kinds=["MatMul"], weights=False, reason="x")])) == {"pairs", "scaled"}
     assert set(fp32([KeptOperators(names=["se", "pa"], after=["TopK"], reason="x")])) == {"pairs", "scaled"}
+
+
+def test_readers_of_a_named_input_are_kept() -> None:
+    assert set(fp32([KeptOperators(inputs=["image"], reason="x")])) == {"seen", "scaled"}
+    with pytest.raises(InputError, match=r"policy\.1\.inputs: 'size' is no input; the model has image, sizes"):
+        fp32([KeptOperators(kinds=["Conv"], reason="x"), KeptOperators(inputs=["sizes", "size"], reason="y")])
+
+
+def test_a_recipe_says_by_itself_what_stays_in_fp32() -> None:
+    """Of the models whose graphs are hard: numbers beside the picture, NMS, and queries picked by top-k."""
+    small, large = (load_recipe(f"PP-DocLayout-{size}").policy for size in "SL")
+    assert [name for entry in small for name in entry.inputs] == ["scale_factor"]
+    assert [name for entry in large for name in entry.inputs] == ["im_shape", "scale_factor"]
+    assert [kind for entry in small for kind in entry.after] == ["NonMaxSuppression"]
+    assert [kind for entry in large for kind in entry.after] == ["TopK", "GridSample"]
 
 
 def test_an_entry_names_something_and_says_why() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,12 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from calib_data.layouts import write_plain_layout_pages
-from calib_data.registry import resolve_dataset
-from eval.dataset import in_model_words, read_dataset, read_sample
-from eval.layouts import Layout
 from quant.export import write_inference_yml
 from quant.recipe import class_labels, load_recipe
-from quant.task import make_task
+from quant.twins.pages import FloatArray, batches, overlaps, read_pages
 from quant.twins.training import train_in_child, train_until
 
 MODEL = "PP-DocLayout-S"
@@ -37,8 +33,6 @@ _MOST_PAGES, _PAGES_A_MINUTE = 240, 80
 _MOST_STEPS = 600
 _NMS = (0.025, 1000, 100, 0.6, True, 1.0, -1)
 """Of the official graph: least score, boxes before and after, IoU, normalized, eta, class of the background."""
-
-FloatArray = npt.NDArray[np.float32]
 
 
 def train(folder: Path, seed: int, minutes: float) -> None:
@@ -212,7 +206,7 @@ def _loss(net: Any, images: FloatArray, targets: list[Targets]) -> Any:
     places, classes = (np.concatenate([getattr(t, name) for t in targets]) for name in ("places", "classes"))
     truth = np.concatenate([t.boxes for t in targets])
     chosen = paddle.to_tensor(np.stack([pages, places], axis=1))
-    overlap, generalized = _overlaps(paddle.gather_nd(boxes, chosen), paddle.to_tensor(truth))
+    overlap, generalized = overlaps(paddle.gather_nd(boxes, chosen), paddle.to_tensor(truth))
     quality = np.zeros(scores.shape, np.float32)
     quality[pages, classes, places] = overlap.numpy().clip(0.05, 1)
     wanted = paddle.to_tensor(quality)
@@ -229,45 +223,6 @@ def _loss(net: Any, images: FloatArray, targets: list[Targets]) -> Any:
     return (entropy + (2 * (1 - generalized) + 0.25 * spread).sum()) / max(1, len(places))
 
 
-def _overlaps(found: Any, truth: Any) -> tuple[Any, Any]:
-    """IoU and generalized IoU (Rezatofighi et al. 2019) of pairs of boxes, [n] each."""
-    paddle: Any = import_module("paddle")
-
-    low, high = paddle.maximum(found[:, :2], truth[:, :2]), paddle.minimum(found[:, 2:], truth[:, 2:])
-    shared = (high - low).clip(min=0).prod(-1)
-    union = (found[:, 2:] - found[:, :2]).prod(-1) + (truth[:, 2:] - truth[:, :2]).prod(-1) - shared
-    outer = paddle.maximum(found[:, 2:], truth[:, 2:]) - paddle.minimum(found[:, :2], truth[:, :2])
-    hull = outer.prod(-1)
-    overlap = shared / (union + 1e-6)
-    return overlap, overlap - (hull - union) / (hull + 1e-6)
-
-
-def _pages(folder: Path, inference_yml: dict[str, Any]) -> tuple[list[FloatArray], list[Targets]]:
-    """Pictures [3, 480, 480] and targets of a folder's pages."""
-    adapter = make_task("layout_detection", inference_yml, MODEL)
-    labels = [str(name) for name in inference_yml["label_list"]]
-    images, targets = [], []
-    for sample in in_model_words(read_dataset(resolve_dataset(folder, "layout_detection")), labels).samples:
-        inputs = adapter.preprocess(read_sample(sample)).inputs
-        assert isinstance(sample.label, Layout)
-        regions = [region for region in sample.label.regions if region.name is not None]
-        x, y, width, height = np.array([region.box for region in regions], dtype=np.float32).reshape(-1, 4).T
-        down, along = inputs["scale_factor"][0]
-        boxes = np.stack([x * along, y * down, (x + width) * along, (y + height) * down], axis=1)
-        images.append(inputs["image"][0])
-        targets.append(assigned(boxes, np.array([labels.index(str(region.name)) for region in regions], np.int64)))
-    return images, targets
-
-
-def _batches(count: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Indexes of pages, each page once before any is seen again."""
-    random = np.random.default_rng(seed)
-    while True:
-        order = random.permutation(count)
-        for start in range(0, count - _BATCH + 1, _BATCH):
-            yield order[start : start + _BATCH]
-
-
 def _train(folder: Path, seed: int, minutes: float) -> None:
     paddle: Any = import_module("paddle")
 
@@ -277,12 +232,13 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
     with TemporaryDirectory() as place:
         pages = min(_MOST_PAGES, max(2 * _BATCH, round(_PAGES_A_MINUTE * minutes)))
         write_world(Path(place), pages, seed)
-        images, targets = _pages(Path(place), recipe.inference)
+        written = read_pages(Path(place), MODEL, recipe.inference)
+    images, targets = [page.image for page in written], [assigned(page.boxes, page.classes) for page in written]
     net = _network(len(class_labels(recipe)))
-    batches = _batches(len(images), seed)
+    order = batches(len(images), _BATCH, seed)
 
     def batch_loss() -> Any:
-        chosen = next(batches)
+        chosen = next(order)
         return _loss(net, np.stack([images[index] for index in chosen]), [targets[index] for index in chosen])
 
     train_until(start + 60 * minutes, net.parameters(), _RATE, batch_loss, _MOST_STEPS)
