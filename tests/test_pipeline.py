@@ -355,7 +355,9 @@ def test_the_prepared_fp32_model_is_exported_with_its_processing(place: Place, f
 def test_a_run_and_its_artifacts_are_verified(first: First, tmp_path: Path) -> None:
     whole = verify(first.folder)
     assert whole.good and whole.kind == "run"
-    assert whole.checked == sum(path.is_file() for path in first.folder.rglob("*")) - 5, "all but the manifest itself and the four cards"
+    assert whole.checked == sum(path.is_file() for path in first.folder.rglob("*")) - 5, (
+        "all but the manifest itself and the four cards"
+    )
     assert [verify(first.folder / target).problems for target in EXPORTED] == [[]] * len(EXPORTED)
     copy = shutil.copytree(first.folder, tmp_path / "copy")
     (copy / "metrics.json").write_text("{}", encoding="utf-8")
