@@ -33,6 +33,9 @@ _CELL_START = re.compile(r"<t[dh]\b[^>]*>")
 _SPAN = re.compile(r"""(rowspan|colspan)\s*=\s*["']?(\d{1,4})""")
 
 
+_MOST_PIXELS = 178_956_970
+"""Of a picture; Pillow warns beyond."""
+
 _MOST_DIGITS = 6
 """Of the index of a class; Python refuses to read numbers of thousands of digits."""
 
@@ -293,8 +296,10 @@ def _bare_cell(match: re.Match[str]) -> str:
 
 def _relative(name: str) -> Path:
     path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
-        raise _BrokenLine(f"'{name}' is not a path inside the folder")
+    # A lone surrogate, which JSON can spell, is in no file name.
+    odd = "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or odd:
+        raise _BrokenLine(f"{name!r} is not a path inside the folder")
     return Path(path)
 
 
@@ -314,7 +319,7 @@ def _has_picture_head(data: bytes) -> bool:
 
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            return min(picture.size) > 0
+            return min(picture.size) > 0 and math.prod(picture.size) <= _MOST_PIXELS
     except Exception:  # Pillow's readers raise whatever their parsing trips over.
         return False
 
@@ -357,7 +362,10 @@ def read_image(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     import numpy as np
 
     try:
-        image = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+        data = path.read_bytes()
+        if not _has_picture_head(data):  # OpenCV would reserve whatever a head asks for
+            raise BrokenPicture(f"the picture {path} cannot be decoded: it is no picture, or too large")
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except OSError as error:
         raise BrokenPicture(f"the picture {path} cannot be read: {error.strerror or error}") from error
     except cv2.error as error:

@@ -337,12 +337,19 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         64
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else recipes_dir() / f"{name}.yaml"
-    if not path.is_file() or (Path(name).name != name and not name.endswith((".yaml", ".yml"))):
+    if not _is_file(path) or (Path(name).name != name and not name.endswith((".yaml", ".yml"))):
         known = ", ".join(recipe_names())
         raise InputError(f"no recipe for model '{name}'. Known models: {known} (see `quant list`)")
     document = _merged(path)
     _apply(overrides, document)
     return _checked(path.name, document)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def limited_to(recipe: Recipe, targets: Sequence[str]) -> Recipe:
@@ -359,11 +366,10 @@ def _merged(path: Path) -> dict[str, Any]:
     base = document.pop("base", None)
     if base is None:
         return document
-    base_path = recipes_dir() / "_base" / f"{base}.yaml"
-    if not base_path.is_file():
-        known = ", ".join(sorted(p.stem for p in base_path.parent.glob("*.yaml")))
-        raise RecipeError([RecipeProblem(path.name, "base", str(base), f"must be one of {known}")])
-    return _deep_merge(_merged(base_path), document)
+    known = {base_path.stem: base_path for base_path in sorted((recipes_dir() / "_base").glob("*.yaml"))}
+    if not isinstance(base, str) or base not in known:
+        raise RecipeError([RecipeProblem(path.name, "base", _short(base), f"must be one of {', '.join(known)}")])
+    return _deep_merge(_merged(known[base]), document)
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -394,6 +400,8 @@ def _apply(overrides: Sequence[str], document: dict[str, Any]) -> None:
         try:
             if not equals or not key:
                 raise ValueError("write it as key=value, for example --set calibration.samples=64")
+            if key.count(".") > _DEEPEST_KEY:
+                raise ValueError("there is no such key; `quant describe MODEL` shows all keys")
             _write(document, key, _yaml_value(text))
         except ValueError as error:
             value = _short(text) if equals else "(missing)"
@@ -440,6 +448,9 @@ def _checked(file: str, document: dict[str, Any]) -> Recipe:
         raise RecipeError(problems)
     return recipe
 
+
+_DEEPEST_KEY = 20
+"""Dots in a key of --set."""
 
 Misfit = tuple[str, Any, str]
 """Dotted key, value, what is allowed."""

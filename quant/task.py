@@ -19,6 +19,8 @@ import numpy.typing as npt
 from quant.errors import InputError
 
 INPUT_NAME = "x"
+_LARGEST_NUMBER = 4096
+"""In what inference.yml says of pre-processing: the side of the largest picture that a model may ask for."""
 
 Image = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
@@ -326,7 +328,35 @@ def make_task(task: str, inference_yml: Mapping[str, Any], model_name: str) -> T
     """
     if task not in _TASKS:
         raise InputError(f"unknown task '{task}'; known tasks: {', '.join(_TASKS)}")
-    return _TASKS[task](inference_yml, model_name)
+    _check_sizes(inference_yml, model_name)
+    trial = np.full((48, 96, 3), 255, dtype=np.uint8)
+    trial[12:36, 24:72] = 0
+    try:
+        adapter = _TASKS[task](inference_yml, model_name)
+        adapter.preprocess(trial)
+    except (InputError, ImportError):
+        raise
+    except Exception as error:  # PaddleX's classes raise whatever they trip over
+        why = " ".join(f"{error.__class__.__name__}: {error}".split())[:200]
+        raise InputError(
+            f"inference.yml of {model_name}: PaddleX cannot work by it ({why}); take the file that belongs to the model"
+        ) from error
+    return adapter
+
+
+def _check_sizes(inference_yml: Mapping[str, Any], model_name: str) -> None:
+    """Sizes of resized pictures have to stay in a range that memory has room for."""
+    waiting = [inference_yml.get(key) for key in ("PreProcess", "Preprocess")]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, int | float) and not abs(value) <= _LARGEST_NUMBER:
+            raise InputError(
+                f"inference.yml of {model_name}: {value} in its pre-processing is beyond {_LARGEST_NUMBER}"
+            )
 
 
 def prefer_offline() -> None:

@@ -137,4 +137,4 @@ def _hashed(name: str) -> bool:
 
 def _inside(name: str) -> bool:
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and name.isprintable()

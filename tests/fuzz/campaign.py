@@ -1,0 +1,270 @@
+"""A fuzz campaign: mutated inputs, one after the other in a worker process that is watched from outside.
+
+Every case has to end in success or in an error of the package's own. What else it ends in is a finding: another
+exception, a hang, a crash, memory or a file where none belongs, a pickle or command that was run. A case is known by
+its kind, the campaign's seed and its number, so that it can be made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CASE_SECONDS, NATIVE_SECONDS = 10, 200
+MOST_MEMORY = 2 << 30
+_WORKER_MEMORY = 8 << 30
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_FORBIDDEN = (
+    "pickle.find_class",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "socket.connect",
+    "socket.getaddrinfo",
+)
+_PLACES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A case that ended in what it must not."""
+
+    kind: str
+    seed: int
+    case: int
+    what: str
+
+
+@dataclass(frozen=True)
+class Tried:
+    """How the cases of a kind ended."""
+
+    kind: str
+    cases: int
+    read: int
+    refused: int
+    seconds: float
+    findings: list[Finding]
+
+    def document(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run(kind: str, seed: int, count: int, seconds: float, place: Path, first: int = 0) -> Tried:
+    """Try cases `first` to `first + count` of a kind, or as many as there is time for."""
+    start, outcomes, findings = time.monotonic(), Counter[str](), list[Finding]()
+    number, last = first, first + count
+    while number < last and (left := seconds - (time.monotonic() - start)) > 0:
+        ended = _worker(kind, seed, number, last, left, place)
+        for case, outcome, what in ended.cases:
+            outcomes[outcome] += 1
+            if outcome == "finding":
+                findings.append(Finding(kind, seed, case, what))
+        number = ended.next
+        if ended.died:
+            outcomes["finding"] += 1
+            findings.append(Finding(kind, seed, number, ended.died))
+            number += 1
+    return Tried(
+        kind, sum(outcomes.values()), outcomes["read"], outcomes["refused"], time.monotonic() - start, findings
+    )
+
+
+def case_files(kind: str, seed: int, case: int) -> dict[str, bytes]:
+    """The files of a case: a seed with one of its files mutated; negative numbers are the seeds themselves."""
+    from mutation import mutated
+    from subjects import SUBJECTS
+
+    subject, seeds = SUBJECTS[kind], _seeds(kind)
+    if case < 0:
+        return seeds[case]
+    rng = np.random.default_rng([zlib.crc32(kind.encode()), seed, case])
+    files = dict(seeds[rng.integers(len(seeds))])
+    here = [name for name in subject.targets if name in files]
+    target = here[rng.integers(len(here))]
+    return {**files, target: mutated(files[target], subject.mutators, rng)}
+
+
+@cache
+def _seeds(kind: str) -> list[dict[str, bytes]]:
+    from subjects import SUBJECTS
+
+    return SUBJECTS[kind].seeds()
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """What a worker left: its cases, the case to go on with, and how it died there."""
+
+    cases: list[tuple[int, str, str]]
+    next: int
+    died: str
+
+
+def _worker(kind: str, seed: int, first: int, last: int, seconds: float, place: Path) -> _Ended:
+    for name in ("cwd", "tmp"):
+        (place / name).mkdir(parents=True, exist_ok=True)
+    report = place / "report.jsonl"
+    report.unlink(missing_ok=True)
+    paths = os.pathsep.join(map(str, (ROOT, HERE.parent, HERE)))
+    environment = {**os.environ, "PYTHONPATH": paths, "TMPDIR": str(place / "tmp"), "QUANT_CACHE": str(place / "cache")}
+    command = [sys.executable, str(HERE / "campaign.py"), kind, *map(str, (seed, first, last, seconds, place))]
+    with (place / "worker.log").open("wb") as log:
+        worker = subprocess.Popen(command, cwd=place / "cwd", env=environment, stdout=log, stderr=log)
+        died = _watched(worker, report)
+    lines = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()] if report.is_file() else []
+    if not lines:
+        raise RuntimeError(f"the worker of {kind} did not start: {(place / 'worker.log').read_text()[-2000:]}")
+    cases = [(line["case"], line["outcome"], line["what"]) for line in lines if line["outcome"] != "started"]
+    begun = lines[-1]["case"]
+    if lines[-1]["outcome"] == "started":
+        return _Ended(cases, begun, died or "the worker ended")
+    return _Ended(cases, begun + 1, "")
+
+
+def _watched(worker: subprocess.Popen[bytes], report: Path) -> str:
+    """Wait for a worker; one that writes nothing for longer than any case may take is ended."""
+    while True:
+        try:
+            code = worker.wait(2)
+            return (
+                f"the process crashes ({signal.Signals(-code).name})" if code < 0 else f"the process ends with {code}"
+            )
+        except subprocess.TimeoutExpired:
+            if report.is_file() and time.time() - report.stat().st_mtime > NATIVE_SECONDS * 1.5:
+                worker.kill()
+                worker.wait()
+                return "it hangs in native code"
+
+
+# --- in the worker ---------------------------------------------------------------------------------
+
+
+class Hang(BaseException):
+    """A case took too long."""
+
+
+class _Sentinel:
+    """Notes what a case does that none may do, by Python's audit events."""
+
+    def __init__(self, inside: Path, native: bool) -> None:
+        self._inside = str(inside)
+        self._native = native
+        self.armed = False
+        self.seen = ""
+        sys.addaudithook(self._note)
+
+    def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.armed:
+            return
+        if event in _FORBIDDEN or (event == "subprocess.Popen" and not self._native):
+            self.seen = f"{event} {arguments!r:.200}"
+        elif event == "open":
+            mode, flags = arguments[1], arguments[2]
+            if (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & _WRITING):
+                self._check(event, arguments[0])
+        elif event in _PLACES:
+            self._check(event, arguments[1] if event in ("os.rename", "os.link", "os.symlink") else arguments[0])
+
+    def _check(self, event: str, path: Any) -> None:
+        if isinstance(path, int) or path in ("/dev/null", b"/dev/null"):
+            return
+        where = os.path.realpath(os.fsdecode(path))
+        if not where.startswith(self._inside + os.sep):
+            self.seen = f"{event} outside: {where}"
+
+
+def work(kind: str, seed: int, first: int, last: int, seconds: float, place: Path) -> None:
+    """What a worker does: a line when a case starts and one when it ends."""
+    from subjects import SUBJECTS
+
+    sys.dont_write_bytecode = True
+    subject = SUBJECTS[kind]
+    end = time.monotonic() + seconds
+    if not subject.native:
+        resource.setrlimit(resource.RLIMIT_DATA, (_WORKER_MEMORY, _WORKER_MEMORY))
+    signal.signal(signal.SIGALRM, _rung)
+    place = place.resolve()
+    sentinel = _Sentinel(place, subject.native)
+    for number in range(1 if first else len(_seeds(kind))):
+        outcome, what = _attempt(subject, case_files(kind, seed, -1 - number), place, sentinel)
+        if outcome != "read":
+            raise RuntimeError(f"a seed of {kind} is not read: {what}")
+    with (place / "report.jsonl").open("w", encoding="utf-8") as report:
+        for case in range(first, last):
+            if time.monotonic() > end and case > first:
+                break
+            files = case_files(kind, seed, case)
+            _line(report, case, "started", "")
+            _line(report, case, *_attempt(subject, files, place, sentinel))
+
+
+def _attempt(subject: Any, files: dict[str, bytes], place: Path, sentinel: _Sentinel) -> tuple[str, str]:
+    folder = place / "case"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sentinel.seen, sentinel.armed = "", True
+    try:
+        signal.alarm(NATIVE_SECONDS if subject.native else CASE_SECONDS)
+        outcome, what = _outcome(subject, folder)
+        signal.alarm(0)
+    except Hang:
+        outcome, what = "finding", "it hangs: " + traceback.format_exc(limit=-4)
+    finally:
+        sentinel.armed = False
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    if sentinel.seen or grown > MOST_MEMORY:
+        return "finding", sentinel.seen or f"it took {grown >> 20} MiB of memory"
+    return outcome, what
+
+
+def _outcome(subject: Any, folder: Path) -> tuple[str, str]:
+    from quant.errors import InputError
+
+    try:
+        subject.attempt(folder)
+    except InputError as error:
+        return "refused", str(error)[:300]
+    except Exception:
+        return "finding", traceback.format_exc()[-3000:]
+    return "read", ""
+
+
+def _rung(*_: object) -> None:
+    raise Hang
+
+
+def _line(report: Any, case: int, outcome: str, what: str) -> None:
+    report.write(json.dumps({"case": case, "outcome": outcome, "what": what}) + "\n")
+    report.flush()
+
+
+def _arguments() -> Iterator[Any]:
+    kinds = (str, int, int, int, float, Path)
+    yield from (kind(value) for kind, value in zip(kinds, sys.argv[1:], strict=True))
+
+
+if __name__ == "__main__":
+    work(*_arguments())
