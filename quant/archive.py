@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import json
 import lzma
 import os
 import shutil
 import socket
 import stat
+import struct
 import sys
 import tarfile
 import tempfile
@@ -36,6 +39,16 @@ MAX_FILES = 200_000
 _CHUNK = 1 << 18
 _LONGEST_LINK = 4096
 _PLAIN_SECONDS = 10.0
+_LOCKED_SECONDS = 60.0
+"""By then a process has locked the folder that it made."""
+
+# RuntimeError: zipfile's word for a password or an unknown compression; the last three: what a name or number that
+# makes no sense trips over.
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) + (
+    LookupError,
+    ValueError,
+    struct.error,
+)
 
 _unreachable: dict[tuple[str, int], str] = {}
 
@@ -316,7 +329,11 @@ def staged(target: Path) -> Iterator[Path]:
     meanwhile is left as it is.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", suffix=".part", dir=target.parent) as folder:
+    _sweep(target)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{target.name}-", suffix=".part", dir=target.parent) as folder,
+        _locked(Path(folder)),
+    ):
         temporary = Path(folder) / target.name
         yield temporary
         try:
@@ -324,6 +341,32 @@ def staged(target: Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder's lock, which ends with the process that holds it; False where another one does."""
+    descriptor, free = os.open(folder, os.O_RDONLY), True
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # held by another process, or a file system without locks
+            free = False
+        yield free
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what processes left that were killed while they worked on a target."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}-*.part"):
+        try:
+            young = time.time() - folder.stat().st_mtime < _LOCKED_SECONDS
+            with _locked(folder) as free:
+                if free and not young:
+                    shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            continue  # another process was faster, or it is not ours
 
 
 def unpack(
@@ -377,8 +420,7 @@ class _Entry:
 def _extract(archive: Path, content: Path, max_bytes: int, max_files: int) -> None:
     try:
         _extract_all(archive, content, max_bytes, max_files)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
-        # RuntimeError: zipfile's word for a password or an unknown compression.
+    except _DAMAGED as error:
         raise InputError(f"{archive} cannot be unpacked: it is cut off or damaged ({error}); fetch it again") from error
 
 

@@ -85,8 +85,7 @@ def run_child(command: Sequence[str], log: Path, environment: Mapping[str, str],
     try:
         return _watched(child, limits)
     except BaseException:
-        for process in [*_family(child.pid)[1:], child]:
-            process.kill()
+        kill_family(child.pid)
         child.wait()
         raise
 
@@ -109,12 +108,17 @@ def ask(module: str, job: Mapping[str, Any], folder: Path, limits: Limits, subje
         code = run_child(child_command(module, file), log, child_environment(**variables), limits)
     except LimitExceeded as error:
         raise InputError(f"{subject}: working on it {error}; it is damaged, or larger than expected") from error
-    if code == INPUT_ERROR and (folder / _ERROR_FILE).is_file():
-        raise _said(json.loads((folder / _ERROR_FILE).read_text(encoding="utf-8")))
     if code:
+        raise_answer(folder)
         raise InputError(f"{subject}: {ending(code, log)}. It is damaged, or of a kind that is not known here")
     for path in (file, log):
         path.unlink()
+
+
+def raise_answer(folder: Path) -> None:
+    """Raise what a child said to be wrong, if it said anything (see `answer`)."""
+    if (folder / _ERROR_FILE).is_file():
+        raise _said(json.loads((folder / _ERROR_FILE).read_text(encoding="utf-8")))
 
 
 def answer(folder: Path, work: Callable[[], object]) -> None:
@@ -157,6 +161,30 @@ def last_line(log: Path) -> str:
     return lines[-1].strip() if lines else "(the log is empty)"
 
 
+def family_memory(pid: int) -> int:
+    """Resident bytes of a process and all its children; 0 where it has ended."""
+    import psutil
+
+    total = 0
+    for process in _family(pid):
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def kill_family(pid: int) -> None:
+    """End a process and all its children at once."""
+    import psutil
+
+    for process in reversed(_family(pid)):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
 def _watched(child: subprocess.Popen[bytes], limits: Limits) -> int:
     end = time.monotonic() + limits.seconds
     while True:
@@ -165,7 +193,7 @@ def _watched(child: subprocess.Popen[bytes], limits: Limits) -> int:
         except subprocess.TimeoutExpired:
             if time.monotonic() > end:
                 raise LimitExceeded(f"took more than {_words(limits.seconds)}") from None
-        if _memory(child.pid) > limits.memory:
+        if family_memory(child.pid) > limits.memory:
             raise LimitExceeded(f"took more than {limits.memory / _GIB:.1f} GiB of memory (see QUANT_CHILD_GIB)")
 
 
@@ -182,18 +210,6 @@ def _family(pid: int) -> list[Any]:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
-
-
-def _memory(pid: int) -> int:
-    import psutil
-
-    total = 0
-    for process in _family(pid):
-        try:
-            total += process.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
-    return total
 
 
 def _say(folder: Path, error: Mapping[str, Any]) -> None:

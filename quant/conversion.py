@@ -6,6 +6,7 @@ The child also runs the original model, so that the import can be proven equal.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ import numpy as np
 
 from quant.child import (
     LimitExceeded,
+    answer,
     child_command,
     child_environment,
     ending,
-    follow_parent,
     model_limits,
+    raise_answer,
     run_child,
 )
 from quant.errors import InputError
@@ -66,7 +68,7 @@ def import_model(files: ModelFiles, feeds: list[Feed], folder: Path) -> Imported
     Raises:
         InputError: Paddle cannot load or convert the model.
     """
-    _save_feeds(folder, feeds)
+    save_feeds(folder, feeds)
     _run_child(files, folder, {"kind": "import", "feeds": len(feeds)})
     names = json.loads((folder / "names.json").read_text(encoding="utf-8"))
     reference = [_load_arrays(folder / f"output{i}.npz") for i in range(len(feeds))]
@@ -83,7 +85,7 @@ def trace_anchors(files: ModelFiles, feed: Feed, folder: Path) -> list[tuple[str
 
     The name is that of the tensor; values of a PIR program have numbers and, mostly, a place in the network's code.
     """
-    _save_feeds(folder, [feed])
+    save_feeds(folder, [feed])
     _run_child(files, folder, {"kind": "trace", "feeds": 1})
     listed = json.loads((folder / "trace.json").read_text(encoding="utf-8"))
     arrays = _load_arrays(folder / "trace.npz")
@@ -101,16 +103,20 @@ def _run_child(files: ModelFiles, folder: Path, job: dict[str, Any]) -> None:
     except LimitExceeded as error:
         raise InputError(f"{files.model}: loading it in Paddle {error}; it is damaged, or too large") from error
     if code:
+        raise_answer(folder)
         raise InputError(
             f"{files.model}: Paddle cannot load or convert this model ({ending(code, log)[:200]}). "
             "It is damaged, or of another kind than the recipe's; fetch it again with `quant models fetch`"
         )
 
 
-def _save_feeds(folder: Path, feeds: list[Feed]) -> None:
+def save_feeds(folder: Path, feeds: list[Feed], stem: str = "feed") -> None:
+    """Write feeds for a child, each as `STEM` and its number."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, feed in enumerate(feeds):
-        np.savez(folder / f"feed{index}.npz", **feed)
+        content = io.BytesIO()  # in memory: np.savez prints a traceback of its own where a disk is full
+        np.savez(content, **feed)
+        (folder / f"{stem}{index}.npz").write_bytes(content.getvalue())
 
 
 def _load_arrays(file: Path) -> list[np.ndarray]:
@@ -195,5 +201,5 @@ def _trace_pir(model: str, params: str, feed: Feed, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    follow_parent()
-    _child(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    _job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    answer(Path(_job["folder"]), lambda: _child(_job))

@@ -16,7 +16,7 @@ import onnx
 from quant.bridge import bridge
 from quant.child import answer, ask, model_limits
 from quant.comparison import largest_difference
-from quant.conversion import ANCHORS, Imported, import_model, trace_anchors
+from quant.conversion import ANCHORS, Imported, import_model, save_feeds, trace_anchors
 from quant.errors import InputError
 from quant.fold import fold
 from quant.graph import Graph
@@ -87,8 +87,7 @@ def prepare_apart(files: ModelFiles, feeds: list[Feed], tolerance: float, thread
     Raises:
         InputError: as `prepare` does; or the model crashes what reads it, hangs it, or needs too much memory.
     """
-    for index, feed in enumerate(feeds):
-        np.savez(folder / f"{_FEED}{index}.npz", **feed)
+    save_feeds(folder, feeds, _FEED)
     job = {"folder": str(folder), "feeds": len(feeds), "tolerance": tolerance, "threads": threads}
     places = {"model": str(files.model), "params": str(files.params), "format": files.format, "sha256": files.sha256}
     limits = model_limits([files.model, files.params], _SECONDS)

@@ -177,6 +177,15 @@ def test_wrong_use_is_one_sentence(capfd: Text, arguments: list[str], said: str)
     assert said.casefold() in failure(capfd, *arguments).casefold()
 
 
+def test_a_cache_that_is_cleared_meanwhile(
+    own_cache: Path, tmp_path: Path, capfd: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = own_cache / "stages" / "plan" / "plan.json"
+    monkeypatch.setattr(pipeline, "run_model", raising(FileNotFoundError(errno.ENOENT, "No such file", str(lost))))
+    said = failure(capfd, "run", REC, "--out", str(tmp_path))
+    assert f"{lost} vanished while it was needed" in said
+
+
 @pytest.mark.parametrize("command", ["run", "eval"])
 def test_a_model_folder_that_is_none(tmp_path: Path, capfd: Text, command: str) -> None:
     (tmp_path / "lines").mkdir()

@@ -1,0 +1,140 @@
+"""Whole runs of a tiny model as a user starts them, killed at random moments and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from test_pipeline import LINES, NAME, OWN, RECIPE, SETS, colour_reader, write_lines, write_model
+
+from quant.child import child_environment
+from quant.verification import verify
+
+_QUANT = [sys.executable, "-c", "from quant.cli import main; main()"]
+_SECONDS = 240
+
+
+@dataclass(frozen=True)
+class TinyJob:
+    """A tiny model, its recipe and its sets below a folder."""
+
+    root: Path
+
+    def environment(self, cache: Path) -> dict[str, str]:
+        own = {"QUANT_CACHE": str(cache), "QUANT_DATA_HOME": str(self.root / "data"), "QUANT_MODEL_HOME": ""}
+        return child_environment(**own, HOME=str(self.root / "home"), OMP_NUM_THREADS="1")
+
+    def started(self, cache: Path, results: Path, *more: str) -> subprocess.Popen[str]:
+        """`quant run` on one target."""
+        asked = ["run", str(self.root / "recipe.yaml"), "--model-dir", str(self.root / "model"), "--threads", "1"]
+        command = [*_QUANT, *asked, "--target", "onnxruntime", "--out", str(results), "--quiet", "--json", *more]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=self.environment(cache), stdout=pipe, stderr=pipe, text=True)
+
+    def run(self, cache: Path, results: Path) -> tuple[int, str]:
+        """Exit code, and what was said on standard error."""
+        process = self.started(cache, results)
+        _, said = process.communicate(timeout=_SECONDS)
+        return process.returncode, said
+
+
+def make_models(root: Path, names: Sequence[str]) -> list[Path]:
+    """The tiny model under several names, in `models`, and a recipe for each; their sets in `data`."""
+    recipes = []
+    for seed, (name, letters) in enumerate(SETS.items()):
+        write_lines(root / "data" / name, LINES, letters, seed)
+    for index, name in enumerate(names):
+        folder = root / "models" / name
+        folder.mkdir(parents=True)
+        described = write_model(folder, colour_reader(sharpness=6.0 + index)) / "inference.yml"
+        described.write_text(described.read_text(encoding="utf-8").replace(NAME, name), encoding="utf-8")
+        recipes.append(root / f"{name}.yaml")
+        recipes[-1].write_text(yaml.safe_dump({**RECIPE, "name": name}), encoding="utf-8")
+    return recipes
+
+
+def make_job(root: Path) -> TinyJob:
+    for seed, (name, letters) in enumerate(SETS.items()):
+        write_lines(root / "data" / name, LINES, letters, seed)
+    write_model(root / "model", colour_reader())
+    (root / "recipe.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    return TinyJob(root)
+
+
+def run_folder(results: Path, name: str = NAME) -> Path:
+    (folder,) = (path for path in (results / name).iterdir() if path.is_dir() and path.name[0] != ".")
+    return folder
+
+
+def content(results: Path, name: str = NAME) -> dict[str, Any]:
+    """All that a run left, without what a clock said."""
+    folder = run_folder(results, name)
+    files = {path.relative_to(results).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    own = {
+        name: path.read_bytes() for name, path in files.items() if path.name not in ("manifest.json", "metrics.json")
+    }
+    rows = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["rows"]
+    return {**own, "rows": [{key: value for key, value in row.items() if key not in OWN} for row in rows]}
+
+
+@dataclass(frozen=True)
+class Killed:
+    """How often runs were killed, how many went through to the end, and how many ended unlike the first."""
+
+    kills: int
+    runs: int
+    different: int
+    damaged: int
+
+
+def kill_and_resume(job: TinyJob, work: Path, kills: int, seed: int) -> Killed:
+    """Kill runs with SIGKILL at random moments and start them again, until there were that many kills.
+
+    Every run that got through is compared with one that nobody disturbed; then the next one starts afresh.
+    """
+    moments = random.Random(seed)
+    start = time.monotonic()
+    code, said = job.run(work / "calm-cache", work / "calm")
+    assert code == 0, said
+    seconds, calm = time.monotonic() - start, content(work / "calm")
+    done = runs = different = damaged = 0
+    while done < kills:
+        cache, results = work / f"cache{runs}", work / f"results{runs}"
+        while done < kills and _killed(job, cache, results, moments.uniform(0.05, 1) * seconds):
+            done += 1
+            damaged += sum(not verify(path).good for path in _complete(results))
+        code, said = job.run(cache, results)
+        assert code == 0, said
+        runs += 1
+        different += content(results) != calm
+        for folder in (cache, results):
+            shutil.rmtree(folder, ignore_errors=True)
+    return Killed(done, runs, different, damaged)
+
+
+def _killed(job: TinyJob, cache: Path, results: Path, after: float) -> bool:
+    """Whether a run was still going on after so many seconds; then it is killed."""
+    process = job.started(cache, results)
+    try:
+        process.communicate(timeout=after)
+        return False
+    except subprocess.TimeoutExpired:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        return True
+
+
+def _complete(results: Path) -> list[Path]:
+    """Folders of runs under their final names."""
+    return [path for path in results.glob(f"{NAME}/*") if not path.name.startswith(".")]

@@ -1,0 +1,106 @@
+"""Runs that are killed, run side by side, or lose the ground under them: one sentence, nothing lost, the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from interruptions import TinyJob, content, kill_and_resume, make_job, run_folder
+
+from quant.archive import staged
+from quant.verification import verify
+
+slow = pytest.mark.slow
+KILLS = 4  # 50 in benchmarks/interruption.py
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
+    return make_job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="module")
+def calm(job: TinyJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of a run that nobody disturbed."""
+    results = tmp_path_factory.mktemp("calm")
+    code, said = job.run(results / "cache", results)
+    assert code == 0, said
+    return results
+
+
+@slow
+@pytest.mark.xdist_group("interruption")
+def test_killed_runs_go_on_and_end_with_the_same_bytes(job: TinyJob, tmp_path: Path) -> None:
+    outcome = kill_and_resume(job, tmp_path, KILLS, seed=1)
+    print(f"{outcome.kills} kills, {outcome.runs} runs")
+    assert outcome.kills == KILLS and outcome.runs >= 1
+    assert (outcome.different, outcome.damaged) == (0, 0)
+
+
+@slow
+@pytest.mark.xdist_group("interruption")
+def test_two_runs_at_once_do_not_disturb_each_other(job: TinyJob, calm: Path, tmp_path: Path) -> None:
+    runs = [job.started(tmp_path / "cache", tmp_path / "results") for _ in range(2)]
+    ends = [process.communicate(timeout=240) for process in runs]
+    assert [process.returncode for process in runs] == [0, 0], [said for _, said in ends]
+    assert content(tmp_path / "results") == content(calm)
+    assert verify(run_folder(tmp_path / "results")).good
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with a MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def remount(folder: Path, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
+
+
+@slow
+@pytest.mark.xdist_group("interruption")
+def test_a_full_disk_is_named_and_nothing_is_lost(job: TinyJob, calm: Path, small_disk: Path, tmp_path: Path) -> None:
+    small_disk.joinpath("taken").write_bytes(b"x" * (1000 << 10))
+    code, said = job.run(small_disk / "cache", tmp_path / "results")
+    (sentence,) = [line for line in said.splitlines() if line.startswith("quant: ")]
+    assert code == 2 and os.strerror(errno.ENOSPC) in sentence and "Traceback" not in said, said
+    assert not list((tmp_path / "results").rglob("manifest.json"))
+    remount(small_disk, "size=200m")
+    code, said = job.run(small_disk / "cache", tmp_path / "results")
+    assert code == 0, said
+    assert content(tmp_path / "results") == content(calm)
+
+
+@slow
+@pytest.mark.xdist_group("interruption")
+def test_a_read_only_folder_is_named(job: TinyJob, calm: Path, small_disk: Path) -> None:
+    remount(small_disk, "ro")
+    code, said = job.run(calm / "cache", small_disk / "results")
+    (sentence,) = [line for line in said.splitlines() if line.startswith("quant: ")]
+    assert code == 2 and str(small_disk) in sentence and os.strerror(errno.EROFS) in sentence, said
+
+
+def test_what_a_killed_process_left_is_swept_up(tmp_path: Path) -> None:
+    """Not what a living one works on, nor what is as young as one that has not locked it yet."""
+    old, young, other = (tmp_path / f".{name}.part" for name in ("plan-x", "plan-young", "other-x"))
+    for folder in (old, young, other):
+        (folder / "half").mkdir(parents=True)
+    for folder in (old, other):
+        os.utime(folder, (0, 0))
+    with staged(tmp_path / "plan") as alive:
+        os.utime(alive.parent, (0, 0))
+        with staged(tmp_path / "plan") as temporary:
+            temporary.mkdir()
+        assert alive.parent.is_dir()
+        alive.mkdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other-x.part", ".plan-young.part", "plan"]
