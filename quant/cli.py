@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -75,6 +75,12 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 WithTwins = Annotated[
     bool, typer.Option("--twins", help="Small stand-ins of models whose weights are hard to get; see `quant twins`.")
 ]
+Jobs = Annotated[
+    str,
+    typer.Option("--jobs", metavar="N|auto", help="Models at a time; auto: as cores (see --threads) and memory allow."),
+]
+Executor = Annotated[str, typer.Option("--executor", help="Where several models are worked on: local, or ray.")]
+Address = Annotated[str | None, typer.Option("--address", help="Of the Ray cluster; RAY_ADDRESS by default.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Find model and data, say what would be done, and stop.")]
 
 
@@ -99,6 +105,9 @@ def _guarded(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _failed("interrupted; the next run goes on from the last finished step", INTERRUPTED)
     except OSError as error:
+        if error.errno == errno.ENOENT and _in_cache(error.filename):
+            said = "vanished while it was needed; run the command again when nothing clears the cache"
+            return _failed(f"{error.filename} {said}", INPUT_ERROR)
         if error.errno not in _STORAGE_ERRORS:
             return _internal_error(error)
         place = error.filename2 or error.filename or "the output or cache folder"
@@ -107,6 +116,12 @@ def _guarded(arguments: list[str]) -> int:
         )
     except Exception as error:  # the last resort: an error of ours gets its own exit code and a log
         return _internal_error(error)
+
+
+def _in_cache(file: Any) -> bool:
+    from quant.source import cache_dir
+
+    return isinstance(file, str | Path) and Path(file).is_relative_to(cache_dir())
 
 
 def _failed(message: str, code: int) -> int:
@@ -214,6 +229,9 @@ def run(
     threads: Threads = None,
     as_json: AsJson = False,
     twins: WithTwins = False,
+    jobs: Jobs = "auto",
+    executor: Executor = "local",
+    address: Address = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> int:
@@ -240,6 +258,11 @@ def run(
             _print_dry_runs([_run_outline(start(recipe, chosen(recipe))) for recipe in recipes], as_json, stdout)
             return 0
         outcome = _Outcome()
+        work = _Spread("run", executor, jobs, address, threads)
+        if work.wanted(recipes):
+            common = _arguments(overrides, data, model_dir, targets, seed)
+            given = [[name, *common, *(["--twins"] if twins else [])] for name in _asked(models, recipes)]
+            return work.finish(recipes, given, [twins] * len(recipes), options, as_json, stdout)
         for recipe in recipes:
             with outcome.collecting(recipe, alone=len(recipes) == 1, twin=twins):
                 finished = run_model(recipe, chosen(recipe))
@@ -263,6 +286,9 @@ def evaluate(
     threads: Threads = None,
     as_json: AsJson = False,
     twins: WithTwins = False,
+    jobs: Jobs = "auto",
+    executor: Executor = "local",
+    address: Address = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> int:
@@ -282,6 +308,12 @@ def evaluate(
             _print_dry_runs([_eval_outline(find_evaluation(recipe, options)) for recipe in recipes], as_json, stdout)
             return 0
         known = _twin_names() if twins else []
+        work = _Spread("eval", executor, jobs, address, threads)
+        if work.wanted(recipes):
+            common, both = _arguments(overrides, data, model_dir, targets, seed), [r.name in known for r in recipes]
+            names = zip(_asked(models, recipes), both, strict=True)
+            given = [[name, *common, *(["--twins"] if twin else [])] for name, twin in names]
+            return work.finish(recipes, given, both, options, as_json, stdout)
         asked = [(recipe, False) for recipe in recipes] + [(r, True) for r in recipes if r.name in known]
         outcome = _Outcome()
         for recipe, twin in asked:
@@ -783,6 +815,94 @@ class _Outcome:
                 raise
             self.broken = True
             skip(str(error), f"Mend it, then run the command for {recipe.name} again")
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """How several models are to be worked on: one after the other here, or each by a command of its own."""
+
+    action: Literal["run", "eval"]
+    executor: str
+    jobs: str
+    address: str | None
+    threads: int | None
+
+    def wanted(self, recipes: list[Recipe]) -> bool:
+        """Whether there is more than one place to work at."""
+        if self.executor not in ("local", "ray"):
+            raise InputError(f"--executor {self.executor}: must be local or ray")
+        count, cores = self._count(), os.cpu_count() or 1
+        at_once = cores // (self.threads or cores) if count is None else count
+        return len(recipes) > 1 and (self.executor == "ray" or at_once > 1)
+
+    def finish(
+        self,
+        recipes: list[Recipe],
+        given: list[list[str]],
+        twins: list[bool],
+        options: Options,
+        as_json: bool,
+        stdout: Any,
+    ) -> int:
+        """Have all commands done; print the rows of all, in the order of the models."""
+        from quant.executor import ModelJob, spread
+
+        cores = os.cpu_count() or 1
+        threads = self.threads or (max(1, cores // (self._count() or 1)))
+        jobs = [
+            ModelJob(self.action, recipe.name, (*arguments, "--threads", str(threads), "--quiet"), threads, twin)
+            for recipe, arguments, twin in zip(recipes, given, twins, strict=True)
+        ]
+        ended = {}
+        options.progress(f"quant {self.action}: models", 0, len(jobs))
+        for job, how in spread(jobs, options.results, self.executor, self._count(), self.address):  # type: ignore[arg-type]
+            ended[job] = how
+            options.progress(f"quant {self.action}: models", len(ended), len(jobs))
+        return self._report(dict(zip(jobs, recipes, strict=True)), ended, options, as_json, stdout)
+
+    def _report(
+        self, recipes: dict[Any, Recipe], ended: dict[Any, Any], options: Options, as_json: bool, stdout: Any
+    ) -> int:
+        from eval.gate import EvalReport
+
+        outcome = _Outcome()
+        for job, recipe in recipes.items():
+            for sentence in ended[job].warnings:
+                print(sentence, file=sys.stderr)
+            with outcome.collecting(recipe, alone=False, twin=job.twins and self.action == "run"):
+                outcome.rows += EvalReport.model_validate({"rows": ended[job].rows()}).rows
+        if self.action == "run":
+            _write_results_readme(options.results)
+        code = _finish(outcome, as_json, stdout)
+        return INTERNAL_ERROR if any(how.internal for how in ended.values()) else code
+
+    def _count(self) -> int | None:
+        if self.jobs == "auto":
+            return None
+        if not self.jobs.isdecimal() or not 0 < int(self.jobs) < 10_000:
+            raise InputError(f"--jobs {self.jobs}: must be a number of processes, or auto")
+        return int(self.jobs)
+
+
+def _asked(models: list[str] | None, recipes: list[Recipe]) -> list[str]:
+    """The models as they were named; files among them by their whole paths, since a node stands elsewhere."""
+    names = models if models and len(models) == len(recipes) else [recipe.name for recipe in recipes]
+    return [str(Path(name).absolute()) if name.endswith((".yaml", ".yml")) else name for name in names]
+
+
+def _arguments(
+    overrides: list[str] | None,
+    data: list[str] | None,
+    model_dir: Path | None,
+    targets: list[str] | None,
+    seed: int | None,
+) -> list[str]:
+    """Options that hold for every model, as they were given."""
+    folders = [str(Path(name).absolute()) if Path(name).is_dir() else name for name in data or []]
+    given = {"--set": overrides or [], "--data": folders, "--target": targets or []}
+    single = {"--model-dir": model_dir and str(model_dir.absolute()), "--seed": seed}
+    listed = [word for option, values in given.items() for value in values for word in (option, value)]
+    return listed + [word for option, value in single.items() if value is not None for word in (option, str(value))]
 
 
 def _finish(outcome: _Outcome, as_json: bool, stdout: Any) -> int:
