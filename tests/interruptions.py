@@ -19,10 +19,12 @@ import yaml
 from test_pipeline import LINES, NAME, OWN, RECIPE, SETS, colour_reader, write_lines, write_model
 
 from quant.child import child_environment
+from quant.manifest import CARD
 from quant.verification import verify
 
 _QUANT = [sys.executable, "-c", "from quant.cli import main; main()"]
 _SECONDS = 240
+_TIMED = ("manifest.json", "metrics.json", CARD)  # what a clock said stands in them
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,7 @@ def content(results: Path, name: str = NAME) -> dict[str, Any]:
     """All that a run left, without what a clock said."""
     folder = run_folder(results, name)
     files = {path.relative_to(results).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    own = {
-        name: path.read_bytes() for name, path in files.items() if path.name not in ("manifest.json", "metrics.json")
-    }
+    own = {name: path.read_bytes() for name, path in files.items() if path.name not in _TIMED}
     rows = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["rows"]
     return {**own, "rows": [{key: value for key, value in row.items() if key not in OWN} for row in rows]}
 
