@@ -1,0 +1,294 @@
+"""The student: a plan's quantized network as trainable Paddle operators, from the plan and back into it.
+
+It is the graph that simulation and export write too (`quant.placement`), with quantizers as nodes of their own.
+Rounding passes gradients straight through where nothing was clipped, and a scale learns from what it rounds and clips
+(Esser et al., "Learned Step Size Quantization", 2020, section 2.1). Everything trained is counted in units that fit
+every layer, so that one learning rate does:
+
+* weights in integer steps, from the exact value, moved no further than makes it round to the plan's integer;
+* biases in steps of the integer accumulator times its reach;
+* scales of weights and of activations as logarithms. Zero points stay: 0 has to be an integer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from onnx import NodeProto, helper
+
+from quant.flow import GATE_READ_SCALE, GATE_SCALE, GATE_ZERO
+from quant.graph import Graph, reads
+from quant.kernels import Array, Value, compute, straight_round, tensor
+from quant.placement import place, written_chains
+from quant.plan import ActivationQuantizer, IntegerWeight, QuantPlan, corrected_graph
+from quant.runtime import Feed
+from quant.simulation import FloatWriter, integer_limits
+
+Kind = Literal["weights", "biases", "scales", "ranges"]
+KINDS: tuple[Kind, ...] = ("weights", "biases", "scales", "ranges")
+"""What can be trained: integers, biases, scales of weights, scales of activations."""
+
+_ROUNDED, _GATE, _WEIGHT = "Rounded", "Gate", "IntegerWeight"
+_EDGE = 0.49  # steps from an integer within which a weight rounds to it
+
+
+@dataclass
+class _TrainableWriter(FloatWriter):
+    """Leaves quantizers whole; placement hands over numbers, so a quantizer's scale is its place in a list."""
+
+    weights: dict[str, IntegerWeight] = field(default_factory=dict)
+
+    def rounded(self, graph: Graph, before: NodeProto, tensor: str, scale: float, zero_point: int, dtype: str) -> str:
+        name = graph.fresh_name(f"{tensor}_rounded")
+        graph.insert_before(before, helper.make_node(_ROUNDED, [tensor], [name], name=name, quantizer=int(scale)))
+        return name
+
+    def gate(self, graph: Graph, before: NodeProto, tensor: str) -> str:
+        name = graph.fresh_name(f"{tensor}_gate")
+        graph.insert_before(before, helper.make_node(_GATE, [tensor], [name], name=name))
+        return name
+
+    def weight(self, graph: Graph, before: NodeProto, name: str, weight: IntegerWeight, axis: int) -> str:
+        self.weights[name] = weight
+        read = graph.fresh_name(f"{name}_trained")
+        graph.insert_before(before, helper.make_node(_WEIGHT, [], [read], name=read, weight=name, axis=axis))
+        return read
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A plan's network with whole quantizers.
+
+    Attributes:
+        nodes, constants, outputs: of the placed graph.
+        quantizers: by the number that a node names: key in the plan, and the quantizer.
+        weights: integers with the scales that the network computes with.
+        exact: float weights that the integers stand for.
+        factors: of convolutions that write `factor * x`.
+    """
+
+    nodes: list[NodeProto]
+    constants: dict[str, Array]
+    outputs: list[str]
+    quantizers: list[tuple[str, str, ActivationQuantizer]]
+    weights: dict[str, IntegerWeight]
+    exact: dict[str, Array]
+    factors: dict[str, Array]
+
+
+def trace(prepared: Graph, plan: QuantPlan) -> Traced:
+    """The placed graph of a plan, ready to be trained."""
+    quantizers = [("activations", name, q) for name, q in plan.activations.items()]
+    quantizers += [("outputs", name, q) for name, q in plan.outputs.items()]
+    numbered = replace(plan, activations=dict(plan.activations), outputs=dict(plan.outputs))
+    for number, (part, name, quantizer) in enumerate(quantizers, start=1):
+        getattr(numbered, part)[name] = quantizer.model_copy(update={"scale": float(number)})
+    writer = _TrainableWriter()
+    graph = place(prepared, numbered, writer)
+    plain = corrected_graph(prepared, plan)
+    chains = [chain for chain in written_chains(plain, plan) if chain.factor is not None]
+    return Traced(
+        nodes=graph.nodes,
+        constants=graph.constants,
+        outputs=graph.outputs,
+        quantizers=quantizers,
+        weights=writer.weights,
+        exact={name: plain.constants[name] for name in writer.weights},
+        factors={chain.writer: np.asarray(chain.factor) for chain in chains},
+    )
+
+
+class Student:
+    """Consecutive nodes of a traced plan, or all of them, with what is trained in them.
+
+    Args:
+        nodes: of the traced graph.
+        kinds: what is trained; everything else keeps the plan's values.
+    """
+
+    def __init__(self, plan: QuantPlan, traced: Traced, nodes: Sequence[NodeProto], kinds: Collection[Kind]) -> None:
+        self.plan, self.traced, self.nodes = plan, traced, nodes
+        self._operators = {op.name: op for op in plan.quantized().values() if op.weight is not None}
+        self.parameters: dict[tuple[Kind, str], Any] = {}
+        self._start: dict[tuple[Kind, str], Array] = {}
+        self._constants = {
+            name: _host_or_tensor(traced.constants[name])
+            for node in nodes
+            for name in reads(node)
+            if name in traced.constants
+        }
+        for node in nodes:
+            self._add_parameters(node, kinds)
+
+    def _add_parameters(self, node: NodeProto, kinds: Collection[Kind]) -> None:
+        if node.op_type == _ROUNDED and "ranges" in kinds:
+            part, name, _ = self.traced.quantizers[_number(node) - 1]
+            self._add("ranges", f"{part}:{name}", np.zeros(1))
+        elif node.op_type == _WEIGHT:
+            name, weight = _weight_of(node), self.plan.integers[_weight_of(node)]
+            if "weights" in kinds:
+                self._add("weights", name, _latent(self.traced.exact[name], weight, _axis_of(node)))
+            if "scales" in kinds:
+                self._add("scales", name, np.zeros(len(weight.scale)))
+        elif "biases" in kinds and (operator := self._operators.get(node.output[0])) and operator.op_type != "MatMul":
+            assert operator.weight is not None
+            self._add("biases", operator.name, np.zeros(len(self.traced.weights[operator.weight].scale)))
+
+    def _add(self, kind: Kind, name: str, start: Array) -> None:
+        import paddle
+
+        self._start[kind, name] = start.astype(np.float32)
+        begin = paddle.nn.initializer.Assign(self._start[kind, name])
+        shape = list(start.shape)
+        self.parameters[kind, name] = paddle.create_parameter(shape, "float32", default_initializer=begin)
+        self.parameters[kind, name].name = f"{kind}:{name}"
+
+    def run(self, values: Mapping[str, Value], keep: Collection[str]) -> dict[str, Value]:
+        """Compute the nodes.
+
+        Args:
+            values: what the nodes read and do not write.
+            keep: names of tensors to give back, written here or given.
+        """
+        known: dict[str, Value] = {**self._constants, **values}
+        last = {name: index for index, node in enumerate(self.nodes) for name in reads(node)}
+        for index, node in enumerate(self.nodes):
+            for name, value in zip(node.output, self._computed(node, known), strict=True):
+                known[name] = value
+            for name in reads(node):  # what nobody reads any more would fill the memory
+                if last[name] == index and name not in keep:
+                    known.pop(name, None)
+        return {name: known[name] for name in keep}
+
+    def _computed(self, node: NodeProto, known: Mapping[str, Value]) -> list[Value]:
+        if node.op_type == _ROUNDED:
+            return [self._rounded(_number(node), known[node.input[0]])]
+        if node.op_type == _GATE:
+            steps = (known[node.input[0]] / GATE_SCALE).clip(-float(GATE_ZERO), 255.0 - GATE_ZERO)
+            return [(straight_round(steps) + float(GATE_ZERO)) * GATE_READ_SCALE]
+        if node.op_type == _WEIGHT:
+            return [self._weight(_weight_of(node), _axis_of(node))]
+        inputs = [known[name] if name else None for name in node.input]
+        shift = self._bias_shift(node.output[0])
+        if shift is not None:
+            inputs[2:] = [shift if len(inputs) < 3 else inputs[2] + shift]
+        return compute(node, inputs)
+
+    def _rounded(self, number: int, values: Any) -> Any:
+        part, name, quantizer = self.traced.quantizers[number - 1]
+        smallest, largest = integer_limits(quantizer.dtype)
+        scale = tensor(np.array([quantizer.scale], dtype=np.float32))
+        learned = self.parameters.get(("ranges", f"{part}:{name}"))
+        scale = scale if learned is None else scale * learned.exp()
+        low, high = float(smallest - quantizer.zero_point), float(largest - quantizer.zero_point)
+        return straight_round((tensor(values) / scale).clip(low, high)) * scale
+
+    def _weight(self, name: str, axis: int) -> Any:
+        weight = self.traced.weights[name]
+        places = [1] * weight.values.ndim
+        places[axis] = -1
+        latent, learned = self.parameters.get(("weights", name)), self.parameters.get(("scales", name))
+        scale = tensor(weight.scale.reshape(places))
+        scale = scale if learned is None else scale * learned.exp().reshape(places)
+        if latent is None:
+            return tensor(weight.values.astype(np.float32)) * scale
+        limit = _largest(weight)
+        return straight_round(latent.clip(-limit, limit)) * scale
+
+    def _bias_shift(self, operator: str) -> Any:
+        learned = self.parameters.get(("biases", operator))
+        return None if learned is None else learned * tensor(self._bias_unit(operator).astype(np.float32))
+
+    def _bias_unit(self, name: str) -> Array:
+        """A step of the input at the largest weight, for each output channel."""
+        operator = self._operators[name]
+        assert operator.weight is not None
+        weight = self.traced.weights[operator.weight]
+        source = operator.activations[0]
+        quantizer = self.plan.outputs.get(source) or self.plan.activations[source]
+        return np.asarray(weight.scale * _largest(weight) * np.float32(quantizer.scale))
+
+    def refined(self, plan: QuantPlan) -> QuantPlan:
+        """A plan with what this student learned; what never moved stays as it is."""
+        integers, shifts = dict(plan.integers), dict(plan.bias_shifts)
+        activations, outputs = dict(plan.activations), dict(plan.outputs)
+        for (kind, name), parameter in self.parameters.items():
+            learned = parameter.numpy()
+            if np.array_equal(learned, self._start[kind, name]):
+                continue
+            if kind == "weights":
+                limit = _largest(integers[name])
+                values = np.rint(np.clip(learned, -limit, limit)).astype(np.int8)
+                integers[name] = replace(integers[name], values=values)
+            elif kind == "scales":
+                scale = (integers[name].scale * np.exp(learned)).astype(np.float32)
+                integers[name] = replace(integers[name], scale=scale)
+            elif kind == "biases":
+                shift = learned * self._bias_unit(name) / self.traced.factors.get(name, np.ones(1))
+                before = shifts.get(name, np.zeros_like(shift))
+                shifts[name] = (before + shift).astype(np.float32)
+            else:
+                part, _, key = name.partition(":")
+                place = activations if part == "activations" else outputs
+                scale = float(np.float32(place[key].scale) * np.exp(learned[0]))
+                place[key] = place[key].model_copy(update={"scale": scale})
+        notes = list(plan.notes)
+        return replace(
+            plan, integers=integers, bias_shifts=shifts, activations=activations, outputs=outputs, notes=notes
+        )
+
+    def state(self) -> dict[str, Array]:
+        """Everything trained, by `kind:name`."""
+        return {f"{kind}:{name}": np.array(value.numpy()) for (kind, name), value in self.parameters.items()}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Take over what `state` gave; raises KeyError where it is of another student."""
+        for (kind, name), value in self.parameters.items():
+            value.set_value(state[f"{kind}:{name}"])
+
+
+def whole_student(prepared: Graph, plan: QuantPlan, kinds: Collection[Kind]) -> Student:
+    """The student of all of a plan."""
+    traced = trace(prepared, plan)
+    return Student(plan, traced, traced.nodes, kinds)
+
+
+def student_outputs(student: Student, feed: Feed) -> list[Array]:
+    """The outputs of a whole student for one picture, without gradients."""
+    import paddle
+
+    with paddle.no_grad():
+        found = student.run(feed, student.traced.outputs)
+    return [np.asarray(value) for value in found.values()]
+
+
+def _host_or_tensor(value: Array) -> Value:
+    return tensor(value) if value.dtype == np.float32 and value.size > 1 else value
+
+
+def _latent(exact: Array, weight: IntegerWeight, axis: int) -> Array:
+    """Exact weights in integer steps, moved where the plan does not round them to the nearest integer."""
+    places = [1] * exact.ndim
+    places[axis] = -1
+    values = weight.values.astype(np.float64)
+    steps = exact / weight.scale.reshape(places)
+    return np.asarray(np.clip(steps, values - _EDGE, values + _EDGE), dtype=np.float32)
+
+
+def _largest(weight: IntegerWeight) -> int:
+    return max(int(np.abs(weight.values).max()), 1)
+
+
+def _number(node: NodeProto) -> int:
+    return int(helper.get_attribute_value(node.attribute[0]))
+
+
+def _weight_of(node: NodeProto) -> str:
+    return next(str(helper.get_attribute_value(a).decode()) for a in node.attribute if a.name == "weight")
+
+
+def _axis_of(node: NodeProto) -> int:
+    return next(int(helper.get_attribute_value(a)) for a in node.attribute if a.name == "axis")
