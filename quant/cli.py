@@ -81,6 +81,9 @@ Jobs = Annotated[
 ]
 Executor = Annotated[str, typer.Option("--executor", help="Where several models are worked on: local, or ray.")]
 Address = Annotated[str | None, typer.Option("--address", help="Of the Ray cluster; RAY_ADDRESS by default.")]
+MethodName = Annotated[
+    str | None, typer.Option("--method", help="ptq, recon, qat: this alone; auto: trained where PTQ fails.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Find model and data, say what would be done, and stop.")]
 
 
@@ -232,6 +235,7 @@ def run(
     jobs: Jobs = "auto",
     executor: Executor = "local",
     address: Address = None,
+    method: MethodName = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> int:
@@ -244,11 +248,14 @@ def run(
       quant run --twins PP-OCRv4_server_det
 
       quant run PP-OCRv4_mobile_rec --target onnxruntime --data my_lines --set calibration.samples=256
+
+      quant run PP-OCRv4_mobile_rec --target onnxruntime --method qat --set qat.minutes=20
     """
     from quant.job import start
     from quant.pipeline import run_model
 
-    recipes = _recipes(models, everything, overrides, seed, targets, twins)
+    chosen_method = [f"ladder.method={method}"] if method else []
+    recipes = _recipes(models, everything, [*(overrides or []), *chosen_method], seed, targets, twins)
     with _working(out, threads, model_dir, data, quiet, as_json) as (options, stdout):
 
         def chosen(recipe: Recipe) -> Options:
@@ -916,8 +923,19 @@ def _finish(outcome: _Outcome, as_json: bool, stdout: Any) -> int:
 
         print_report(outcome.rows)
         for folder, reused in outcome.folders:
+            _print_ladder(folder)
             print(f"{'unchanged, nothing to do' if reused else 'written'}: {folder}")
     return exit_code(outcome.rows) or (INPUT_ERROR if outcome.broken else 0)
+
+
+def _print_ladder(folder: Path) -> None:
+    """What each rung gave and, where weights were trained, cost."""
+    from quant.ladder import RUNG_HEADINGS, rung_rows
+    from quant.manifest import load_manifest
+
+    ladder = load_manifest(folder).ladder
+    if any(len(rungs) > 1 for rungs in ladder.values()):
+        _print_table(RUNG_HEADINGS, [row for target, rungs in ladder.items() for row in rung_rows(target, rungs)])
 
 
 def _run_outline(job: Job) -> dict[str, Any]:
@@ -942,9 +960,20 @@ def _run_outline(job: Job) -> dict[str, Any]:
             target: f"{choice.method}, {choice.activations} activations"
             for target, choice in job.recipe.targets.items()
         },
+        "ladder": job.recipe.ladder.method,
+        **_training_outline(job),
         "folder": str(named or folder),
         "done": named is not None and named.is_dir(),
     }
+
+
+def _training_outline(job: Job) -> dict[str, Any]:
+    """At most how many minutes training would take, from one iteration; nothing where none is asked for."""
+    if job.recipe.ladder.method == "ptq":
+        return {}
+    from quant.rungs import estimated_minutes
+
+    return {"training, at most minutes a plan": estimated_minutes(job)}
 
 
 def _eval_outline(found: Evaluation) -> dict[str, Any]:

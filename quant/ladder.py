@@ -7,8 +7,10 @@ the damage sits in few cheap convolutions, so much accuracy costs little INT8.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from quant.plan import Operator, QuantPlan
@@ -22,6 +24,13 @@ NEGLIGIBLE = 1e-4
 
 _REVERTS = 250
 """Most reverted operators for all of the coverage: one for each 0.4 % that is given up."""
+
+
+CLOCK = "clock"
+"""Folder beside `ladder.json` with what was measured in seconds; files in it are no part of any hash."""
+
+TRAINING_FILES = ("recon.json", "qat.json")
+"""Beside `ladder.json`: the error of each reconstructed part before and after, and the learning curve of QAT."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,21 @@ def load_rung(document: dict[str, Any]) -> Rung:
     return Rung(**{**document, "score": None if score is None else SearchScore(**score)})
 
 
+RUNG_HEADINGS = ["Target", "Rung", "Coverage", "Error", "Drop", "Discordance", "Seconds", "Passed"]
+
+
+def rung_rows(target: str, documents: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The ladder of a target as cells under `RUNG_HEADINGS`; `documents` as a run's manifest holds them."""
+    rows = []
+    for document in documents:
+        rung = load_rung({key: value for key, value in document.items() if key != "seconds"})
+        score = ["", ""] if rung.score is None else [f"{rung.score.drop:.2f}", f"{rung.score.discordance:.1f} %"]
+        seconds = f"{document['seconds']:.0f}" if "seconds" in document else ""
+        passed = "yes" if rung.passed else "no"
+        rows.append([target, rung.name, f"{rung.coverage:.3f}", f"{rung.error:.4f}", *score, seconds, passed])
+    return rows
+
+
 class Judge(Protocol):
     """Measures plans on the search split: `error` in a second, `score` on every picture."""
 
@@ -106,9 +130,25 @@ def climb(
         tried.append((candidate, rung))
         if rung.passed:
             break
-    chosen, rung = tried[-1] if tried[-1][1].passed else min(tried, key=lambda pair: badness(pair[1]))
+    best = best_rung([rung for _, rung in tried])
+    chosen, rung = next(pair for pair in tried if pair[1] is best)
     chosen.method = plan.method if not rung.reverted else f"{plan.method}+revert"
     return chosen, [rung for _, rung in tried]
+
+
+def best_rung(rungs: Sequence[Rung]) -> Rung:
+    """The last one where it passed, since the ladder stops there, else the best."""
+    return rungs[-1] if rungs[-1].passed else min(rungs, key=badness)
+
+
+def reverts(ladder: Ladder) -> bool:
+    """Whether operators may go back to FP32; a method that is asked for by name starts with everything in INT8."""
+    return ladder.method in ("auto", "ptq")
+
+
+def trains(ladder: Ladder, best: Rung) -> bool:
+    """Whether weights are trained after the best rung without training."""
+    return ladder.method in ("recon", "qat") or (ladder.method == "auto" and not best.passed)
 
 
 def try_plan(name: str, candidate: QuantPlan, reverted: int, ladder: Ladder, gate: Gate, judge: Judge) -> Rung:
@@ -156,3 +196,16 @@ def badness(rung: Rung) -> tuple[bool, float]:
     if rung.score is None:
         return True, rung.error
     return False, max(rung.score.drop, 0.0) + rung.score.discordance / 2
+
+
+def write_seconds(seconds: dict[str, float], folder: Path) -> None:
+    """Note beside a stage's files what its methods took; where nothing was trained nothing is written."""
+    if seconds:
+        (folder / CLOCK).mkdir()
+        (folder / CLOCK / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+
+
+def read_seconds(folder: Path) -> dict[str, float]:
+    """What each method of a stage took, by the name of its rung."""
+    file = folder / CLOCK / "seconds.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

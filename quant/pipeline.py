@@ -21,7 +21,7 @@ from quant.graph import Graph
 from quant.histograms import RANGES, range_charts, save_ranges
 from quant.job import Job, Options, feed_of, first_feeds, prepared_graph, prepared_stage, runs_folder, sample_ids, start
 from quant.judging import judge_target, judged_stage, skipped_rows
-from quant.ladder import Rung, load_rung
+from quant.ladder import TRAINING_FILES, Rung, load_rung, read_seconds
 from quant.loop import check_repeats, check_runtime, has_loop
 from quant.manifest import EXHIBITS, Manifest, artifact_digests, load_manifest, newest_run, now, processor, versions
 from quant.plan import QuantPlan, load_plan
@@ -179,6 +179,13 @@ def read_report(folder: Path) -> EvalReport:
         raise InputError(f"{folder}: metrics.json is missing or damaged; delete the folder and run again") from error
 
 
+def _ladder_document(result: Quantized) -> list[dict[str, Any]]:
+    """The rungs, with the seconds that training took."""
+    seconds = read_seconds(result.planned)
+    timed = {name: {"seconds": value} for name, value in seconds.items()}
+    return [{**rung.document(), **timed.get(rung.name, {})} for rung in result.rungs]
+
+
 def _write_run(job: Job, name: str, quantized: dict[TargetName, Quantized], report: EvalReport, folder: Path) -> None:
     """Lay out results/<model>/<run>/."""
     artifacts = {}
@@ -186,8 +193,9 @@ def _write_run(job: Job, name: str, quantized: dict[TargetName, Quantized], repo
         shutil.copytree(result.artifact, folder / target)
         artifacts[str(target)] = artifact_digests(folder / target)
         result.plan.save(folder / "plans" / target)
-        for path in result.planned.glob("search.*"):
-            shutil.copy(path, folder / "plans" / target)
+        for path in [*result.planned.glob("search.*"), *map(result.planned.joinpath, TRAINING_FILES)]:
+            if path.is_file():
+                shutil.copy(path, folder / "plans" / target)
         ranges = range_charts(calibrated_statistics(job, target), result.plan)
         save_ranges(ranges, folder / "plans" / target / RANGES)
         if any(row.target == target and row.status == "judged" for row in report.rows):
@@ -213,7 +221,7 @@ def _write_run(job: Job, name: str, quantized: dict[TargetName, Quantized], repo
         search_ids=sample_ids(selection.search),
         report_ids=sample_ids(selection.report),
         proof=vars(read_proof(prepared_stage(job))),
-        ladder={str(t): [rung.document() for rung in q.rungs] for t, q in quantized.items()},
+        ladder={str(target): _ladder_document(result) for target, result in quantized.items()},
         artifacts=artifacts,
         files={name: file_sha256(path) for name, path in files.items() if name.partition("/")[0] not in artifacts},
         seed=recipe.seed,

@@ -1,4 +1,4 @@
-"""The plan of one target: calibrate or ask PaddleSlim, equalize, round, correct, then climb the ladder."""
+"""The plan of one target: calibrate or ask PaddleSlim, equalize, round, correct, climb the ladder, perhaps train."""
 
 from __future__ import annotations
 
@@ -36,7 +36,17 @@ from quant.job import (
     tracked,
     work_feeds,
 )
-from quant.ladder import SearchScore, climb, try_plan
+from quant.ladder import (
+    TRAINING_FILES,
+    SearchScore,
+    best_rung,
+    climb,
+    read_seconds,
+    reverts,
+    trains,
+    try_plan,
+    write_seconds,
+)
 from quant.manifest import processor, products_saturate
 from quant.observer import candidate_methods, make_range_method
 from quant.plan import (
@@ -81,6 +91,10 @@ def planned_stage(job: Job, target: TargetName) -> Path:
 
     def build(folder: Path) -> None:
         shutil.copyfile(laddered / "ladder.json", folder / "ladder.json")
+        write_seconds(read_seconds(laddered), folder)
+        for name in TRAINING_FILES:
+            if (laddered / name).is_file():
+                shutil.copyfile(laddered / name, folder / name)
         points = _explored(job, target, laddered, time.monotonic() + 60 * minutes)
         plan = chosen(points).plan
         plan.method = plan.method if chosen(points) is points[0] else f"{plan.method}+search"
@@ -108,6 +122,7 @@ def _judged_by(job: Job) -> dict[str, Any]:
         **job.key,
         "calibration": recipe.calibration.model_dump(),
         "ladder": recipe.ladder.model_dump(),
+        "training": [recipe.reconstruction.model_dump(), recipe.qat.model_dump()],
         "gate": recipe.gate.model_dump(),
         "samples": [sample_ids(job.selection.calibration), sample_ids(job.selection.search)],
         "labels": labels_digest(job.selection.search),
@@ -122,7 +137,15 @@ def _explored(job: Job, target: TargetName, laddered: Path, end: float) -> list[
     judge, measure = SearchJudge(job, graph), partial(relative_latency, job, target)
     full, best = full_plan(job, recipe.targets[target]), load_plan(laddered)
     shifts = full.bias_shifts | best.bias_shifts
-    plan = replace(full, operators=best.operators, bias_shifts=shifts, method=best.method)
+    plan = replace(
+        full,
+        operators=best.operators,
+        bias_shifts=shifts,
+        method=best.method,
+        integers=full.integers | best.integers,
+        activations=full.activations | best.activations,
+        outputs=full.outputs | best.outputs,
+    )  # weights and ranges may have been trained
     reverted = len(full.quantized()) - len(plan.quantized())
     rung = try_plan("ladder", plan, reverted, recipe.ladder, recipe.gate, judge)
     floor = least_coverage(job.recipe, recipe.targets[target])
@@ -150,9 +173,15 @@ def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
             return replace(plan, operators=with_damages(plan.operators, damages))
 
         graph = prepared_graph(job)
-        minimum = least_coverage(job.recipe, choice)
+        minimum = least_coverage(job.recipe, choice) if reverts(recipe.ladder) else 1.0
         judge, refine = SearchJudge(job, graph), partial(_with_full_biases, job, graph)
         best, rungs = climb(load_plan(everything), recipe.ladder, recipe.gate, minimum, judge, damaged, refine)
+        if trains(recipe.ladder, best_rung(rungs)):
+            from quant.rungs import train_on  # not above: Paddle is wanted where something is trained
+
+            best, more, seconds = train_on(job, graph, best, best_rung(rungs), judge, folder)
+            rungs += more
+            write_seconds(seconds, folder)
         best.save(folder)
         (folder / "ladder.json").write_text(json.dumps([r.document() for r in rungs], sort_keys=True), encoding="utf-8")
 

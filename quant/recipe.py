@@ -40,6 +40,8 @@ Task = Literal[
 ]
 MethodName = Literal["ptq", "paddleslim"]
 BiasCorrection = Literal["none", "fast", "full"]
+Learned = Literal["weights", "biases", "scales", "ranges"]
+LadderMethod = Literal["auto", "ptq", "recon", "qat"]
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy", "moving_average", "per_tensor"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -177,8 +179,11 @@ class Calibration(_Part):
 
 
 class Ladder(_Part):
-    """PTQ first; then the operators that hurt most go back to FP32 while the search split fails."""
+    """PTQ first; then the operators that hurt most go back to FP32 while the search split fails; then training."""
 
+    method: LadderMethod = Field(
+        "ptq", description="auto: what failed is trained; recon, qat: everything in INT8, then trained by this method"
+    )
     search_samples: int = Field(ge=1, description="pictures of the search split that judge a rung")
     damage_samples: int = Field(ge=1, description="pictures of the search split that rank the operators")
     error_samples: int = Field(ge=1, description="pictures of the search split that max_error is measured on")
@@ -194,6 +199,38 @@ class Search(_Part):
     """After the ladder: a faster plan that passes too, by latency measured on the target (see `quant.search`)."""
 
     minutes: float = Field(0, ge=0, description="of looking for it; 0: the ladder decides, by coverage alone")
+
+
+class Reconstruction(_Part):
+    """Training part by part against FP32 (see `quant.reconstruction`)."""
+
+    samples: int = Field(64, ge=1, description="calibration pictures, whose values at one cut are kept in memory")
+    operators: int = Field(1, ge=1, description="with weights, that are trained together")
+    learned: list[Learned] = Field(
+        ["weights", "biases", "scales"], min_length=1, description="ranges: scales of activations"
+    )
+    learning_rate: float = Field(2e-3, gt=0, description="integer steps per iteration, about, for weights")
+    warm_up: int = Field(10, ge=0, description="iterations over which the rate rises")
+    batch: int = Field(4, ge=1, description="pictures, of one size")
+    iterations: int = Field(100, ge=1, description="for each part")
+    minutes: float = Field(5, gt=0, description="parts not reached by then stay as they are")
+
+
+class Training(_Part):
+    """Training the whole network against FP32 (see `quant.qat`)."""
+
+    nodes: list[str] = Field([], description="inner tensors that are to be like FP32's, beside the outputs")
+    learned: list[Learned] = Field(
+        ["weights", "biases", "scales"], min_length=1, description="ranges: scales of activations"
+    )
+    samples: int = Field(128, ge=1, description="calibration pictures")
+    learning_rate: float = Field(1e-5, gt=0, description="integer steps per iteration, about, for weights")
+    warm_up: int = Field(20, ge=0, description="iterations over which the rate rises")
+    batch: int = Field(8, ge=1, description="pictures, of one size")
+    iterations: int = Field(300, ge=1)
+    minutes: float = Field(10, gt=0, description="no iteration begins later")
+    evaluate_every: int = Field(25, ge=1, description="iterations between two looks at pictures of the search split")
+    patience: int = Field(4, ge=1, description="looks without a better state before it stops")
 
 
 class PaddleSlim(_Part):
@@ -266,6 +303,8 @@ class Recipe(_Part):
     calibration: Calibration
     ladder: Ladder
     search: Search = Field(default_factory=lambda: Search(minutes=0))
+    reconstruction: Reconstruction = Field(default_factory=lambda: Reconstruction.model_validate({}))
+    qat: Training = Field(default_factory=lambda: Training.model_validate({}))
     paddleslim: PaddleSlim
     targets: dict[TargetName, TargetChoice] = Field(min_length=1)
     policy: list[KeptOperators] = Field([], description="operators that stay in FP32 by what they are")

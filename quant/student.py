@@ -5,7 +5,7 @@ Rounding passes gradients straight through where nothing was clipped, and a scal
 (Esser et al., "Learned Step Size Quantization", 2020, section 2.1). Everything trained is counted in units that fit
 every layer, so that one learning rate does:
 
-* weights in integer steps, from the exact value, moved no further than makes it round to the plan's integer;
+* weights in integer steps, from the exact value, moved to within a quarter of a step of the plan's integer;
 * biases in steps of the integer accumulator times its reach;
 * scales of weights and of activations as logarithms. Zero points stay: 0 has to be an integer.
 """
@@ -32,7 +32,9 @@ KINDS: tuple[Kind, ...] = ("weights", "biases", "scales", "ranges")
 """What can be trained: integers, biases, scales of weights, scales of activations."""
 
 _ROUNDED, _GATE, _WEIGHT = "Rounded", "Gate", "IntegerWeight"
-_EDGE = 0.49  # steps from an integer within which a weight rounds to it
+_REACH = (
+    0.25  # steps from the plan's integer at which a weight begins at most: no touch flips what was chosen with care
+)
 
 
 @dataclass
@@ -270,12 +272,12 @@ def _host_or_tensor(value: Array) -> Value:
 
 
 def _latent(exact: Array, weight: IntegerWeight, axis: int) -> Array:
-    """Exact weights in integer steps, moved where the plan does not round them to the nearest integer."""
+    """Exact weights in integer steps, moved where they are not next to the plan's integers."""
     places = [1] * exact.ndim
     places[axis] = -1
     values = weight.values.astype(np.float64)
     steps = exact / weight.scale.reshape(places)
-    return np.asarray(np.clip(steps, values - _EDGE, values + _EDGE), dtype=np.float32)
+    return np.asarray(np.clip(steps, values - _REACH, values + _REACH), dtype=np.float32)
 
 
 def _largest(weight: IntegerWeight) -> int:

@@ -1,0 +1,98 @@
+"""What training gives where every convolution and matrix product is in INT8: PTQ, reconstruction, QAT.
+
+    .venv/bin/python benchmarks/qat.py PP-OCRv4_mobile_rec [--target onnxruntime] [--minutes 45] [--set KEY=VALUE]
+
+Each method starts from the same PTQ plan and ends as an artifact that is judged on its own runtime, on the report
+split; the difference to PTQ comes with the bound of the paired bootstrap. Writes docs/qat-MODEL-TARGET.json and the
+learning curve beside it. What is done is kept in the cache of stages, an interrupted QAT goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from eval.metric import Metric, make_metric
+from eval.statistics import estimate_drop
+from quant.job import Job, Options, start
+from quant.judging import outcomes_of
+from quant.pipeline import Quantized, quantize
+from quant.recipe import limited_to, load_recipe
+
+METHODS = ("ptq", "recon", "qat")
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--target", default="onnxruntime")
+    parser.add_argument("--minutes", type=float, default=45, help="of QAT, and of reconstruction")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    arguments = parser.parse_args()
+    outcomes, report = {}, {"model": arguments.model, "target": arguments.target, "methods": {}}
+    for method in arguments.methods.split(","):
+        job = _job(arguments, method)
+        done = quantize(job, arguments.target)
+        outcomes[method] = outcomes_of(job, arguments.target, done.artifact, job.selection.report)
+        report["methods"][method] = found = _compared(job, done, outcomes, method)
+        print(json.dumps({method: found}, indent=1), flush=True)
+    file = DOCS / f"qat-{arguments.model}-{arguments.target}.json"
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if curve := report["methods"].get("qat", {}).get("curve"):
+        draw_curve(curve, f"{arguments.model} on {arguments.target}, all in INT8", file.with_suffix(".svg"))
+    print(f"written: {file}")
+
+
+def _job(arguments: argparse.Namespace, method: str) -> Job:
+    fixed = [f"ladder.method={method}", f"targets.{arguments.target}.min_coverage=1", "ladder.coverage_steps=[]"]
+    limits = [f"{part}.minutes={arguments.minutes}" for part in ("reconstruction", "qat")]
+    recipe = load_recipe(arguments.model, [*fixed, *limits, *arguments.overrides])
+    options = Options(DOCS.parent / "results", arguments.threads, lambda what, done, total: None)
+    return start(limited_to(recipe, [arguments.target]), options)
+
+
+def _compared(job: Job, done: Quantized, outcomes: dict[str, Any], method: str) -> dict[str, Any]:
+    """A method against FP32, and against the PTQ that it started from: a negative drop is a gain."""
+    metric, mine = make_metric(job.recipe.metric), outcomes[method]
+    found: dict[str, Any] = {
+        "coverage": done.plan.coverage(),
+        "ladder": [rung.document() for rung in done.rungs],
+        "against_fp32": _estimate(metric, mine.fp32, mine.int8),
+    }
+    if method != "ptq" and "ptq" in outcomes:
+        found["against_ptq"] = _estimate(metric, outcomes["ptq"].int8, mine.int8)
+    curve = done.planned / "qat.json"
+    return {**found, "curve": json.loads(curve.read_text(encoding="utf-8"))} if curve.is_file() else found
+
+
+def _estimate(metric: Metric, before: Any, after: Any) -> dict[str, float]:
+    return asdict(estimate_drop(metric, before, after))
+
+
+def draw_curve(curve: list[dict[str, Any]], title: str, file: Path) -> None:
+    """The error on held-out pictures and the loss, by iteration."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "quant"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot([point["iteration"] for point in curve], [point["error"] for point in curve], "o-", label="error")
+    axes.set(title=title, xlabel="iteration", ylabel="error of the outputs, search split")
+    losses = axes.twinx()
+    trained = [point for point in curve if point["loss"] is not None]
+    losses.plot([point["iteration"] for point in trained], [point["loss"] for point in trained], "s--", color="gray")
+    losses.set_ylabel("loss, calibration split (dashed)")
+    figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What a student learns from: the FP32 network's soft labels, and the values of chosen tensors inside.
+
+Where an output ends in Softmax or Sigmoid, the student is given the teacher's probabilities (Hinton et al., "Distilling
+the Knowledge in a Neural Network", 2015): the divergence of its own from them, counted from the values before. Other
+outputs, and the inner tensors that a recipe names, count by their squared distance in units of their variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from onnx import NodeProto
+
+from quant.errors import InputError
+from quant.graph import Graph, attribute
+from quant.kernels import Array, Value, tensor
+from quant.runtime import Feed, onnx_session
+from quant.training import relative_square
+
+_KEEPING = ("Cast", "DepthToSpace", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+"""Operators that only move values about."""
+
+_SMALLEST = 1e-9
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A tensor that is compared with the teacher's.
+
+    Attributes:
+        axis: of the classes, for softmax.
+    """
+
+    tensor: str
+    kind: Literal["softmax", "sigmoid", "plain"]
+    axis: int = -1
+
+
+def aims(prepared: Graph, nodes: Sequence[str] = ()) -> list[Aim]:
+    """One for each output, and for each inner tensor of `nodes`; raises InputError for a name that is none."""
+    producers = prepared.producers()
+    if unknown := [name for name in nodes if name not in producers]:
+        raise InputError(f"qat.nodes: '{unknown[0]}' is no tensor of the prepared model; see its inference.onnx")
+    return [*(_output_aim(producers, name) for name in prepared.outputs), *(Aim(name, "plain") for name in nodes)]
+
+
+def _output_aim(producers: Mapping[str, NodeProto], output: str) -> Aim:
+    node = producers[output]
+    while node.op_type in _KEEPING and node.input[0] in producers:
+        node = producers[node.input[0]]
+    if node.op_type == "Softmax":
+        return Aim(node.input[0], "softmax", attribute(node, "axis", -1))
+    return Aim(node.input[0], "sigmoid") if node.op_type == "Sigmoid" else Aim(output, "plain")
+
+
+class Teacher:
+    """The FP32 network, on onnxruntime: no gradient ever reaches it."""
+
+    def __init__(self, prepared: Graph, sought: Sequence[Aim], threads: int) -> None:
+        self._names = [aim.tensor for aim in sought]
+        self._session = onnx_session(prepared.ending_at(self._names).to_model(), threads)
+
+    def answer(self, feed: Feed) -> list[Array]:
+        """Its values of the sought tensors."""
+        return self._session.run(feed, self._names)
+
+
+def loss(sought: Sequence[Aim], found: Mapping[str, Value], exact: Sequence[Array]) -> Any:
+    """How far a student is from the teacher, 0 where it gives the same."""
+    return sum(_distance(aim, found[aim.tensor], taught) for aim, taught in zip(sought, exact, strict=True))
+
+
+def _distance(aim: Aim, found: Any, taught: Array) -> Any:
+    from paddle.nn import functional
+
+    if aim.kind == "plain":
+        return relative_square(found, taught)
+    if aim.kind == "softmax":
+        labels = _softmax(taught, aim.axis)
+        entropy = -float((labels * np.log(labels + _SMALLEST)).sum(aim.axis).mean())
+        return -(tensor(labels) * functional.log_softmax(found, aim.axis)).sum(aim.axis).mean() - entropy
+    labels = (1 / (1 + np.exp(-taught.astype(np.float64)))).astype(np.float32)
+    off = 1 - labels
+    entropy = -float((labels * np.log(labels + _SMALLEST) + off * np.log(off + _SMALLEST)).mean())
+    return functional.binary_cross_entropy_with_logits(found, tensor(labels)) - entropy
+
+
+def _softmax(values: Array, axis: int) -> Array:
+    raised = np.exp(values - values.max(axis, keepdims=True))
+    return np.asarray(raised / raised.sum(axis, keepdims=True))

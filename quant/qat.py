@@ -1,0 +1,122 @@
+"""Quantization-aware training of the whole network: a student of the plan learns from the FP32 network.
+
+It starts as the plan, not as a network with fresh quantizers, and trains what the plan can hold: when it stops, at any
+step, what was measured is what is exported. The best state by the error on pictures that it never trained on is kept;
+where none is better than the plan, the plan itself is the result.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quant.distillation import Teacher, aims, loss
+from quant.graph import Graph
+from quant.plan import QuantPlan
+from quant.recipe import Training
+from quant.runtime import Feed
+from quant.student import whole_student
+from quant.training import Schedule, Trainer, batches, load_checkpoint, save_checkpoint, shuffled
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A point of the learning curve.
+
+    Attributes:
+        iteration: steps done.
+        loss: mean over the steps since the last point; None before the first step.
+        error: of the plan's outputs on held-out pictures.
+    """
+
+    iteration: int
+    loss: float | None
+    error: float
+
+
+@dataclass
+class _Progress:
+    """Where a training stands: all that a checkpoint holds beside weights and moments."""
+
+    curve: list[Evaluation]
+    best: dict[str, Any]
+    seconds: float = 0.0
+
+    @property
+    def done(self) -> int:
+        return self.curve[-1].iteration
+
+    def best_error(self) -> float:
+        return min(point.error for point in self.curve)
+
+    def stale(self) -> int:
+        """Evaluations since the best one."""
+        errors = [point.error for point in self.curve]
+        return len(errors) - 1 - errors.index(min(errors))
+
+
+def distil(
+    prepared: Graph,
+    plan: QuantPlan,
+    feeds: Sequence[Feed],
+    settings: Training,
+    evaluate: Callable[[QuantPlan], float],
+    *,
+    seed: int,
+    threads: int,
+    checkpoint: Path | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[QuantPlan, list[Evaluation]]:
+    """The best plan seen, and the learning curve.
+
+    Args:
+        feeds: calibration pictures.
+        evaluate: error of a plan on pictures that are not among them.
+        checkpoint: file to go on from where it exists, written at every evaluation.
+        advance: called after each iteration.
+    """
+    student = whole_student(prepared, plan, settings.learned)
+    sought = aims(prepared, settings.nodes)
+    teacher, inputs = Teacher(prepared, sought, threads), batches(prepared, feeds, settings.batch)
+    trainer = Trainer(student.parameters, Schedule(settings.learning_rate, settings.warm_up, settings.iterations))
+    progress = _Progress([Evaluation(0, None, evaluate(plan))], student.state())
+    if checkpoint is not None and (saved := load_checkpoint(checkpoint)) is not None:
+        progress = _Progress([Evaluation(**point) for point in saved["curve"]], saved["best"], saved["seconds"])
+        student.restore(saved["student"])
+        trainer.restore(saved["trainer"])
+    begun, losses = time.monotonic() - progress.seconds, list[float]()
+    for step, chosen in enumerate(shuffled(len(inputs), settings.iterations, seed)):
+        if step < progress.done:
+            continue
+        found = student.run(inputs[chosen], [aim.tensor for aim in sought])
+        losses.append(trainer.step(step, loss(sought, found, teacher.answer(inputs[chosen]))))
+        advance()
+        late = time.monotonic() - begun > 60 * settings.minutes
+        if (step + 1) % settings.evaluate_every and step + 1 < settings.iterations and not late:
+            continue
+        error = evaluate(student.refined(plan))
+        if error < progress.best_error():
+            progress.best = student.state()
+        progress.curve.append(Evaluation(step + 1, math.fsum(losses) / len(losses), error))
+        progress.seconds, losses = time.monotonic() - begun, []
+        if checkpoint is not None:
+            save_checkpoint(checkpoint, _document(progress, student.state(), trainer.state()))
+        if late or progress.stale() >= settings.patience:
+            break
+    student.restore(progress.best)
+    return (student.refined(plan) if progress.stale() < len(progress.curve) - 1 else plan), progress.curve
+
+
+def _document(progress: _Progress, student: dict[str, Any], trainer: dict[str, Any]) -> dict[str, Any]:
+    curve = [asdict(point) for point in progress.curve]
+    return {
+        "curve": curve,
+        "best": progress.best,
+        "seconds": progress.seconds,
+        "student": student,
+        "trainer": trainer,
+    }

@@ -1,0 +1,139 @@
+"""The ladder's upper rungs, which change weights: reconstruction, then QAT, each from the best plan so far."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Literal
+
+from quant.calibration import collect_statistics
+from quant.errors import InputError
+from quant.graph import Graph
+from quant.job import Job, counted, first_feeds, prepared_graph
+from quant.ladder import Judge, Rung, badness, try_plan
+from quant.observer import MinMax
+from quant.plan import QuantPlan, quantizable_operators
+from quant.ptq import activation_tensors, make_plan
+from quant.qat import Evaluation, distil
+from quant.reconstruction import PartResult, reconstruct
+from quant.source import cache_dir
+from quant.stage import digest
+
+log = logging.getLogger(__name__)
+
+Method = Literal["recon", "qat"]
+
+METHODS: dict[str, tuple[Method, ...]] = {"auto": ("recon", "qat"), "recon": ("recon",), "qat": ("qat",)}
+"""What is tried in which order, by the recipe's `ladder.method`."""
+
+
+def train_on(
+    job: Job, graph: Graph, plan: QuantPlan, rung: Rung, judge: Judge, folder: Path
+) -> tuple[QuantPlan, list[Rung], dict[str, float]]:
+    """Train from a plan, method after method until one passes.
+
+    Args:
+        rung: of the plan.
+        folder: receives `recon.json`, the error of each part before and after, and `qat.json`, the learning curve.
+
+    Returns:
+        The best plan, which may be the given one; a rung for each method; and the seconds that each took.
+    """
+    rungs, seconds = list[Rung](), dict[str, float]()
+    for method in METHODS.get(job.recipe.ladder.method, ()):
+        begun = time.monotonic()
+        try:
+            candidate = _trained(job, graph, plan, method, judge, folder)
+        except InputError as error:
+            if job.recipe.ladder.method != "auto":
+                raise
+            log.warning("%s: %s is left out: %s", job.recipe.name, method, error)
+            break
+        candidate.method = f"{plan.method}+{method}"
+        found = try_plan(method, candidate, rung.reverted, job.recipe.ladder, job.recipe.gate, judge)
+        seconds[method] = round(time.monotonic() - begun, 1)
+        rungs.append(found)
+        if found.passed or badness(found) < badness(rung):
+            plan, rung = candidate, found
+        if rung.passed:
+            break
+    return plan, rungs, seconds
+
+
+def estimated_minutes(job: Job) -> dict[Method, float]:
+    """About how long each method of the recipe would take, from one iteration with the first calibration pictures.
+
+    Ranges are those of these pictures: an iteration takes as long with any. One iteration of every part is about one of
+    the whole network.
+    """
+    recipe, graph = job.recipe, prepared_graph(job)
+    methods = METHODS.get(recipe.ladder.method, ())
+    if not methods:
+        return {}
+    feeds = first_feeds(job, job.selection.calibration, recipe.qat.batch)
+    operators = quantizable_operators(graph, {})
+    statistics = collect_statistics(graph, activation_tensors(operators), feeds, job.options.threads)
+    plan = make_plan(graph, operators, statistics, MinMax(), model=recipe.name, dtype="uint8", prepared_sha256="")
+    begun, once = time.monotonic(), recipe.qat.model_copy(update={"iterations": 1})
+    distil(graph, plan, feeds, once, lambda _: 0.0, seed=recipe.seed, threads=job.options.threads)
+    each = (time.monotonic() - begun) / 60 / recipe.qat.batch
+    limits = {
+        "recon": (recipe.reconstruction.iterations * recipe.reconstruction.batch, recipe.reconstruction.minutes),
+        "qat": (recipe.qat.iterations * recipe.qat.batch, recipe.qat.minutes),
+    }
+    return {method: round(min(limits[method][0] * each, limits[method][1]), 1) for method in methods}
+
+
+def _trained(job: Job, graph: Graph, plan: QuantPlan, method: Method, judge: Judge, folder: Path) -> QuantPlan:
+    recipe, threads = job.recipe, job.options.threads
+    if method == "recon":
+        end = time.monotonic() + 60 * recipe.reconstruction.minutes
+        feeds = first_feeds(job, job.selection.calibration, recipe.reconstruction.samples)
+        advance = counted(job.options.progress, f"{recipe.name}: reconstruction", len(plan.quantized()))
+        candidate, results = reconstruct(
+            graph,
+            plan,
+            feeds,
+            recipe.reconstruction,
+            seed=recipe.seed,
+            threads=threads,
+            advance=advance,
+            expired=lambda: time.monotonic() > end,
+        )
+        _write(results, folder / "recon.json")
+        note = f"reconstructed in {len(results)} parts, {sum(r.after < r.before for r in results)} of them better"
+        return replace(candidate, notes=[*candidate.notes, note])
+    feeds = first_feeds(job, job.selection.calibration, recipe.qat.samples)
+    advance = counted(job.options.progress, f"{recipe.name}: QAT", recipe.qat.iterations)
+    candidate, curve = distil(
+        graph,
+        plan,
+        feeds,
+        recipe.qat,
+        judge.error,
+        seed=recipe.seed,
+        threads=threads,
+        checkpoint=_checkpoint(job, plan),
+        advance=advance,
+    )
+    _write(curve, folder / "qat.json")
+    best = min(curve, key=lambda point: point.error)
+    note = f"QAT: error {best.error:.4f} after {best.iteration} iterations, {curve[0].error:.4f} before"
+    return replace(candidate, notes=[*candidate.notes, note])
+
+
+def _write(points: Sequence[PartResult | Evaluation], file: Path) -> None:
+    file.write_text(json.dumps([asdict(point) for point in points], indent=1) + "\n", encoding="utf-8")
+
+
+def _checkpoint(job: Job, plan: QuantPlan) -> Path:
+    """Where a training of this plan by this recipe leaves its state."""
+    weights = {name: digest([w.values.tolist(), w.scale.tolist()]) for name, w in plan.integers.items()}
+    shifts = {name: digest(shift.tolist()) for name, shift in plan.bias_shifts.items()}
+    settings = job.recipe.qat.model_dump()
+    key = digest([job.key, plan.document(), weights, shifts, settings, job.recipe.seed])
+    return cache_dir() / "checkpoints" / f"qat-{key[:16]}.pdparams"

@@ -1,0 +1,216 @@
+"""QAT with the FP32 network as teacher: it starts as its plan, learns, stops on time, goes on after a kill."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_flow import flowing_plan, mobile_block
+from test_plan import plan_of
+from test_reconstruction import coarse, error
+from tiny_models import TinyNet, run, small_detector, small_recognizer
+
+from quant.distillation import Aim, Teacher, aims, loss
+from quant.errors import InputError
+from quant.kernels import tensor
+from quant.plan import QuantPlan
+from quant.qat import Evaluation, distil
+from quant.recipe import Training
+from quant.runtime import Feed
+from quant.student import KINDS, student_outputs, trace, whole_student
+from quant.training import Schedule, batches, shuffled
+
+FEW = {"iterations": 40, "batch": 2, "warm_up": 4, "learning_rate": 5e-2, "evaluate_every": 10, "patience": 9}
+
+
+class Killed(Exception):
+    """What a test stops a training with."""
+
+
+def settings(**changes: Any) -> Training:
+    return Training.model_validate({**FEW, **changes})
+
+
+def feeds_of(net: TinyNet) -> list[Feed]:
+    return [net.feed(seed) for seed in range(6)]
+
+
+def judged(net: TinyNet) -> Callable[[QuantPlan], float]:
+    return lambda plan: error(net, plan)
+
+
+def taught(
+    net: TinyNet, plan: QuantPlan, file: Path | None = None, **changes: Any
+) -> tuple[QuantPlan, list[Evaluation]]:
+    chosen = settings(**changes)
+    return distil(net.graph(), plan, feeds_of(net), chosen, judged(net), seed=0, threads=1, checkpoint=file)
+
+
+def same(one: QuantPlan, other: QuantPlan) -> bool:
+    weights = all((one.integers[name].values == other.integers[name].values).all() for name in one.integers)
+    shifts = all((one.bias_shifts[name] == other.bias_shifts[name]).all() for name in one.bias_shifts)
+    return weights and shifts and one.document() == other.document()
+
+
+@pytest.mark.parametrize("make", [small_detector, small_recognizer])
+def test_it_ends_nearer_to_fp32_than_its_plan(make: Callable[[], TinyNet]) -> None:
+    net = make()
+    plan = coarse(plan_of(net))
+    refined, curve = taught(net, plan)
+    assert curve[0] == Evaluation(0, None, error(net, plan))
+    assert error(net, refined) == pytest.approx(min(point.error for point in curve))
+    assert error(net, refined) < 0.8 * error(net, plan)
+
+
+def test_a_plan_that_cannot_be_bettered_is_kept() -> None:
+    net = small_detector()
+    plan = plan_of(net)
+    looks = iter([0.1, 0.2, 0.3, 0.4])
+    refined, curve = distil(
+        net.graph(), plan, feeds_of(net), settings(patience=2), lambda _: next(looks), seed=0, threads=1
+    )
+    assert refined is plan
+    assert [point.iteration for point in curve] == [0, 10, 20], "two looks without a better one are enough"
+
+
+def test_the_same_seed_gives_the_same_plan() -> None:
+    net = mobile_block()
+    plan = coarse(flowing_plan(net))
+    assert same(taught(net, plan)[0], taught(net, plan)[0])
+    other = distil(net.graph(), plan, feeds_of(net), settings(), judged(net), seed=5, threads=1)[0]
+    assert not same(taught(net, plan)[0], other)
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    net = small_detector()
+    plan, file = coarse(plan_of(net)), tmp_path / "last"
+    done = 0
+
+    def kill() -> None:
+        nonlocal done
+        done += 1
+        if done == 25:
+            raise Killed
+
+    with pytest.raises(Killed):
+        distil(net.graph(), plan, feeds_of(net), settings(), judged(net), seed=0, threads=1, checkpoint=file,
+               advance=kill)  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+    resumed, curve = taught(net, plan, file)
+    whole, expected = taught(net, plan)
+    assert [point.iteration for point in curve] == [0, 10, 20, 30, 40]
+    assert curve == expected, "the same steps, as if nothing had happened"
+    assert same(resumed, whole)
+
+
+def test_a_damaged_checkpoint_is_left_aside(tmp_path: Path) -> None:
+    net = small_detector()
+    plan, file = coarse(plan_of(net)), tmp_path / "last"
+    file.write_bytes(b"cut off")
+    assert same(taught(net, plan, file)[0], taught(net, plan)[0])
+
+
+# --- what is known to go wrong ----------------------------------------------------------------------
+
+
+def test_a_loss_does_not_hang_on_batch_and_size() -> None:
+    """Pictures twice as many, or twice as wide, are no reason for steps twice as large."""
+    net = small_detector()
+    graph, student = net.graph(), whole_student(net.graph(), coarse(plan_of(net)), KINDS)
+    sought = aims(graph)
+    teacher, once = Teacher(graph, sought, 1), net.feed()
+
+    def found(feed: Feed) -> float:
+        return float(loss(sought, student.run(feed, [aim.tensor for aim in sought]), teacher.answer(feed)))
+
+    twice = {"x": np.concatenate([once["x"], once["x"]])}
+    assert found(twice) == pytest.approx(found(once), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid", "plain"])
+def test_a_loss_is_nothing_where_student_and_teacher_agree(kind: Any) -> None:
+    values = 3 * np.random.default_rng(0).standard_normal((2, 5, 7)).astype(np.float32)
+    aim = [Aim("t", kind)]
+    assert float(loss(aim, {"t": tensor(values)}, [values])) == pytest.approx(0, abs=1e-5)
+    assert float(loss(aim, {"t": tensor(values + values**2)}, [values])) > 0.05
+
+
+def test_aims_are_found_before_softmax_and_sigmoid() -> None:
+    detector, recognizer = small_detector(), small_recognizer()
+    (one,), (other,) = aims(detector.graph()), aims(recognizer.graph())
+    assert (one.kind, other.kind, other.axis) == ("sigmoid", "softmax", -1)
+    assert detector.nodes[-1].input[0] == one.tensor and recognizer.nodes[-1].input[0] == other.tensor
+    assert aims(detector.graph(), ["t1"])[1] == Aim("t1", "plain")
+    with pytest.raises(InputError, match=r"qat.nodes: 'nowhere'"):
+        aims(detector.graph(), ["nowhere"])
+
+
+def test_names_of_the_model_stay_whatever_is_quantized() -> None:
+    """Nodes that a recipe names are found in students of every placement."""
+    net = mobile_block()
+    names = {name for node in net.graph().nodes for name in node.output}
+    for plan in (plan_of(net), flowing_plan(net), flowing_plan(net).with_only({"deep"}, "some")):
+        kept = {name for node in trace(net.graph(), plan).nodes for name in node.output}
+        assert {"first", "deep", "last"} <= kept & names
+
+
+def test_looking_at_pictures_moves_nothing() -> None:
+    """There are no observers: whatever is evaluated, ranges and weights stay."""
+    net = small_detector()
+    plan = plan_of(net)
+    student = whole_student(net.graph(), plan, KINDS)
+    before, exact = student.state(), student_outputs(student, net.feed())[0]
+    student_outputs(student, net.feed(9, scale=1e4))
+    assert all((before[name] == value).all() for name, value in student.state().items())
+    np.testing.assert_array_equal(student_outputs(student, net.feed())[0], exact)
+
+
+def test_an_outlier_does_not_blank_a_range() -> None:
+    net = small_detector()
+    plan = plan_of(net)
+    feeds = [*feeds_of(net), net.feed(9, scale=1e4)]
+    always_better = itertools.count(0, -1)
+    refined, _ = distil(
+        net.graph(), plan, feeds, settings(learned=["ranges"]), lambda _: next(always_better), seed=0, threads=1
+    )
+    assert refined is not plan
+    for name, quantizer in refined.activations.items():
+        assert 0.8 < quantizer.scale / plan.activations[name].scale < 1.25
+
+
+# --- steps ------------------------------------------------------------------------------------------
+
+
+def test_the_rate_warms_up_and_falls() -> None:
+    rates = [Schedule(1.0, 4, 20).at(step) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0.05 <= rates[-1] < 0.1
+
+
+def test_batches_hold_pictures_of_one_size() -> None:
+    sizes = [(1, 3, 8, 8), (1, 3, 8, 16), (1, 3, 8, 8), (1, 3, 8, 8)]
+    graph = small_detector().graph()
+    found = batches(graph, [{"x": np.zeros(size, dtype=np.float32)} for size in sizes], 2)
+    assert [feed["x"].shape for feed in found] == [(2, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 16)]
+    pair = {"x": np.zeros((1, 3, 8, 8)), "scale": np.zeros((1, 2))}
+    assert len(batches(graph, [pair, pair], 2)) == 2, "what belongs to one picture stays with it"
+    one = {"x": np.zeros((1, 4, 12, 16), dtype=np.float32)}
+    assert len(batches(mobile_block().graph(), [one, one], 2)) == 2, "a model of one picture at a time"
+
+
+def test_every_batch_is_taken_before_one_comes_again() -> None:
+    order = list(shuffled(5, 12, seed=3))
+    assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
+    assert order[:5] != order[5:10]
+    assert order == list(shuffled(5, 12, seed=3)) != list(shuffled(5, 12, seed=4))
+
+
+def test_the_teacher_answers_like_the_model() -> None:
+    net = small_recognizer()
+    (answer,) = Teacher(net.graph(), [Aim("characters", "plain")], 1).answer(net.feed())
+    np.testing.assert_allclose(answer, run(net.model(), net.feed())[0], atol=1e-6)

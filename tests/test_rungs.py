@@ -1,0 +1,147 @@
+"""The rungs that train: which are tried, what they leave behind, and that nothing worse is ever taken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_plan import plan_of
+from test_qat import feeds_of
+from test_reconstruction import coarse, error
+from tiny_models import TinyNet, small_detector
+
+from quant.errors import InputError
+from quant.job import Job, Options
+from quant.ladder import Rung, SearchScore, load_rung, read_seconds, rung_rows, trains, try_plan, write_seconds
+from quant.plan import QuantPlan, load_plan
+from quant.recipe import RecipeError, load_recipe
+from quant.rungs import estimated_minutes, train_on
+from quant.selection import Selection
+from quant.source import ModelFiles
+from quant.stage import StageStore, file_digests
+
+FEW = [
+    *("reconstruction.iterations=30", "reconstruction.learning_rate=0.05", "reconstruction.batch=2"),
+    *("qat.iterations=20", "qat.evaluate_every=10", "qat.learning_rate=0.05", "qat.batch=2"),
+]
+"""Both trainings in seconds."""
+
+
+class ErrorJudge:
+    """Passes plans by their error alone."""
+
+    def __init__(self, net: TinyNet, enough: float) -> None:
+        self.net, self.enough = net, enough
+
+    def error(self, plan: QuantPlan) -> float:
+        return error(self.net, plan)
+
+    def score(self, plan: QuantPlan) -> SearchScore:
+        drop = 0.0 if self.error(plan) <= self.enough else 2 + 100 * self.error(plan)
+        return SearchScore(drop, drop, drop, 8)
+
+
+def job_of(method: str, place: Path, monkeypatch: pytest.MonkeyPatch, net: TinyNet, *overrides: str) -> Job:
+    """A job whose calibration pictures are those of a tiny net."""
+    monkeypatch.setattr("quant.rungs.first_feeds", lambda job, samples, count: feeds_of(net)[:count])
+    monkeypatch.setenv("QUANT_CACHE", str(place / "cache"))
+    recipe = load_recipe("PP-OCRv4_mobile_det", [*FEW, f"ladder.method={method}", "ladder.max_error=10", *overrides])
+    files = ModelFiles(place, "paddle", place, place, {}, "tiny", {"tiny": "0"})
+    options = Options(place, 1, lambda what, done, total: None)
+    return Job(recipe, options, files, Selection([], [], [], {}, {}), StageStore(place / "stages"))
+
+
+def climbed(job: Job, net: TinyNet, plan: QuantPlan, enough: float) -> tuple[QuantPlan, list[Rung], dict[str, float]]:
+    judge = ErrorJudge(net, enough)
+    rung = try_plan("ptq", plan, 0, job.recipe.ladder, job.recipe.gate, judge)
+    job.options.results.mkdir(exist_ok=True)
+    return train_on(job, net.graph(), plan, rung, judge, job.options.results)
+
+
+def test_the_first_method_that_passes_is_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = small_detector()
+    plan = coarse(plan_of(net))
+    found, rungs, seconds = climbed(job_of("auto", tmp_path, monkeypatch, net), net, plan, 0.9 * error(net, plan))
+    assert [(rung.name, rung.passed) for rung in rungs] == [("recon", True)]
+    assert found.method == "ptq+recon" and error(net, found) < error(net, plan)
+    assert list(seconds) == ["recon"] and seconds["recon"] > 0
+    parts = json.loads((tmp_path / "recon.json").read_text(encoding="utf-8"))
+    assert [part["aim"] for part in parts] == list(plan.quantized())
+    found.save(tmp_path / "plan")
+    assert error(net, load_plan(tmp_path / "plan")) == pytest.approx(error(net, found))
+
+
+def test_qat_goes_on_from_what_reconstruction_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = small_detector()
+    plan = coarse(plan_of(net))
+    found, rungs, _ = climbed(job_of("auto", tmp_path, monkeypatch, net), net, plan, 0.0)
+    assert [rung.name for rung in rungs] == ["recon", "qat"]
+    curve = json.loads((tmp_path / "qat.json").read_text(encoding="utf-8"))
+    assert curve[0]["error"] == pytest.approx(rungs[0].error)
+    assert error(net, found) == pytest.approx(min(rung.error for rung in rungs))
+    assert list((tmp_path / "cache" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("method", ["recon", "qat"])
+def test_one_method_can_be_asked_for(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = small_detector()
+    plan = coarse(plan_of(net))
+    _, rungs, _ = climbed(job_of(method, tmp_path, monkeypatch, net), net, plan, 0.0)
+    assert [rung.name for rung in rungs] == [method]
+
+
+def test_what_cannot_be_trained_keeps_its_plan_unless_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = TinyNet((1, 3, 8, 8), free=(0, 2, 3))
+    net.conv(net.op("Erf", net.conv("x", 3, 4)), 4, 2)
+    plan, together = plan_of(net), "reconstruction.operators=2"
+    found, rungs, _ = climbed(job_of("auto", tmp_path, monkeypatch, net, together), net, plan, 0.0)
+    assert found is plan and rungs == []
+    assert "Erf" in caplog.text
+    with pytest.raises(InputError, match="Erf"):
+        climbed(job_of("qat", tmp_path, monkeypatch, net), net, plan, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "passed", "expected"),
+    [("auto", True, False), ("auto", False, True), ("ptq", False, False), ("recon", True, True), ("qat", True, True)],
+)
+def test_when_weights_are_trained(method: str, passed: bool, expected: bool) -> None:
+    recipe = load_recipe("PP-OCRv4_mobile_det", [f"ladder.method={method}"])
+    assert trains(recipe.ladder, Rung("ptq", 1.0, 0, 0.0, None, passed)) is expected
+
+
+def test_an_estimate_comes_from_one_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = small_detector()
+    monkeypatch.setattr("quant.rungs.prepared_graph", lambda job: net.graph())
+    found = estimated_minutes(job_of("auto", tmp_path, monkeypatch, net))
+    assert set(found) == {"recon", "qat"}
+    assert all(0 <= minutes <= 10 for minutes in found.values())
+    assert estimated_minutes(job_of("ptq", tmp_path, monkeypatch, net)) == {}
+
+
+def test_an_unknown_method_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"ladder.method"):
+        load_recipe("PP-OCRv4_mobile_det", ["ladder.method=magic"])
+
+
+def test_seconds_are_kept_apart_from_what_is_hashed(tmp_path: Path) -> None:
+    before = file_digests(tmp_path)
+    write_seconds({"qat": 12.5}, tmp_path)
+    assert read_seconds(tmp_path) == {"qat": 12.5}
+    assert file_digests(tmp_path) == before
+    assert read_seconds(tmp_path / "nothing") == {}
+
+
+def test_the_table_shows_what_each_rung_gave_and_cost() -> None:
+    scored = Rung("qat", 1.0, 0, 0.0123, SearchScore(0.5, 0.8, 2.25, 400), True)
+    documents: list[dict[str, Any]] = [Rung("ptq", 1.0, 0, 0.05, None, False).document()]
+    documents.append({**scored.document(), "seconds": 61.7})
+    assert rung_rows("openvino", documents) == [
+        ["openvino", "ptq", "1.000", "0.0500", "", "", "", "no"],
+        ["openvino", "qat", "1.000", "0.0123", "0.50", "2.2 %", "62", "yes"],
+    ]
+    assert load_rung(scored.document()) == scored
