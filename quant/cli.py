@@ -254,8 +254,8 @@ def run(
     from quant.job import start
     from quant.pipeline import run_model
 
-    chosen_method = [f"ladder.method={method}"] if method else []
-    recipes = _recipes(models, everything, [*(overrides or []), *chosen_method], seed, targets, twins)
+    overrides = [*(overrides or []), *([f"ladder.method={method}"] if method else [])]
+    recipes = _recipes(models, everything, overrides, seed, targets, twins)
     with _working(out, threads, model_dir, data, quiet, as_json) as (options, stdout):
 
         def chosen(recipe: Recipe) -> Options:
