@@ -24,6 +24,7 @@ from quant.graph import Graph, reads
 from quant.kernels import Array, Value, compute, straight_round, tensor
 from quant.placement import place, written_chains
 from quant.plan import ActivationQuantizer, IntegerWeight, QuantPlan, corrected_graph
+from quant.program import import_paddle
 from quant.runtime import Feed
 from quant.simulation import FloatWriter, integer_limits
 
@@ -112,6 +113,7 @@ class Student:
     """
 
     def __init__(self, plan: QuantPlan, traced: Traced, nodes: Sequence[NodeProto], kinds: Collection[Kind]) -> None:
+        import_paddle().disable_static()
         self.plan, self.traced, self.nodes = plan, traced, nodes
         self._operators = {op.name: op for op in plan.quantized().values() if op.weight is not None}
         self.parameters: dict[tuple[Kind, str], Any] = {}
