@@ -201,7 +201,7 @@ def _own(folder: Path, tasks: list[Task]) -> DatasetFolder:
             label_format, labels, classes = "cls_label", lists, _class_names(folder / "label.txt")
         elif label_format == "cls_label":
             labels = (folder / "train.txt",)
-    source, licence = f"the folder {folder}", "the user's own"
+    source, licence = f"the folder {folder.absolute().name}", "the user's own"
     name = folder.name
     if folder == cached_dir(name) and name.startswith(GENERATED):
         source, licence = _GENERATOR, _NO_TERMS

@@ -24,8 +24,8 @@ __all__ = ["EvalReport", "Finished", "InputError", "Recipe", "Unavailable", "eva
 def quantize(
     recipe: Recipe | str,
     *,
-    targets: Sequence[str] = (),
-    data: Sequence[str | Path] = (),
+    targets: str | Sequence[str] = (),
+    data: str | Path | Sequence[str | Path] = (),
     model_dir: str | Path | None = None,
     results: str | Path = "results",
     threads: int | None = None,
@@ -59,14 +59,14 @@ def quantize(
         [True]
     """
     options = _options(data, model_dir, results, threads, progress)
-    return run_model(limited_to(_recipe(recipe), targets), options)
+    return run_model(limited_to(_recipe(recipe), _several(targets)), options)
 
 
 def evaluate(
     recipe: Recipe | str,
     *,
-    targets: Sequence[str] = (),
-    data: Sequence[str | Path] = (),
+    targets: str | Sequence[str] = (),
+    data: str | Path | Sequence[str | Path] = (),
     model_dir: str | Path | None = None,
     results: str | Path = "results",
     threads: int | None = None,
@@ -93,7 +93,12 @@ def evaluate(
         my_lines 6 100.0 100.0
     """
     options = _options(data, model_dir, results, threads, progress)
-    return evaluate_model(limited_to(_recipe(recipe), targets), options)
+    return evaluate_model(limited_to(_recipe(recipe), _several(targets)), options)
+
+
+def _several(words: str | Path | Sequence[str | Path]) -> list[str]:
+    """One word alone is a list of one, not of its letters."""
+    return [str(words)] if isinstance(words, (str, Path)) else list(map(str, words))
 
 
 def _recipe(recipe: Recipe | str) -> Recipe:
@@ -101,7 +106,7 @@ def _recipe(recipe: Recipe | str) -> Recipe:
 
 
 def _options(
-    data: Sequence[str | Path],
+    data: str | Path | Sequence[str | Path],
     model_dir: str | Path | None,
     results: str | Path,
     threads: int | None,
@@ -113,7 +118,7 @@ def _options(
         threads=threads or os.cpu_count() or 1,
         progress=progress or _silent,
         model_dir=None if model_dir is None else Path(model_dir),
-        data=tuple(map(str, data)),
+        data=tuple(_several(data)),
     )
 
 

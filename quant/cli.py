@@ -447,7 +447,7 @@ def export(
         raise InputError(f"{recipe.name} is not quantized yet: no run in {runs}. Run `quant run {recipe.name}`")
     manifest = load_manifest(folder)
     if not manifest.intact(folder):
-        raise InputError(f"the artifacts in {folder} are damaged; run `quant run {recipe.name}` again")
+        raise InputError(f"files in {folder} are not what was written; run `quant run {recipe.name}` again")
     wanted = targets or list(manifest.artifacts)
     places = {target: to / f"{recipe.name}_{target}_int8" for target in wanted}
     for target, place in places.items():

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from onnx import GraphProto, NodeProto, helper
 
 from quant.bodies import loops
-from quant.graph import Graph, constant_value, reads, rename_reads
+from quant.graph import Graph, all_nodes, constant_value, reads, rename_reads
 
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _LAYOUTS = ("Transpose",)  # of weights: behind it they are constants again
@@ -55,7 +55,7 @@ def _invariant(body: GraphProto) -> list[NodeProto]:
     changing = {info.name for info in body.input} | {tensor.name for tensor in body.initializer}
     found = []
     for node in body.node:
-        if node.op_type in _RANDOM or changing.intersection(reads(node)):
+        if any(inner.op_type in _RANDOM for inner in all_nodes([node])) or changing.intersection(reads(node)):
             changing.update(node.output)
         else:
             found.append(node)

@@ -110,7 +110,7 @@ def find_evaluation(recipe: Recipe, options: Options) -> Evaluation:
         raise Unavailable("not quantized yet", f"Run {command}")
     manifest, again = load_manifest(folder), f"Run `{run_command(recipe, options)}` again"
     if not manifest.intact(folder):
-        raise Unavailable(f"the artifacts in {folder} are damaged", again)
+        raise Unavailable(f"files in {folder} are not what was written", again)
     samples, dropped = _unseen(recipe, options, {*manifest.calibration_ids, *manifest.search_ids})
     files = resolve_model(recipe, options.model_dir, options.progress)
     if set(files.sha256.values()) != set(manifest.model_sha256.values()):

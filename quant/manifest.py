@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from quant.archive import staged
+from quant.archive import file_sha256, staged
 from quant.errors import InputError
 from quant.stage import file_digests
 
@@ -88,7 +88,9 @@ class Manifest(BaseModel):
             temporary.write_text(text + "\n", encoding="utf-8")
 
     def intact(self, folder: Path) -> bool:
-        """Whether every artifact in the run's folder still has the hash that was noted."""
+        """Whether every file in the run's folder still has the hash that was noted."""
+        if any(not (folder / name).is_file() or file_sha256(folder / name) != it for name, it in self.files.items()):
+            return False
         for target, files in self.artifacts.items():
             place = folder / target
             if not place.is_dir() or artifact_digests(place) != files:

@@ -45,7 +45,9 @@ _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError,
 
 _UNSAFE = {
     *("load", "load_combine", "save", "save_combine"),
-    *("py_func", "py_layer", "pylayer", "run_program", "listen_and_serv", "recv", "send"),
+    *("py_func", "py_layer", "pylayer", "run_program", "listen_and_serv", "read_file"),
+    *("recv", "recv_v2", "send", "send_v2", "p_recv", "p_send", "partial_recv", "partial_send"),
+    *("c_gen_nccl_id", "c_gen_bkcl_id", "gen_nccl_id", "gen_bkcl_id", "tensorrt_engine", "custom_engine"),
 }
 """Operators of Paddle with effects beside their outputs."""
 
@@ -116,7 +118,7 @@ def resolve_model(recipe: Recipe, model_dir: Path | None = None, progress: Progr
         Unavailable: no source has it; the reason lists them all.
     """
     if model_dir is not None:
-        return read_model(recipe, model_dir, f"--model-dir {model_dir}")
+        return read_model(recipe, model_dir, f"--model-dir ({model_dir.absolute().name})")
     tried: list[str] = []
     for home in search_path("QUANT_MODEL_HOME"):
         if (home / recipe.name).is_dir():

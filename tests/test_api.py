@@ -65,7 +65,7 @@ def test_steps_are_told_and_errors_are_raised(home: TinyRun, tmp_path: Path, mon
     )
     assert said == [], "every stage is stored already"
     with pytest.raises(InputError, match="no target 'tensor'"):
-        quantize("recipe.yaml", targets=["tensor"])
+        quantize("recipe.yaml", targets="tensor")
     monkeypatch.delenv("QUANT_MODEL_HOME")
     with pytest.raises(Unavailable) as error:
         quantize("recipe.yaml")

@@ -23,7 +23,7 @@ from quant.ptq import activation_tensors, make_plan
 from quant.recipe import KeptOperators
 from quant.runtime import Feed, onnx_session
 from quant.sensitivity import relative_errors
-from quant.simulation import simulated_model
+from quant.simulation import simulated_session
 
 FLOAT, INT, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 WIDTH, HIDDEN = 6, 8
@@ -154,7 +154,7 @@ def test_products_inside_of_a_loop_are_quantized_unless_the_policy_says_no(in_lo
     plan = make_plan(graph, operators, statistics, method, model="t", dtype="uint8", prepared_sha256="")
     missing = sum(op.macs for op in operators if op.in_loop and op.name not in chosen)
     assert missing and plan.coverage() == 1 - missing / sum(op.macs for op in operators)
-    simulated = onnx_session(simulated_model(graph, plan), 1)
+    simulated = simulated_session(graph, plan, 1)
     exported = quantized_model(graph, plan, {})
     onnx.checker.check_model(exported, full_check=True)
     artifact, exact = onnx_session(exported, 1), onnx_session(graph.to_model(), 1)

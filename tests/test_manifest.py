@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from quant.archive import file_sha256
 from quant.errors import InputError
 from quant.manifest import (
     DataRecord,
@@ -91,6 +92,11 @@ def test_damaged_missing_and_added_artifact_files_are_noticed(tmp_path: Path) ->
     (place / "inference.yml").unlink()
     assert not noted.intact(tmp_path)
     assert not manifest(artifacts={"openvino": {}}).intact(tmp_path)
+    (tmp_path / "metrics.json").write_text("{}", encoding="utf-8")
+    other = manifest(artifacts={}, files={"metrics.json": file_sha256(tmp_path / "metrics.json")})
+    assert other.intact(tmp_path)
+    (tmp_path / "metrics.json").write_text("{ }", encoding="utf-8")
+    assert not other.intact(tmp_path)
 
 
 def test_the_newest_run_is_the_one_that_was_made_last(tmp_path: Path) -> None:
