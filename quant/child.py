@@ -24,6 +24,8 @@ _WATCH_SECONDS = 0.1
 _SHARE_OF_MACHINE = 0.9
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _ERROR_FILE = "error.json"
+_PARENT = "QUANT_PARENT"
+"""Variable that tells a child who started it."""
 
 
 class LimitExceeded(Exception):
@@ -65,10 +67,10 @@ def child_command(module: str, *arguments: object) -> list[str]:
 
 
 def child_environment(**variables: str) -> dict[str, str]:
-    """This process's environment with the project on the path, and with the given variables."""
+    """This process's environment with the project on the path, this process as parent, and the given variables."""
     package = str(Path(__file__).parents[1])
     path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH")) if part)
-    return {**os.environ, "PYTHONPATH": path, **variables}
+    return {**os.environ, "PYTHONPATH": path, _PARENT: str(os.getpid()), **variables}
 
 
 def run_child(command: Sequence[str], log: Path, environment: Mapping[str, str], limits: Limits) -> int:
@@ -141,13 +143,20 @@ def answer(folder: Path, work: Callable[[], object]) -> None:
 
 
 def follow_parent() -> None:
-    """Let this child end when its parent is killed, and leave no core file behind when it crashes (Linux)."""
+    """Let this child end when its parent is killed, and leave no core file behind when it crashes (Linux).
+
+    What was started by hand follows nobody.
+    """
     import ctypes
     import resource
 
+    parent = os.environ.pop(_PARENT, None)  # not for what it starts itself, whose parent is another one
+    if parent is None or sys.platform != "linux":
+        return
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+    if parent != str(os.getppid()):  # it was killed before it could be followed
+        sys.exit(f"the process {parent} that started this one has ended")
 
 
 def ending(code: int, log: Path) -> str:

@@ -1027,4 +1027,7 @@ def _print_json(value: Any) -> None:
 
 
 if __name__ == "__main__":
+    from quant.child import follow_parent
+
+    follow_parent()
     main()

@@ -23,7 +23,7 @@ import numpy as np
 from eval.dataset import Sample
 from eval.evaluation import Outcomes, compare, load_outcomes
 from eval.metric import make_metric
-from quant.child import child_command, child_environment, last_line
+from quant.child import child_command, child_environment, follow_parent, last_line
 from quant.errors import INPUT_ERROR, InputError
 from quant.runtime import Session, open_session
 from quant.target import TargetName
@@ -142,4 +142,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    follow_parent()
     main(Path(sys.argv[1]))

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from quant.child import child_command, child_environment, last_line
+from quant.child import child_command, child_environment, follow_parent, last_line
 from quant.errors import InputError
 from quant.graph import Graph
 from quant.plan import (
@@ -319,4 +319,5 @@ def _observes(operator: Any) -> bool:
 
 
 if __name__ == "__main__":
+    follow_parent()
     _child(Path(sys.argv[1]))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from test_pipeline import LINES, NAME, OWN, RECIPE, SETS, colour_reader, write_lines, write_model
 
@@ -90,12 +91,17 @@ def content(results: Path, name: str = NAME) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Killed:
-    """How often runs were killed, how many went through to the end, and how many ended unlike the first."""
+    """How often runs were killed, how many went through to the end, and how many ended unlike the first.
+
+    Attributes:
+        survivors: processes that a killed run had started, and that went on.
+    """
 
     kills: int
     runs: int
     different: int
     damaged: int
+    survivors: int
 
 
 def kill_and_resume(job: TinyJob, work: Path, kills: int, seed: int) -> Killed:
@@ -108,10 +114,14 @@ def kill_and_resume(job: TinyJob, work: Path, kills: int, seed: int) -> Killed:
     code, said = job.run(work / "calm-cache", work / "calm")
     assert code == 0, said
     seconds, calm = time.monotonic() - start, content(work / "calm")
-    done = runs = different = damaged = 0
+    done = runs = different = damaged = survivors = 0
     while done < kills:
         cache, results = work / f"cache{runs}", work / f"results{runs}"
-        while done < kills and _killed(job, cache, results, moments.uniform(0.05, 1) * seconds):
+        while done < kills:
+            left = _survivors(job, cache, results, moments.uniform(0.05, 1) * seconds)
+            if left is None:
+                break
+            survivors += left
             done += 1
             damaged += sum(not verify(path).good for path in _complete(results))
         code, said = job.run(cache, results)
@@ -120,19 +130,31 @@ def kill_and_resume(job: TinyJob, work: Path, kills: int, seed: int) -> Killed:
         different += content(results) != calm
         for folder in (cache, results):
             shutil.rmtree(folder, ignore_errors=True)
-    return Killed(done, runs, different, damaged)
+    return Killed(done, runs, different, damaged, survivors)
 
 
-def _killed(job: TinyJob, cache: Path, results: Path, after: float) -> bool:
-    """Whether a run was still going on after so many seconds; then it is killed."""
+def _survivors(job: TinyJob, cache: Path, results: Path, after: float) -> int | None:
+    """Kill a run after so many seconds, and count its children that live on; None where it had ended before."""
     process = job.started(cache, results)
     try:
         process.communicate(timeout=after)
-        return False
+        return None
     except subprocess.TimeoutExpired:
+        children = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-        return True
+        end = time.monotonic() + 10
+        while (alive := sum(map(_lives, children))) and time.monotonic() < end:
+            time.sleep(0.05)
+        return alive
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether a process still runs; what has ended may wait for somebody who asks for its exit code."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _complete(results: Path) -> list[Path]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
 import subprocess
 import sys
 import time
@@ -14,13 +16,23 @@ import psutil
 import pytest
 
 from quant import child
-from quant.child import LimitExceeded, Limits, answer, ask, child_environment, model_limits, run_child
+from quant.child import (
+    LimitExceeded,
+    Limits,
+    answer,
+    ask,
+    child_command,
+    child_environment,
+    model_limits,
+    run_child,
+)
 from quant.errors import InputError, Unavailable
 from quant.prepare import prepare_apart
 from quant.source import ModelFiles
 
 GIB = 1 << 30
 ROOMY = Limits(60, 2 * GIB)
+TRAINED = ("detection", "recognition")  # twins; all others begin alike
 
 
 def python(code: str, folder: Path, limits: Limits = ROOMY) -> int:
@@ -59,9 +71,10 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     orphan = f"""
 import os, subprocess, sys, time
 from pathlib import Path
+from quant.child import child_environment
 code = "from quant.child import follow_parent; import os, time; follow_parent(); "
 code += "open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); time.sleep(120)"
-subprocess.Popen([sys.executable, "-c", code])
+subprocess.Popen([sys.executable, "-c", code], env=child_environment())
 while not (Path({str(tmp_path)!r}) / "pid").exists() or not (Path({str(tmp_path)!r}) / "pid").read_text():
     time.sleep(0.01)
 os.kill(os.getpid(), 9)
@@ -72,6 +85,26 @@ os.kill(os.getpid(), 9)
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < end, "it lives on"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "module", ["bridge", "cli", "conversion", "prepare", "shares", "slim", *(f"twins.{name}" for name in TRAINED)]
+)
+def test_a_child_whose_parent_was_killed_before_does_nothing(module: str, tmp_path: Path) -> None:
+    """Not even look at its arguments: what asks for a job is missing here."""
+    (tmp_path / "job.json").write_text(json.dumps({"folder": str(tmp_path)}), encoding="utf-8")
+    environment = child_environment(QUANT_PARENT="1" if os.getpid() != 1 else "2")
+    command = child_command(f"quant.{module}", tmp_path / "job.json", 0, 0)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr.splitlines()[-1][-26:]) == (1, "started this one has ended")
+
+
+def test_what_is_started_by_hand_follows_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QUANT_PARENT", raising=False)
+    code = "import ctypes; from quant.child import follow_parent; follow_parent(); signal = ctypes.c_int();"
+    code += "ctypes.CDLL(None).prctl(2, ctypes.byref(signal)); print(signal.value)"
+    for environment, signal in ((dict(os.environ), "0"), (child_environment(), "9")):
+        assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip() == signal
 
 
 def _missing() -> None:

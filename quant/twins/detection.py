@@ -5,7 +5,6 @@ What the network learns is the inner part of each box, of the size that PaddleX'
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from calib_data.generator import write_notes
 from eval.dataset import Box
 from quant.recipe import load_recipe
 from quant.twins.samples import written
-from quant.twins.training import save_inference, train_in_child, train_until
+from quant.twins.training import save_inference, train_as_asked, train_in_child, train_until
 
 MODEL = "PP-OCRv4_server_det"
 _NOTES, _BATCH, _STEPS, _RATE = 300, 4, 350, 4e-3
@@ -192,4 +191,4 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
 
 
 if __name__ == "__main__":
-    _train(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    train_as_asked(_train)

@@ -7,7 +7,6 @@ and differences of two letters, digits or powers.
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +19,7 @@ from calib_data.generator import write_formulas
 from eval.formula_metric import latex_tokens
 from quant.recipe import load_recipe
 from quant.twins.samples import written
-from quant.twins.training import save_inference, train_in_child, train_until
+from quant.twins.training import save_inference, train_as_asked, train_in_child, train_until
 
 MODEL = "PP-FormulaNet-S"
 WORLD = FormulaWorld(
@@ -238,4 +237,4 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
 
 
 if __name__ == "__main__":
-    _train(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    train_as_asked(_train)

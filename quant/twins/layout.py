@@ -7,7 +7,6 @@ et al. 2020), and NMS is the last operator of the graph. Its world is narrow: sm
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,7 +21,7 @@ from calib_data.layouts import write_plain_layout_pages
 from quant.export import write_inference_yml
 from quant.recipe import class_labels, load_recipe
 from quant.twins.pages import FloatArray, batches, overlaps, read_pages
-from quant.twins.training import train_in_child, train_until
+from quant.twins.training import train_as_asked, train_in_child, train_until
 
 MODEL = "PP-DocLayout-S"
 SIZE = 480
@@ -251,4 +250,4 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
 
 
 if __name__ == "__main__":
-    _train(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    train_as_asked(_train)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +12,7 @@ import numpy as np
 from calib_data.generator import write_notes
 from quant.recipe import Rotations, load_recipe
 from quant.twins.samples import written
-from quant.twins.training import save_inference, train_in_child, train_until
+from quant.twins.training import save_inference, train_as_asked, train_in_child, train_until
 
 MODEL = "PP-LCNet_x1_0_doc_ori"
 _NOTES, _BATCH, _STEPS, _RATE = 300, 16, 150, 4e-3
@@ -90,4 +89,4 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
 
 
 if __name__ == "__main__":
-    _train(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    train_as_asked(_train)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +16,7 @@ from calib_data.generator import write_codes
 from calib_data.notes import CODE_LETTERS
 from quant.recipe import load_recipe
 from quant.twins.samples import written
-from quant.twins.training import save_inference, train_in_child, train_until
+from quant.twins.training import save_inference, train_as_asked, train_in_child, train_until
 
 MODEL = "PP-OCRv4_server_rec"
 _LEAST_WIDTH = 320  # what PaddleX pads shorter lines to
@@ -179,4 +178,4 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
 
 
 if __name__ == "__main__":
-    _train(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    train_as_asked(_train)

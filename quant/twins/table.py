@@ -7,7 +7,6 @@ the cells are not trained, since generated sets have none.
 from __future__ import annotations
 
 import re
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +18,7 @@ from calib_data.generator import write_tables
 from calib_data.tables import TableWorld
 from quant.recipe import load_recipe
 from quant.twins.samples import written
-from quant.twins.training import save_inference, train_in_child, train_until
+from quant.twins.training import save_inference, train_as_asked, train_in_child, train_until
 
 MODEL = "SLANet_plus"
 WORLD = TableWorld(
@@ -188,4 +187,4 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
 
 
 if __name__ == "__main__":
-    _train(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    train_as_asked(_train)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quant.child import child_command, child_environment
+from quant.child import child_command, child_environment, follow_parent
 from quant.errors import InputError
 from quant.export import write_inference_yml
 
@@ -28,6 +29,12 @@ def train_in_child(module: str, folder: Path, seed: int, minutes: float) -> None
     if child.returncode:
         last = (child.stderr.strip().splitlines() or [f"the process ended with {child.returncode}"])[-1]
         raise InputError(f"the twin in {folder} was not trained: {last}")
+
+
+def train_as_asked(train: Callable[[Path, int, float], None]) -> None:
+    """The main of a module that `train_in_child` runs."""
+    follow_parent()
+    train(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
 
 
 def train_until(
