@@ -6,6 +6,7 @@ the child, and one sentence is left of it. Results travel as files, errors as se
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -111,20 +112,29 @@ def ask(module: str, job: Mapping[str, Any], folder: Path, limits: Limits, subje
     except LimitExceeded as error:
         raise InputError(f"{subject}: working on it {error}; it is damaged, or larger than expected") from error
     if code:
-        raise_answer(folder)
+        raise_answer(folder, code)
         raise InputError(f"{subject}: {ending(code, log)}. It is damaged, or of a kind that is not known here")
     for path in (file, log):
         path.unlink()
 
 
-def raise_answer(folder: Path) -> None:
-    """Raise what a child said to be wrong, if it said anything (see `answer`)."""
-    if (folder / _ERROR_FILE).is_file():
-        raise _said(json.loads((folder / _ERROR_FILE).read_text(encoding="utf-8")))
+def raise_answer(folder: Path, code: int) -> None:
+    """Raise what a child that ended with `code` said to be wrong, if it said anything (see `answer`)."""
+    file = folder / _ERROR_FILE
+    if code != os.EX_IOERR and not file.is_file():
+        return
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # there was no room for the sentence either
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+    raise _said(said)
 
 
 def answer(folder: Path, work: Callable[[], object]) -> None:
-    """What the main of a child that was asked does: the work; what is wrong with the input is said and exits 2."""
+    """What the main of a child that was asked does: the work; what is wrong with the input is said and exits 2.
+
+    Where that cannot be written, it exits with `os.EX_IOERR`.
+    """
     follow_parent()
     try:
         work()
@@ -222,7 +232,10 @@ def _family(pid: int) -> list[Any]:
 
 
 def _say(folder: Path, error: Mapping[str, Any]) -> None:
-    (folder / _ERROR_FILE).write_text(json.dumps(error), encoding="utf-8")
+    try:
+        (folder / _ERROR_FILE).write_text(json.dumps(error), encoding="utf-8")
+    except OSError:
+        sys.exit(os.EX_IOERR)
 
 
 def _said(error: Mapping[str, Any]) -> Exception:

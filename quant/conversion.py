@@ -103,7 +103,7 @@ def _run_child(files: ModelFiles, folder: Path, job: dict[str, Any]) -> None:
     except LimitExceeded as error:
         raise InputError(f"{files.model}: loading it in Paddle {error}; it is damaged, or too large") from error
     if code:
-        raise_answer(folder)
+        raise_answer(folder, code)
         raise InputError(
             f"{files.model}: Paddle cannot load or convert this model ({ending(code, log)[:200]}). "
             "It is damaged, or of another kind than the recipe's; fetch it again with `quant models fetch`"

@@ -140,6 +140,28 @@ def test_errors_keep_their_kind(
     assert not isinstance(caught.value, OSError) or caught.value.errno == errno.ENOSPC
 
 
+@pytest.mark.parametrize("written", [None, "", '{"kind": "sto'])
+def test_a_disk_too_full_for_the_sentence_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str | None
+) -> None:
+    """The child cannot write what is wrong, or only its beginning."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    code = 2
+    if written is None:
+        (folder / "error.json").symlink_to(tmp_path / "nowhere" / "file")
+        with pytest.raises(SystemExit) as left:
+            answer(folder, _full)
+        code = left.value.code  # type: ignore[assignment]
+        assert code == os.EX_IOERR
+    else:
+        (folder / "error.json").write_text(written, encoding="utf-8")
+    monkeypatch.setattr(child, "run_child", lambda *_: code)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
+        ask("module", {}, folder, ROOMY, "subject")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(folder))
+
+
 def test_memory_follows_the_size_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QUANT_CHILD_GIB", raising=False)
     (tmp_path / "model").write_bytes(b"x" * 1000)
