@@ -10,6 +10,7 @@ Paddle's flags act once in a process, so the work is done in one of its own: `py
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,15 @@ import numpy as np
 from quant.archive import file_sha256
 from quant.child import (
     LimitExceeded,
+    answer,
     child_command,
     child_environment,
     ending,
-    follow_parent,
     model_limits,
+    raise_answer,
     run_child,
 )
-from quant.errors import InputError
+from quant.errors import InputError, Unavailable
 from quant.lowering import Lowering
 from quant.pir import kind_of, written_operators
 from quant.program import MODEL_FILE, PARAMS_FILE, import_paddle, serialize_program
@@ -36,6 +38,10 @@ from quant.source import ModelFiles
 
 LOG_FILE = "bridge.log"
 _SECONDS = 1800.0
+
+
+class NotCarried(InputError):
+    """A model that the bridge cannot write; whoever tries again on another day hears the same."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,9 @@ def bridge(files: ModelFiles, feeds: list[Feed], folder: Path, threads: int = 1)
         folder: made if it is missing; also receives `bridge.log`.
 
     Raises:
-        InputError: an operator that the bridge does not carry, or a model that Paddle does not load.
+        NotCarried: an operator that the bridge does not carry, or a model that Paddle does not load.
+        InputError: a limit was exceeded.
+        OSError: the disk is full, or cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for index, feed in enumerate(feeds):
@@ -90,8 +98,16 @@ def _run_child(files: ModelFiles, folder: Path) -> None:
         code = run_child(command, log, environment, model_limits([files.model, files.params], _SECONDS))
     except LimitExceeded as error:
         raise InputError(f"{files.model.name}: {cannot}: that {error}") from error
-    if code:
-        raise InputError(f"{files.model.name}: {cannot}: {ending(code, log)}")
+    if not code:
+        return
+    try:
+        raise_answer(folder, code)
+    except Unavailable:
+        raise
+    except InputError as error:
+        raise NotCarried(f"{files.model.name}: {cannot}: {error}") from error
+    kind = InputError if code == -signal.SIGKILL else NotCarried  # killed from outside, for want of memory as a rule
+    raise kind(f"{files.model.name}: {cannot}: {ending(code, log)}")
 
 
 def _child(job: dict[str, Any]) -> None:
@@ -159,5 +175,5 @@ def _outputs(model: str, params: str, feeds: list[Feed], threads: int) -> list[n
 
 
 if __name__ == "__main__":
-    follow_parent()
-    _child(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    _job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    answer(Path(_job["folder"]), lambda: _child(_job))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from quant.bridge import bridge
+from quant.bridge import NotCarried, bridge
 from quant.child import answer, ask, model_limits
 from quant.comparison import largest_difference
 from quant.conversion import ANCHORS, Imported, import_model, save_feeds, trace_anchors
@@ -117,7 +117,7 @@ def _bridged(files: ModelFiles, feed: Feed, tolerance: float, threads: int, fold
     target = folder / "bridged"
     try:
         difference = bridge(files, [feed], target, threads).difference
-    except InputError as error:
+    except NotCarried as error:
         shutil.rmtree(target, ignore_errors=True)
         return f"not carried: {error}"
     if difference > tolerance:

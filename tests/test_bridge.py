@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import onnx
 import pytest
 from tiny_pir import pir_files, tiny_feeds, write_tiny_pir
 
-from quant.bridge import Bridged, bridge
+from quant.bridge import Bridged, NotCarried, bridge
 from quant.calibration import collect_statistics
 from quant.errors import InputError
 from quant.export import check_artifact, export_artifact, fitted
@@ -23,7 +24,7 @@ from quant.lowering import unknown_kinds
 from quant.observer import make_range_method
 from quant.pir import kind_of, written_operators
 from quant.plan import quantizable_operators
-from quant.prepare import old_ir_form, prepare
+from quant.prepare import _bridged, old_ir_form, prepare
 from quant.program import write_program
 from quant.ptq import activation_tensors, make_plan
 from quant.runtime import onnx_session, open_session
@@ -186,5 +187,18 @@ def test_an_unknown_operator_is_named(tmp_path: Path) -> None:
     changed = json.loads(files.model.read_text(encoding="utf-8").replace('"1.hardswish"', '"1.fft"'))
     files.model.write_text(json.dumps(changed), encoding="utf-8")
     assert unknown_kinds(changed) == ["fft"]
-    with pytest.raises(InputError, match="PIR operator fft.*: the old IR's form of it is not known here"):
+    with pytest.raises(NotCarried, match="PIR operator fft.*: the old IR's form of it is not known here"):
         bridge(files, tiny_feeds(1), tmp_path / "old")
+
+
+def test_a_full_disk_and_a_limit_are_no_property_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are raised, so that no stage keeps for good that the model is not carried."""
+    files, folder = write_tiny_pir(tmp_path / "pir"), tmp_path / "bridged"
+    folder.mkdir()
+    (folder / "inference.pdmodel").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        _bridged(files, tiny_feeds(1)[0], 1e-4, 1, tmp_path)
+    (folder / "inference.pdmodel").unlink()
+    monkeypatch.setenv("QUANT_CHILD_GIB", "0.1")
+    with pytest.raises(InputError, match=r"more than 0\.1 GiB of memory"):
+        _bridged(files, tiny_feeds(1)[0], 1e-4, 1, tmp_path)
