@@ -19,6 +19,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,7 @@ USUAL_PEAK = 3 << 30
 """Bytes that a job is taken to need before one of its model was measured."""
 
 RETRIES = 3
+_JUDGED = (0, 1)  # codes of jobs that did their work, whether the gate let it pass or not
 _PEAKS, _LIST = "peaks.json", "runs.txt"
 _MEMORY_SHARE = 0.8
 _WATCH_SECONDS = 0.25
@@ -121,7 +123,7 @@ def run_locally(jobs: Sequence[ModelJob], results: Path, count: int | None) -> F
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     job, ended = running.pop(future), future.result()
-                    _note_peak(job, results, ended.peak)
+                    _note_peak(job, results, ended)
                     yield job, ended
         finally:
             stop.set()
@@ -167,7 +169,7 @@ def run_on_ray(jobs: Sequence[ModelJob], results: Path, address: str | None) -> 
             reason = f"{job.model}: its node was lost, and {RETRIES} times another one ({error.__class__.__name__})"
             raise Unavailable(reason, "Start the command again; what has arrived is kept") from error
         receive(ended, results)
-        _note_peak(job, results, ended.peak)
+        _note_peak(job, results, ended)
         yield job, ended
 
 
@@ -222,11 +224,8 @@ def receive(ended: Ended, results: Path) -> None:
 
 
 def peak_of(job: ModelJob, results: Path) -> int:
-    """Bytes that a job of this kind took when it was last done here, or `USUAL_PEAK`."""
-    try:
-        return int(parse_json((results / job.model / _PEAKS).read_bytes())[job.action])
-    except (OSError, DocumentError, LookupError, TypeError, ValueError):
-        return USUAL_PEAK
+    """The most bytes that a job of this kind took here, or `USUAL_PEAK`."""
+    return _known_peaks(job, results).get(_kind(job), USUAL_PEAK)
 
 
 def _fits(
@@ -266,14 +265,27 @@ def _watched(job: ModelJob, results: Path, stop: threading.Event) -> Ended:
     return Ended(child.returncode, texts[0], texts[1], time.monotonic() - start, peak)
 
 
-def _note_peak(job: ModelJob, results: Path, peak: int) -> None:
-    file = results / job.model / _PEAKS
+def _note_peak(job: ModelJob, results: Path, ended: Ended) -> None:
+    """Keep the most that jobs of this kind took; one that found its work done takes little, a failed one any amount."""
+    known = _known_peaks(job, results)
+    if ended.code not in _JUDGED or ended.peak <= known.get(_kind(job), 0):
+        return
+    # It only helps the next time, and is not worth an error where results cannot be written.
+    with suppress(OSError), staged(results / job.model / _PEAKS) as temporary:
+        temporary.write_text(json.dumps({**known, _kind(job): ended.peak}, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _known_peaks(job: ModelJob, results: Path) -> dict[str, int]:
+    """What was measured for a job's model, by the kind of job."""
     try:
-        known = dict(parse_json(file.read_bytes()))
+        known = dict(parse_json((results / job.model / _PEAKS).read_bytes()))
     except (OSError, DocumentError, TypeError, ValueError):
-        known = {}
-    with staged(file) as temporary:
-        temporary.write_text(json.dumps({**known, job.action: peak}, sort_keys=True) + "\n", encoding="utf-8")
+        return {}
+    return {kind: peak for kind, peak in known.items() if isinstance(peak, int)}
+
+
+def _kind(job: ModelJob) -> str:
+    return f"{job.action}-twin" if job.twins else job.action
 
 
 def _nodes_environment() -> dict[str, Any]:

@@ -56,11 +56,27 @@ def test_jobs_start_as_cores_memory_and_number_allow(
 
 
 def test_peaks_are_kept_beside_the_runs(tmp_path: Path) -> None:
+    evaluation, twin = replace(job(), action="eval"), replace(job(), twins=True)
     assert peak_of(job(), tmp_path) == USUAL_PEAK
-    executor._note_peak(job(), tmp_path, 5)
-    executor._note_peak(replace(job(), action="eval"), tmp_path, 7)
-    assert (peak_of(job(), tmp_path), peak_of(replace(job(), action="eval"), tmp_path)) == (5, 7)
+    for done, peak in ((job(), 5), (evaluation, 7), (twin, 2)):
+        executor._note_peak(done, tmp_path, ended(peak=peak))
+    assert [peak_of(done, tmp_path) for done in (job(), evaluation, twin)] == [5, 7, 2]
     (tmp_path / "m" / "peaks.json").write_text("[", encoding="utf-8")
+    assert peak_of(job(), tmp_path) == USUAL_PEAK
+
+
+def test_the_largest_peak_of_work_that_was_done_is_kept(tmp_path: Path) -> None:
+    """Not that of a job that found its run, and not that of one that failed."""
+    for code, peak in ((0, 5), (0, 1), (2, 9), (70, 9), (-9, 9)):
+        executor._note_peak(job(), tmp_path, ended(code=code, peak=peak))
+        assert peak_of(job(), tmp_path) == 5
+    executor._note_peak(job(), tmp_path, ended(code=1, peak=6))
+    assert peak_of(job(), tmp_path) == 6
+
+
+def test_results_that_take_no_file_are_no_error_for_a_peak(tmp_path: Path) -> None:
+    (tmp_path / "m").write_text("a file where the folder should be", encoding="utf-8")
+    executor._note_peak(job(), tmp_path, ended())
     assert peak_of(job(), tmp_path) == USUAL_PEAK
 
 
