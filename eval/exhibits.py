@@ -79,7 +79,7 @@ class Exhibit(_Part):
     dataset: str
     fp32: float
     int8: float
-    picture: str = Field(description="name of the JPEG")
+    picture: str = Field(description="name of the JPEG", pattern=r"^\w[\w.-]*$")
     width: int = Field(description="of the original picture, to which the shapes refer")
     height: int
     label: Finding

@@ -6,8 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, FiniteFloat, TypeAdapter
 
 from quant.calibration import Statistics
 from quant.errors import InputError
@@ -32,12 +34,12 @@ class RangeChart:
     """
 
     tensor: str
-    minimum: float
-    maximum: float
-    counts: list[int]
-    low: float
-    high: float
-    clipped: float
+    minimum: FiniteFloat
+    maximum: FiniteFloat
+    counts: list[Annotated[int, Field(ge=0, lt=1 << 63)]]
+    low: FiniteFloat
+    high: FiniteFloat
+    clipped: FiniteFloat
 
 
 def range_charts(statistics: Statistics, plan: QuantPlan) -> list[RangeChart]:
@@ -59,8 +61,8 @@ def load_ranges(file: Path) -> list[RangeChart]:
         InputError: missing or not readable.
     """
     try:
-        return [RangeChart(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError) as error:
+        return TypeAdapter(list[RangeChart]).validate_json(file.read_bytes())
+    except (OSError, ValueError) as error:
         raise InputError(f"{file}: missing or damaged; delete the run's folder and run again") from error
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from eval.exhibits import Exhibits, load_exhibits
 from eval.gate import JudgedRow, SkippedRow
@@ -15,7 +15,8 @@ from quant.archive import staged
 from quant.errors import InputError
 from quant.histograms import RANGES, RangeChart, load_ranges
 from quant.job import TWINS
-from quant.manifest import EXHIBITS, Manifest, load_manifest, newest_run, newest_runs
+from quant.ladder import Rung, SearchScore
+from quant.manifest import EXHIBITS, MANIFEST_FILE, Manifest, load_manifest, newest_run, newest_runs
 from quant.plan import QuantPlan, load_plan
 from quant.sensitivity_report import Sensitivity, load_sensitivity
 
@@ -24,11 +25,41 @@ FOLDER = "report"
 
 
 @dataclass(frozen=True)
+class SearchPoint:
+    """A plan that the search tried, as `search.json` has it.
+
+    Attributes:
+        score: None where the error of the outputs alone ruled it out.
+        latency: INT8 / FP32 prepared on the target.
+        front: no other plan beats it in both.
+    """
+
+    name: str
+    score: SearchScore | None
+    latency: FiniteFloat
+    front: bool
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class _Choice:
+    method: str
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What the report says of the recipe in a manifest."""
+
+    description: str
+    targets: dict[str, _Choice]
+
+
+@dataclass(frozen=True)
 class TargetReport:
     """What a run says of one target.
 
     Attributes:
-        rungs: steps of the ladder, as the manifest has them.
+        rungs: steps of the ladder.
         points: of the search, where one was asked for.
         sensitivity: where `quant sensitivity` was run.
         exhibits: where the target was judged.
@@ -38,8 +69,8 @@ class TargetReport:
     target: str
     rows: list[JudgedRow | SkippedRow]
     plan: QuantPlan
-    rungs: list[dict[str, Any]]
-    points: list[dict[str, Any]]
+    rungs: list[Rung]
+    points: list[SearchPoint]
     ranges: list[RangeChart]
     sensitivity: Sensitivity | None
     exhibits: Exhibits | None
@@ -103,9 +134,28 @@ def read_run(folder: Path) -> ModelReport:
     Raises:
         InputError: something in it is damaged.
     """
-    manifest, (report,) = load_manifest(folder), read_reports([folder])
+    manifest, (report,) = _manifest(folder), read_reports([folder])
     targets = [_target(folder, manifest, target, report.rows) for target in manifest.artifacts]
     return ModelReport(folder, manifest, report.rows, targets)
+
+
+def _manifest(folder: Path) -> Manifest:
+    """A manifest whose open parts hold what the report shows of them."""
+    manifest = load_manifest(folder)
+    try:
+        recipe = TypeAdapter(_Recipe).validate_python(manifest.recipe)
+        TypeAdapter(dict[str, list[Rung]]).validate_python(manifest.ladder)
+        TypeAdapter(str).validate_python(manifest.processor.get("name"))
+    except ValidationError as error:
+        raise _damaged(folder, error) from error
+    if unknown := sorted(manifest.artifacts.keys() - recipe.targets.keys()):
+        raise _damaged(folder, f"its recipe does not know the target {unknown[0]}")
+    return manifest
+
+
+def _damaged(folder: Path, what: object) -> InputError:
+    line = " ".join(str(what).split())
+    return InputError(f"{folder / MANIFEST_FILE}: damaged ({line[:200]}); delete the run's folder and run again")
 
 
 def _runs(results: Path, models: Sequence[str]) -> list[Path]:
@@ -130,7 +180,7 @@ def _target(folder: Path, manifest: Manifest, target: str, rows: Sequence[Judged
         target=target,
         rows=[row for row in rows if row.target == target],
         plan=load_plan(plans),
-        rungs=manifest.ladder.get(target, []),
+        rungs=TypeAdapter(list[Rung]).validate_python(manifest.ladder.get(target, [])),
         points=_points(plans / "search.json"),
         ranges=load_ranges(plans / RANGES) if (plans / RANGES).is_file() else [],
         sensitivity=_sensitivity(sensitivity),
@@ -139,14 +189,13 @@ def _target(folder: Path, manifest: Manifest, target: str, rows: Sequence[Judged
     )
 
 
-def _points(file: Path) -> list[dict[str, Any]]:
+def _points(file: Path) -> list[SearchPoint]:
     if not file.is_file():
         return []
     try:
-        points: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+        return TypeAdapter(list[SearchPoint]).validate_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: damaged; delete the run's folder and run again") from error
-    return points
 
 
 def _sensitivity(file: Path) -> Sensitivity | None:
@@ -154,5 +203,5 @@ def _sensitivity(file: Path) -> Sensitivity | None:
         return None
     try:
         return load_sensitivity(file)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{file}: damaged; delete it, or run `quant sensitivity` again") from error

@@ -141,14 +141,14 @@ def _search_front(target: TargetReport) -> Markup | None:
     """The plans that a search by latency tried."""
     dots = [
         Dot(
-            point["latency"],
-            point["score"]["drop"] + point["score"]["discordance"] / 2,
-            point["name"],
-            front=point["front"],
-            chosen=point["chosen"],
+            point.latency,
+            point.score.drop + point.score.discordance / 2,
+            point.name,
+            front=point.front,
+            chosen=point.chosen,
         )
         for point in target.points
-        if point["score"]
+        if point.score
     ]
     return scatter(dots, "latency, INT8 / FP32 prepared", _SCORE) if dots else None
 

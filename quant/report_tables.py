@@ -83,13 +83,13 @@ def ladder_table(target: TargetReport) -> Table:
     headings = ["Step", "Work in INT8 %", "Back in FP32", "Error of outputs %", "Drop", "Differ %", "Result"]
     rows = [
         [
-            Cell(rung["name"]),
-            number(100 * rung["coverage"], 1),
-            number(rung["reverted"], 0),
-            number(100 * rung["error"], 2),
-            number(rung["score"]["drop"] if rung["score"] else None),
-            number(rung["score"]["discordance"] if rung["score"] else None, 1),
-            Cell("passed" if rung["passed"] else "failed"),
+            Cell(rung.name),
+            number(100 * rung.coverage, 1),
+            number(rung.reverted, 0),
+            number(100 * rung.error, 2),
+            number(rung.score.drop if rung.score else None),
+            number(rung.score.discordance if rung.score else None, 1),
+            Cell("passed" if rung.passed else "failed"),
         ]
         for rung in target.rungs
     ]

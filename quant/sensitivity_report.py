@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from quant.advice import GroupImpact, OperatorImpact, advise
 from quant.archive import staged
 from quant.graph import Graph
@@ -62,14 +64,7 @@ class Sensitivity:
 
 def load_sensitivity(file: Path) -> Sensitivity:
     """Read what `Sensitivity.to_json` wrote."""
-    document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return Sensitivity(
-        document["model"],
-        document["target"],
-        [OperatorImpact(**row) for row in document["operators"]],
-        [GroupImpact(**row) for row in document["groups"]],
-        document["advice"],
-    )
+    return TypeAdapter(Sensitivity).validate_json(file.read_bytes())
 
 
 def report_sensitivity(job: Job, target: TargetName) -> tuple[Sensitivity, list[Path]]:

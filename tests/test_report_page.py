@@ -7,6 +7,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_runs import HOSTILE, copied, with_differences
@@ -177,6 +178,53 @@ def test_a_report_needs_a_whole_run(tiny: TinyRun, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"ranges.json: missing or damaged"):
         write_report(tmp_path / "results", [], tmp_path / "to")
     assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("plans/openvino/search.json", "[1]"),
+        ("plans/openvino/search.json", '[{"name": "a", "score": {}, "latency": 1, "front": true, "chosen": true}]'),
+        ("plans/openvino/ranges.json", "{}"),
+        (
+            "plans/openvino/ranges.json",
+            '[{"tensor": "x", "minimum": "low", "maximum": 1, "counts": [1], "low": 0, "high": 1, "clipped": 0}]',
+        ),
+        (
+            "plans/openvino/ranges.json",
+            '[{"tensor": "x", "minimum": 0, "maximum": 1, "counts": [-1], "low": 0, "high": 1, "clipped": 0}]',
+        ),
+        ("exhibits/openvino/exhibits.json", '{"schema": 1, "exhibits": [1]}'),
+        ("../sensitivity/openvino.json", '{"model": 1, "target": "x", "operators": [{}], "groups": 1, "advice": 1}'),
+    ],
+)
+def test_a_misshapen_file_of_a_run_is_named(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: str
+) -> None:
+    results = tmp_path / "results"
+    place = copied(tiny, results) / file
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(content, encoding="utf-8")
+    assert _guarded(["report", "--out", str(results)]) == 2
+    said = capsys.readouterr().err
+    assert place.name in said.replace("\n", "") and "damaged" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ladder": {"openvino": [{}]}},
+        {"ladder": {"openvino": [{"name": "ptq"}]}},
+        {"recipe": {}},
+        {"recipe": {"description": "x", "targets": {}}},
+        {"processor": {}},
+    ],
+)
+def test_a_misshapen_manifest_is_named(tiny: TinyRun, tmp_path: Path, changes: dict[str, Any]) -> None:
+    file = copied(tiny, tmp_path) / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+    with pytest.raises(InputError, match=r"manifest\.json: damaged"):
+        read_run(file.parent)
 
 
 def test_hostile_markdown_makes_no_markup(hostile: Path, tmp_path: Path) -> None:
