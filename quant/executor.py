@@ -27,7 +27,7 @@ from typing import Any, Literal
 from quant.archive import staged, unpack
 from quant.child import child_command, child_environment, family_memory, kill_family
 from quant.document import DocumentError, parse_json
-from quant.errors import InputError, Unavailable
+from quant.errors import INPUT_ERROR, InputError, Unavailable
 from quant.stage import code_digest
 from quant.verification import verify
 
@@ -137,9 +137,10 @@ def run_on_ray(jobs: Sequence[ModelJob], results: Path, address: str | None) -> 
     Args:
         address: of the cluster; None: RAY_ADDRESS, else a new one on this machine.
 
+    A node that is lost, cannot do a job, or sends something else than it should, fails that job alone.
+
     Raises:
         Unavailable: Ray is not installed, or no cluster answers.
-        InputError: what arrived is not what was sent, or a node has another version of this program.
     """
     try:
         import ray
@@ -163,12 +164,13 @@ def run_on_ray(jobs: Sequence[ModelJob], results: Path, address: str | None) -> 
         job = waiting.pop(reference)
         try:
             ended: Ended = ray.get(reference)
+            receive(ended, results)
         except ray.exceptions.RayTaskError as error:
-            raise InputError(f"{job.model}: a node cannot do it ({' '.join(str(error.cause).split())})") from error
+            ended = _failed(f"{job.model}: a node cannot do it ({error.cause})")
         except ray.exceptions.RayError as error:
-            reason = f"{job.model}: its node was lost, and {RETRIES} times another one ({error.__class__.__name__})"
-            raise Unavailable(reason, "Start the command again; what has arrived is kept") from error
-        receive(ended, results)
+            ended = _failed(f"{job.model}: its node was lost, and {RETRIES} times another one ({type(error).__name__})")
+        except InputError as error:
+            ended = _failed(f"{job.model}: {error}")
         _note_peak(job, results, ended)
         yield job, ended
 
@@ -214,13 +216,25 @@ def receive(ended: Ended, results: Path) -> None:
         arrived = Path(place) / "results"
         _unzip(ended.runs, arrived)
         for folder in _run_folders(arrived):
-            if not verify(folder).good:
-                raise InputError(f"the run {folder.name} arrived damaged: {verify(folder).problems[0]}")
+            if problems := verify(folder).problems:
+                raise InputError(f"the run {folder.name} arrived damaged: {problems[0]}")
             target = results / folder.relative_to(arrived)
-            if target.is_dir() and not verify(target).good:
+            if target.is_dir() and not _good(target):
                 shutil.rmtree(target)
             with staged(target) as temporary:
                 shutil.copytree(folder, temporary)
+
+
+def _good(folder: Path) -> bool:
+    try:
+        return verify(folder).good
+    except InputError:
+        return False
+
+
+def _failed(sentence: str) -> Ended:
+    """How a job ended that no node did, said as the job itself would have."""
+    return Ended(INPUT_ERROR, "", f"quant: {' '.join(sentence.split())}\n", 0.0, 0)
 
 
 def peak_of(job: ModelJob, results: Path) -> int:

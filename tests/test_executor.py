@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from quant.cli import _guarded
 from quant.errors import InputError
 from quant.executor import USUAL_PEAK, Ended, ModelJob, peak_of, perform, receive, run_locally, run_on_ray
 from quant.stage import code_digest, file_digests
+from quant.verification import verify
 
 GIB = 1 << 30
 NAMES = ["reader_a", "reader_b", "reader_c", "reader_d"]
@@ -110,6 +113,56 @@ def test_runs_arrive_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"arrived damaged: changed: onnxruntime/inference\.onnx"):
         receive(packed(tmp_path / "node"), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_damaged_folder_of_the_same_name_is_replaced(tmp_path: Path) -> None:
+    name = run_in(tmp_path / "node", "0" * 12).name
+    for file, text in (("manifest.json", "{"), ("onnxruntime/inference.onnx", "damaged")):
+        receive(packed(tmp_path / "node"), tmp_path / "here")
+        (tmp_path / "here" / "m" / name / file).write_text(text, encoding="utf-8")
+        receive(packed(tmp_path / "node"), tmp_path / "here")
+        assert verify(tmp_path / "here" / "m" / name).good
+
+
+class Cluster:
+    """What `run_on_ray` asks of Ray; each job comes back as it is told, or is raised."""
+
+    class RayError(Exception): ...
+
+    class RayTaskError(RayError):
+        cause = RuntimeError("it has another\nversion")
+
+    def __init__(self, answers: dict[str, Ended | Exception]) -> None:
+        self.answers, self.exceptions = answers, self
+
+    def init(self, **_: Any) -> None: ...
+
+    def remote(self, *, max_retries: int) -> Any:
+        assert max_retries == executor.RETRIES
+        return lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda job, *_: job.model))
+
+    def wait(self, references: list[str], num_returns: int) -> tuple[list[str], list[str]]:
+        return references[:num_returns], references[num_returns:]
+
+    def get(self, reference: str) -> Ended:
+        answer = self.answers[reference]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_what_fails_on_a_node_fails_one_job_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_in(tmp_path / "node", "0" * 12)
+    good = packed(tmp_path / "node")
+    answers = {"other": Cluster.RayTaskError(), "lost": Cluster.RayError(), "cut": replace(good, sha256=""), "m": good}
+    monkeypatch.setitem(sys.modules, "ray", Cluster(answers))  # type: ignore[arg-type]
+    ends = {done.model: end for done, end in run_on_ray([job(name) for name in answers], tmp_path / "here", None)}
+    assert ends.pop("m").rows() == [] and (tmp_path / "here" / "m" / ("0" * 12)).is_dir()
+    said = {"other": "cannot do it .it has another version", "lost": "its node was lost", "cut": "not what it sent"}
+    for name, end in ends.items():
+        with pytest.raises(InputError, match=f"^{name}: .*{said[name]}"):
+            end.rows()
+        assert (end.code, end.runs) == (2, b"")
 
 
 def test_a_job_without_rows_says_why() -> None:
