@@ -28,6 +28,7 @@ from quant.archive import staged, unpack
 from quant.child import child_command, child_environment, family_memory, kill_family
 from quant.document import DocumentError, parse_json
 from quant.errors import INPUT_ERROR, InputError, Unavailable
+from quant.manifest import make_newest, newest_run
 from quant.stage import code_digest
 from quant.verification import verify
 
@@ -205,6 +206,8 @@ def perform(job: ModelJob, known: bytes, code: str) -> Ended:
 def receive(ended: Ended, results: Path) -> None:
     """Put the runs of a node into the results; each appears whole, and only if it is what its manifest says.
 
+    They are the newest then, as what is run here is, also where they had been there before.
+
     Raises:
         InputError: the bytes are not those that the node sent, or a run does not agree with its manifest.
     """
@@ -223,6 +226,7 @@ def receive(ended: Ended, results: Path) -> None:
                 shutil.rmtree(target)
             with staged(target) as temporary:
                 shutil.copytree(folder, temporary)
+            make_newest(target)
 
 
 def _good(folder: Path) -> bool:
@@ -312,7 +316,6 @@ def _nodes_environment() -> dict[str, Any]:
 def _packed_runs(job: ModelJob, results: Path) -> bytes:
     """The newest run of a job's model as a zip, and with twins that of the twin."""
     from quant.job import TWINS
-    from quant.manifest import newest_run
 
     places = [results, results / TWINS] if job.twins else [results]
     folders = [folder for place in places if (folder := newest_run(place, job.model))]

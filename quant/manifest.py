@@ -129,6 +129,12 @@ def newest_run(results: Path, model: str) -> Path | None:
     return max(times, key=lambda folder: times[folder], default=None)
 
 
+def make_newest(folder: Path) -> None:
+    """A run that is asked for again is the one that evaluation and export take."""
+    if newest_run(folder.parent.parent, folder.parent.name) != folder:
+        load_manifest(folder).model_copy(update={"asked": now()}).save(folder)
+
+
 def newest_runs(results: Path) -> list[Path]:
     """The newest complete run of every model in a results folder, by model."""
     models = sorted({path.parent.parent.name for path in results.glob("*/*/manifest.json")})

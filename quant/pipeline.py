@@ -23,7 +23,7 @@ from quant.job import Job, Options, feed_of, first_feeds, prepared_graph, prepar
 from quant.judging import judge_target, judged_stage, skipped_rows
 from quant.ladder import TRAINING_FILES, Rung, load_rung, read_seconds
 from quant.loop import check_repeats, check_runtime, has_loop
-from quant.manifest import EXHIBITS, Manifest, artifact_digests, load_manifest, newest_run, now, processor, versions
+from quant.manifest import EXHIBITS, Manifest, artifact_digests, load_manifest, make_newest, now, processor, versions
 from quant.plan import QuantPlan, load_plan
 from quant.planning import calibrated_statistics, planned_stage
 from quant.prepare import old_ir_form, read_proof
@@ -69,7 +69,7 @@ def run_model(recipe: Recipe, options: Options) -> Finished:
     folder = runs_folder(recipe, options.results, options.model_dir) / name
     if folder.is_dir():
         if load_manifest(folder).intact(folder):
-            _make_newest(folder)
+            make_newest(folder)
             return Finished(folder, read_report(folder), reused=True)
         shutil.rmtree(folder)
     with staged(folder) as temporary:
@@ -101,12 +101,6 @@ def _quantize_all(job: Job) -> tuple[dict[TargetName, Quantized], list[JudgedRow
                 raise
             rows += skipped_rows(job.recipe, [target], error.reason, error.fix)
     return quantized, rows
-
-
-def _make_newest(folder: Path) -> None:
-    """A run that is asked for again is the one that evaluation and export take."""
-    if newest_run(folder.parent.parent, folder.parent.name) != folder:
-        load_manifest(folder).model_copy(update={"asked": now()}).save(folder)
 
 
 def quantize(job: Job, target: TargetName) -> Quantized:

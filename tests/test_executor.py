@@ -19,6 +19,7 @@ from quant import cli, executor
 from quant.cli import _guarded
 from quant.errors import InputError
 from quant.executor import USUAL_PEAK, Ended, ModelJob, peak_of, perform, receive, run_locally, run_on_ray
+from quant.manifest import newest_run
 from quant.stage import code_digest, file_digests
 from quant.verification import verify
 
@@ -122,6 +123,17 @@ def test_a_damaged_folder_of_the_same_name_is_replaced(tmp_path: Path) -> None:
         (tmp_path / "here" / "m" / name / file).write_text(text, encoding="utf-8")
         receive(packed(tmp_path / "node"), tmp_path / "here")
         assert verify(tmp_path / "here" / "m" / name).good
+
+
+def test_what_arrives_again_is_the_newest_as_it_is_here(tmp_path: Path) -> None:
+    sent = []
+    for index in range(2):
+        run_in(tmp_path / f"node{index}", str(index) * 12)
+        sent.append(packed(tmp_path / f"node{index}"))
+    for index in (0, 1, 0, 0, 1):
+        receive(sent[index], tmp_path / "here")
+        assert newest_run(tmp_path / "here", "m") == tmp_path / "here" / "m" / (str(index) * 12)
+        assert verify(tmp_path / "here" / "m" / (str(index) * 12)).good
 
 
 class Cluster:
