@@ -25,7 +25,7 @@ from quant.child import (
     raise_answer,
     run_child,
 )
-from quant.errors import InputError
+from quant.errors import InputError, Unavailable
 from quant.pir import with_fetches
 from quant.runtime import Feed, writes_in_steps
 from quant.source import ModelFiles
@@ -67,6 +67,7 @@ def import_model(files: ModelFiles, feeds: list[Feed], folder: Path) -> Imported
 
     Raises:
         InputError: Paddle cannot load or convert the model.
+        Unavailable: Paddle is not installed.
     """
     save_feeds(folder, feeds)
     _run_child(files, folder, {"kind": "import", "feeds": len(feeds)})
@@ -144,7 +145,11 @@ def _child(job: dict[str, Any]) -> None:
 
 
 def _run_original(model: str, params: str, feeds: list[Feed], folder: Path) -> None:
-    from paddle import inference
+    try:
+        from paddle import inference
+    except ImportError as error:
+        fix = "Install paddle-quant with the extra 'cpu'"
+        raise Unavailable(f"the package paddlepaddle is not installed ({error})", fix) from error
 
     config = inference.Config(model, params)
     config.disable_gpu()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from official_host import OfficialHost
 from test_archive import files_below, interrupt, no_space, sha256, tar_of, unused_port
 
 from quant import archive, source
+from quant.cli import _guarded
 from quant.errors import InputError, Unavailable
 from quant.recipe import Recipe, load_recipe
-from quant.source import ModelFiles, cache_dir, cached_dir, check_loadable, install_model, resolve_model, unchanged
+from quant.source import ModelFiles, cache_dir, cached_dir, install_model, resolve_model, unchanged
 
 DET, REC = "PP-OCRv4_mobile_det", "PP-OCRv4_mobile_rec"
 
@@ -368,27 +370,40 @@ def test_a_model_that_changes_while_it_is_read(folder: Path) -> None:
         raise ValueError("what it made of that")
 
 
-def test_paddle_loads_it_in_a_process_of_its_own(folder: Path) -> None:
-    files = resolve_model(load_recipe(DET), folder)
-    check_loadable(files)
+def verified(folder: Path, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code of `quant models verify`, and what it says."""
+    code = _guarded(["models", "verify", DET, "--model-dir", str(folder)])
+    return code, "".join(capfd.readouterr())
+
+
+def test_a_model_is_loaded_in_a_process_of_its_own(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, said = verified(folder, capfd)
+    assert code == 0 and f"{DET}: good" in said
     # Damage that only Paddle notices: the name of an operator.
-    program = files.model.read_bytes()
-    files.model.write_bytes(program.replace(b"conv2d_transpose", b"conv2d_transpxse"))
-    with pytest.raises(InputError, match=r"Paddle cannot load .*inference\.pdmodel"):
-        check_loadable(resolve_model(load_recipe(DET), folder))
+    program = folder / "inference.pdmodel"
+    program.write_bytes(program.read_bytes().replace(b"conv2d_transpose", b"conv2d_transpxse"))
+    code, said = verified(folder, capfd)
+    assert code == 2 and re.search(r"inference\.pdmodel: Paddle cannot load", said), said
 
 
-def test_a_loader_that_crashes_or_hangs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = resolve_model(load_recipe(DET), folder)
-    monkeypatch.setattr(source, "_LOADER", "import os; os.abort()")
-    with pytest.raises(InputError, match="it crashes"):
-        check_loadable(files)
-    monkeypatch.setattr(source, "_LOADER", "import time; time.sleep(60)")
-    with pytest.raises(InputError, match="no end after"):
-        check_loadable(files, timeout=0.2)
-    monkeypatch.setattr(source, "_LOADER", "raise SystemExit(4)")
-    with pytest.raises(Unavailable, match="paddlepaddle"):
-        check_loadable(files)
+def test_no_model_is_loaded_without_limits(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is met before Paddle can say that the model is damaged."""
+    program = folder / "inference.pdmodel"
+    program.write_bytes(program.read_bytes().replace(b"conv2d_transpose", b"conv2d_transpxse"))
+    monkeypatch.setenv("QUANT_CHILD_GIB", "0.1")
+    code, said = verified(folder, capfd)
+    assert code == 2 and "took more than 0.1 GiB of memory" in said, said
+
+
+def test_without_paddle(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "paddle.py").write_text("raise ImportError('no such package')", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code, said = verified(folder, capfd)
+    assert code == 2 and "paddlepaddle is not installed (no such package). Install" in said, said
 
 
 def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
