@@ -166,6 +166,7 @@ def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
     recipe = job.recipe
     everything = full_stage(job, choice)
     key = {**_judged_by(job), "plan": file_digests(everything), "min_coverage": choice.min_coverage}
+    checkpoints: list[Path] = []
 
     def build(folder: Path) -> None:
         def damaged(plan: QuantPlan) -> QuantPlan:
@@ -179,13 +180,17 @@ def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
         if trains(recipe.ladder, best_rung(rungs)):
             from quant.rungs import train_on  # not above: Paddle is wanted where something is trained
 
-            best, more, seconds = train_on(job, graph, best, best_rung(rungs), judge, folder)
-            rungs += more
-            write_seconds(seconds, folder)
+            trained = train_on(job, graph, best, best_rung(rungs), judge, folder)
+            best, rungs = trained.plan, rungs + trained.rungs
+            write_seconds(trained.seconds, folder)
+            checkpoints.extend(trained.checkpoints)
         best.save(folder)
         (folder / "ladder.json").write_text(json.dumps([r.document() for r in rungs], sort_keys=True), encoding="utf-8")
 
-    return job.store.result("plan", key, build)
+    done = job.store.result("plan", key, build)
+    for checkpoint in checkpoints:
+        checkpoint.unlink(missing_ok=True)
+    return done
 
 
 def least_coverage(recipe: Recipe, choice: TargetChoice) -> float:

@@ -6,14 +6,14 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from quant.calibration import collect_statistics
 from quant.errors import InputError
 from quant.graph import Graph
-from quant.job import Job, counted, first_feeds, prepared_graph
+from quant.job import Job, counted, first_feeds, prepared_graph, sample_ids
 from quant.ladder import Judge, Rung, badness, try_plan
 from quant.observer import MinMax
 from quant.plan import QuantPlan, quantizable_operators
@@ -21,7 +21,7 @@ from quant.ptq import activation_tensors, make_plan
 from quant.qat import Evaluation, distil
 from quant.reconstruction import PartResult, reconstruct
 from quant.source import cache_dir
-from quant.stage import digest
+from quant.stage import code_digest, digest
 
 log = logging.getLogger(__name__)
 
@@ -31,37 +31,49 @@ METHODS: dict[str, tuple[Method, ...]] = {"auto": ("recon", "qat"), "recon": ("r
 """What is tried in which order, by the recipe's `ladder.method`."""
 
 
-def train_on(
-    job: Job, graph: Graph, plan: QuantPlan, rung: Rung, judge: Judge, folder: Path
-) -> tuple[QuantPlan, list[Rung], dict[str, float]]:
+@dataclass
+class Trained:
+    """What training left of a plan.
+
+    Attributes:
+        plan: the best one, which may be the one that was given.
+        rungs: one for each method that was tried.
+        seconds: that each took.
+        checkpoints: files that are of no use any more once all this is kept.
+    """
+
+    plan: QuantPlan
+    rungs: list[Rung] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    checkpoints: list[Path] = field(default_factory=list)
+
+
+def train_on(job: Job, graph: Graph, plan: QuantPlan, rung: Rung, judge: Judge, folder: Path) -> Trained:
     """Train from a plan, method after method until one passes.
 
     Args:
         rung: of the plan.
         folder: receives `recon.json`, the error of each part before and after, and `qat.json`, the learning curve.
-
-    Returns:
-        The best plan, which may be the given one; a rung for each method; and the seconds that each took.
     """
-    rungs, seconds = list[Rung](), dict[str, float]()
+    done = Trained(plan)
     for method in METHODS.get(job.recipe.ladder.method, ()):
         begun = time.monotonic()
         try:
-            candidate = _trained(job, graph, plan, method, judge, folder)
+            candidate = _trained(job, graph, done, method, judge, folder)
         except InputError as error:
             if job.recipe.ladder.method != "auto":
                 raise
             log.warning("%s: %s is left out: %s", job.recipe.name, method, error)
             break
-        candidate.method = f"{plan.method}+{method}"
+        candidate.method = f"{done.plan.method}+{method}"
         found = try_plan(method, candidate, rung.reverted, job.recipe.ladder, job.recipe.gate, judge)
-        seconds[method] = round(time.monotonic() - begun, 1)
-        rungs.append(found)
+        done.seconds[method] = round(time.monotonic() - begun, 1)
+        done.rungs.append(found)
         if found.passed or badness(found) < badness(rung):
-            plan, rung = candidate, found
+            done.plan, rung = candidate, found
         if rung.passed:
             break
-    return plan, rungs, seconds
+    return done
 
 
 def estimated_minutes(job: Job) -> dict[Method, float]:
@@ -88,8 +100,8 @@ def estimated_minutes(job: Job) -> dict[Method, float]:
     return {method: round(min(limits[method][0] * each, limits[method][1]), 1) for method in methods}
 
 
-def _trained(job: Job, graph: Graph, plan: QuantPlan, method: Method, judge: Judge, folder: Path) -> QuantPlan:
-    recipe, threads = job.recipe, job.options.threads
+def _trained(job: Job, graph: Graph, done: Trained, method: Method, judge: Judge, folder: Path) -> QuantPlan:
+    recipe, plan, threads = job.recipe, done.plan, job.options.threads
     if method == "recon":
         end = time.monotonic() + 60 * recipe.reconstruction.minutes
         feeds = first_feeds(job, job.selection.calibration, recipe.reconstruction.samples)
@@ -109,6 +121,7 @@ def _trained(job: Job, graph: Graph, plan: QuantPlan, method: Method, judge: Jud
         return replace(candidate, notes=[*candidate.notes, note])
     feeds = first_feeds(job, job.selection.calibration, recipe.qat.samples)
     advance = counted(job.options.progress, f"{recipe.name}: QAT", recipe.qat.iterations)
+    done.checkpoints.append(_checkpoint(job, plan))
     candidate, curve = distil(
         graph,
         plan,
@@ -117,7 +130,7 @@ def _trained(job: Job, graph: Graph, plan: QuantPlan, method: Method, judge: Jud
         judge.error,
         seed=recipe.seed,
         threads=threads,
-        checkpoint=_checkpoint(job, plan),
+        checkpoint=done.checkpoints[-1],
         advance=advance,
     )
     _write(curve, folder / "qat.json")
@@ -131,9 +144,10 @@ def _write(points: Sequence[PartResult | Evaluation], file: Path) -> None:
 
 
 def _checkpoint(job: Job, plan: QuantPlan) -> Path:
-    """Where a training of this plan by this recipe leaves its state."""
+    """Where a training of this plan leaves its state: named by all that it learns from and is judged by."""
     weights = {name: digest([w.values.tolist(), w.scale.tolist()]) for name, w in plan.integers.items()}
     shifts = {name: digest(shift.tolist()) for name, shift in plan.bias_shifts.items()}
-    settings = job.recipe.qat.model_dump()
-    key = digest([job.key, plan.document(), weights, shifts, settings, job.recipe.seed])
+    settings = [job.recipe.qat.model_dump(), job.recipe.seed, job.recipe.ladder.error_samples]
+    samples = [sample_ids(job.selection.calibration), sample_ids(job.selection.search)]
+    key = digest([code_digest(), job.key, plan.document(), weights, shifts, settings, samples])
     return cache_dir() / "checkpoints" / f"qat-{key[:16]}.pdparams"

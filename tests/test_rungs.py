@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from test_qat import feeds_of
 from test_reconstruction import coarse, error
 from tiny_models import TinyNet, small_detector
 
+from eval.dataset import Sample
 from quant.errors import InputError
 from quant.job import Job, Options
 from quant.ladder import Rung, SearchScore, load_rung, read_seconds, rung_rows, trains, try_plan, write_seconds
 from quant.plan import QuantPlan, load_plan
+from quant.planning import _laddered_stage
 from quant.recipe import RecipeError, load_recipe
-from quant.rungs import estimated_minutes, train_on
+from quant.rungs import _checkpoint, estimated_minutes, train_on
 from quant.selection import Selection
 from quant.source import ModelFiles
 from quant.stage import StageStore, file_digests
@@ -57,7 +60,8 @@ def climbed(job: Job, net: TinyNet, plan: QuantPlan, enough: float) -> tuple[Qua
     judge = ErrorJudge(net, enough)
     rung = try_plan("ptq", plan, 0, job.recipe.ladder, job.recipe.gate, judge)
     job.options.results.mkdir(exist_ok=True)
-    return train_on(job, net.graph(), plan, rung, judge, job.options.results)
+    done = train_on(job, net.graph(), plan, rung, judge, job.options.results)
+    return done.plan, done.rungs, done.seconds
 
 
 def test_the_first_method_that_passes_is_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +86,33 @@ def test_qat_goes_on_from_what_reconstruction_left(tmp_path: Path, monkeypatch: 
     assert curve[0]["error"] == pytest.approx(rungs[0].error)
     assert error(net, found) == pytest.approx(min(rung.error for rung in rungs))
     assert list((tmp_path / "cache" / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_is_of_its_code_and_pictures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = small_detector()
+    plan, job = plan_of(net), job_of("qat", tmp_path, monkeypatch, net)
+    one, other = (Sample(id=name, dataset="d", image=Path(name), label=None) for name in "ab")
+
+    def of(calibration: Sample, search: Sample) -> Path:
+        return _checkpoint(replace(job, selection=Selection([calibration], [search], [], {}, {})), plan)
+
+    files = [of(one, one), of(one, other), of(other, one)]
+    files.append(_checkpoint(job_of("qat", tmp_path, monkeypatch, net, "ladder.error_samples=3"), plan))
+    monkeypatch.setattr("quant.rungs.code_digest", lambda: "other code")
+    files.append(of(one, one))
+    assert len(set(files)) == len(files)
+
+
+def test_no_checkpoint_is_left_of_a_finished_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = small_detector()
+    coarse(plan_of(net)).save(tmp_path / "full")
+    monkeypatch.setattr("quant.planning.full_stage", lambda job, choice: tmp_path / "full")
+    monkeypatch.setattr("quant.planning.prepared_graph", lambda job: net.graph())
+    monkeypatch.setattr("quant.planning.SearchJudge", lambda job, graph: ErrorJudge(net, 0.0))
+    job = job_of("qat", tmp_path, monkeypatch, net)
+    stage = _laddered_stage(job, job.recipe.targets["onnxruntime"])
+    assert json.loads((stage / "qat.json").read_text(encoding="utf-8"))
+    assert list((tmp_path / "cache" / "checkpoints").iterdir()) == []
 
 
 @pytest.mark.parametrize("method", ["recon", "qat"])
