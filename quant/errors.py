@@ -1,4 +1,4 @@
-"""The two errors that users see. Everything else is an error of ours (exit code 70)."""
+"""The errors that users see. Everything else is an error of ours (exit code 70)."""
 
 INPUT_ERROR = 2
 """Exit code of `InputError`."""
@@ -9,6 +9,10 @@ class InputError(Exception):
 
     The message says what is wrong, where, and how to mend it.
     """
+
+
+class NotTrainable(InputError):
+    """A network, or a part of it, that training cannot take: there is no differentiable counterpart of something."""
 
 
 class Unavailable(InputError):

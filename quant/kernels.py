@@ -13,7 +13,7 @@ import numpy as np
 from onnx import NodeProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from quant.errors import InputError
+from quant.errors import NotTrainable
 from quant.graph import attribute
 
 Array = np.ndarray[Any, Any]
@@ -30,7 +30,7 @@ def compute(node: NodeProto, inputs: Sequence[Value]) -> list[Value]:
         inputs: in the node's order; None for one that is left out.
 
     Raises:
-        InputError: the operator, or a mode of it, has no differentiable counterpart here.
+        NotTrainable: the operator, or a mode of it, has no differentiable counterpart here.
     """
     if node.op_type == "Shape":
         return [np.asarray(inputs[0].shape, dtype=np.int64)]
@@ -38,7 +38,7 @@ def compute(node: NodeProto, inputs: Sequence[Value]) -> list[Value]:
         feed = {name: value for name, value in zip(node.input, inputs, strict=True) if name}
         return list(ReferenceEvaluator(node).run(None, feed))
     if node.op_type not in KERNELS:
-        raise InputError(
+        raise NotTrainable(
             f"operator '{node.output[0]}' is a {node.op_type}, which cannot be trained here; known: "
             f"{', '.join(sorted(KERNELS))}. Take --method ptq"
         )
@@ -102,16 +102,24 @@ def _average_pool(node: NodeProto, inputs: Sequence[Value]) -> Value:
 def _max_pool(node: NodeProto, inputs: Sequence[Value]) -> Value:
     from paddle.nn import functional
 
+    _refuse(node, any(size != 1 for size in attribute(node, "dilations", [])), "dilations")
     sizes, strides = list(attribute(node, "kernel_shape")), list(attribute(node, "strides", [1, 1]))
     return functional.max_pool2d(
         inputs[0], sizes, strides, _padding(node), ceil_mode=bool(attribute(node, "ceil_mode", 0))
     )
 
 
+_REPEATING = [("asymmetric", "floor"), ("half_pixel", "round_prefer_floor"), ("half_pixel", "round_prefer_ceil")]
+"""Places and rounding with which `nearest` repeats each pixel, whatever the whole factor."""
+
+
 def _resize(node: NodeProto, inputs: Sequence[Value]) -> Value:
     """Each pixel repeated; other ways to enlarge are not in use behind quantized operators."""
     mode = attribute(node, "mode", "nearest")
     _refuse(node, mode != "nearest", f"mode {mode}")
+    places = attribute(node, "coordinate_transformation_mode", "half_pixel")
+    rounding = attribute(node, "nearest_mode", "round_prefer_floor")
+    _refuse(node, (places, rounding) not in _REPEATING, f"{places} and {rounding}")
     sizes = list(inputs[3]) if len(inputs) > 3 else [s * f for s, f in zip(inputs[0].shape, inputs[2], strict=True)]
     factors = [size / old for size, old in zip(sizes, inputs[0].shape, strict=True)]
     _refuse(node, any(factor < 1 or factor % 1 for factor in factors), f"factors {factors}")
@@ -178,7 +186,7 @@ def _layer_normalization(node: NodeProto, inputs: Sequence[Value]) -> Value:
     _refuse(node, attribute(node, "axis", -1) not in (-1, inputs[0].ndim - 1), "an inner axis")
     bias = tensor(inputs[2]) if len(inputs) > 2 else None
     return functional.layer_norm(
-        inputs[0], inputs[0].shape[-1:], tensor(inputs[1]), bias, attribute(node, "epsilon", 1e-5)
+        tensor(inputs[0]), inputs[0].shape[-1:], tensor(inputs[1]), bias, attribute(node, "epsilon", 1e-5)
     )
 
 
@@ -239,7 +247,7 @@ def _alone(name: str) -> Kernel:
 
 def _refuse(node: NodeProto, refused: bool, what: str) -> None:
     if refused:
-        raise InputError(
+        raise NotTrainable(
             f"operator '{node.output[0]}': {node.op_type} with {what} cannot be trained; take --method ptq"
         )
 

@@ -53,6 +53,10 @@ class _Progress:
     def best_error(self) -> float:
         return min(point.error for point in self.curve)
 
+    def over(self, settings: Training) -> bool:
+        """Whether time or patience is up."""
+        return self.seconds > 60 * settings.minutes or self.stale() >= settings.patience
+
     def stale(self) -> int:
         """Evaluations since the best one."""
         errors = [point.error for point in self.curve]
@@ -78,11 +82,18 @@ def distil(
         evaluate: error of a plan on pictures that are not among them.
         checkpoint: file to go on from where it exists, written at every evaluation.
         advance: called after each iteration.
+
+    Raises:
+        NotTrainable: an operator has no differentiable counterpart.
     """
+    import paddle
+
     student = whole_student(prepared, plan, settings.learned)
     sought = aims(prepared, settings.nodes)
     teacher, inputs = Teacher(prepared, sought, threads), batches(prepared, feeds, settings.batch)
     trainer = Trainer(student.parameters, Schedule(settings.learning_rate, settings.warm_up, settings.iterations))
+    with paddle.no_grad():  # an operator that cannot be trained shows itself before minutes are spent
+        student.run(inputs[0], [aim.tensor for aim in sought])
     progress = _Progress([Evaluation(0, None, evaluate(plan))], student.state())
     if checkpoint is not None and (saved := load_checkpoint(checkpoint)) is not None:
         progress = _Progress([Evaluation(**point) for point in saved["curve"]], saved["best"], saved["seconds"])
@@ -92,6 +103,8 @@ def distil(
     for step, chosen in enumerate(shuffled(len(inputs), settings.iterations, seed)):
         if step < progress.done:
             continue
+        if progress.over(settings):  # perhaps it was so already when the checkpoint was written
+            break
         found = student.run(inputs[chosen], [aim.tensor for aim in sought])
         losses.append(trainer.step(step, loss(sought, found, teacher.answer(inputs[chosen]))))
         advance()
@@ -105,8 +118,6 @@ def distil(
         progress.seconds, losses = time.monotonic() - begun, []
         if checkpoint is not None:
             save_checkpoint(checkpoint, _document(progress, student.state(), trainer.state()))
-        if late or progress.stale() >= settings.patience:
-            break
     student.restore(progress.best)
     return (student.refined(plan) if progress.stale() < len(progress.curve) - 1 else plan), progress.curve
 

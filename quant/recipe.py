@@ -204,12 +204,12 @@ class Search(_Part):
 class Reconstruction(_Part):
     """Training part by part against FP32 (see `quant.reconstruction`)."""
 
-    samples: int = Field(64, ge=1, description="calibration pictures, whose values at one cut are kept in memory")
+    samples: int = Field(64, ge=2, description="calibration pictures, whose values at one cut are kept in memory")
     operators: int = Field(1, ge=1, description="with weights, that are trained together")
     learned: list[Learned] = Field(
         ["weights", "biases", "scales"], min_length=1, description="ranges: scales of activations"
     )
-    learning_rate: float = Field(2e-3, gt=0, description="integer steps per iteration, about, for weights")
+    learning_rate: float = Field(1.5e-2, gt=0, description="integer steps per iteration, about, for weights")
     warm_up: int = Field(10, ge=0, description="iterations over which the rate rises")
     batch: int = Field(4, ge=1, description="pictures, of one size")
     iterations: int = Field(100, ge=1, description="for each part")
@@ -224,7 +224,7 @@ class Training(_Part):
         ["weights", "biases", "scales"], min_length=1, description="ranges: scales of activations"
     )
     samples: int = Field(128, ge=1, description="calibration pictures")
-    learning_rate: float = Field(1e-5, gt=0, description="integer steps per iteration, about, for weights")
+    learning_rate: float = Field(2e-3, gt=0, description="integer steps per iteration, about, for weights")
     warm_up: int = Field(20, ge=0, description="iterations over which the rate rises")
     batch: int = Field(8, ge=1, description="pictures, of one size")
     iterations: int = Field(300, ge=1)

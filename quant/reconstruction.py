@@ -4,24 +4,32 @@ A part is some consecutive operators from which one tensor is read later. Its in
 before it, already trained; its aim is the FP32 value of what it ends in (Nagel et al., "Up or Down? Adaptive Rounding
 for Post-Training Quantization", 2020, section 3.3, with the asymmetric objective; Li et al., "BRECQ", 2021, for parts
 of several operators). Integers, biases and scales learn together, straight through the rounding, so that what is
-measured is what will be exported; a part that ends no better keeps its plan.
+measured is what will be exported; a part that ends no better on pictures that were held back keeps its plan.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from onnx import NodeProto
 
+from quant.errors import NotTrainable
 from quant.graph import Graph, reads
 from quant.kernels import Array, Value
 from quant.plan import QuantPlan
 from quant.recipe import Reconstruction
 from quant.runtime import Feed, onnx_session
-from quant.student import Student, Traced, trace
+from quant.student import Kind, Student, Traced, trace
 from quant.training import Schedule, Trainer, batches, relative_square, shuffled
+
+log = logging.getLogger(__name__)
+
+_HELD_BACK = 4
+"""One picture of so many is not learned from, but decides whether a part has become better."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Part:
 
     Attributes:
         aim: the tensor that is compared with FP32.
-        leaves: tensors that later nodes, or the caller, read: written here or before.
+        leaves: tensors that later parts read: written here or before.
     """
 
     nodes: list[NodeProto]
@@ -40,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PartResult:
-    """What training a part gave: squared error in units of the aim's variance, before and after."""
+    """What training a part gave on held-back pictures: squared error in units of the aim's variance."""
 
     aim: str
     before: float
@@ -64,21 +72,39 @@ def reconstruct(
         feeds: calibration pictures; the values at one cut of all of them are kept in memory.
         advance: called after each part.
         expired: whether time is up; parts not reached by then keep their plan.
+
+    Raises:
+        NotTrainable: not one part can be trained; where a later one cannot, the parts before it are the result.
     """
-    traced, inputs = trace(prepared, plan), batches(prepared, feeds, settings.batch)
+    traced, (inputs, learned_from) = trace(prepared, plan), _split(prepared, feeds, settings.batch)
     names = {name for node in prepared.nodes for name in node.output}
     values: list[dict[str, Value]] = [dict(feed) for feed in inputs]
-    refined, results = plan, []
+    refined, results, learned = plan, list[PartResult](), dict[tuple[Kind, str], Any]()
     for part in parts(traced, plan, names, settings.operators):
         if expired():
             break
         exact = _exact(prepared, part.aim, traced, inputs, threads)
-        student = Student(plan, traced, part.nodes, settings.learned)
-        results.append(_trained(student, part, values, exact, settings, seed))
-        refined = student.refined(refined)
+        student = Student(plan, traced, part.nodes, settings.learned, learned)
+        try:
+            results.append(_trained(student, part, values, exact, learned_from, settings, seed))
+        except NotTrainable as error:
+            if not results:
+                raise
+            log.warning("reconstruction ends after %d parts: %s", len(results), error)
+            break
+        refined, learned = student.refined(refined), student.learned()
         values = [_host(_without_gradient(student, kept, part.leaves)) for kept in values]
         advance()
     return refined, results
+
+
+def _split(prepared: Graph, feeds: Sequence[Feed], size: int) -> tuple[list[Feed], int]:
+    """Batches to learn from, then those that were held back, and how many are learned from."""
+    if len(feeds) < 2:
+        raise NotTrainable("reconstruction takes at least two calibration pictures, one of them to judge by")
+    kept = [feed for index, feed in enumerate(feeds) if index % _HELD_BACK]
+    found = batches(prepared, kept, size)
+    return [*found, *batches(prepared, feeds[::_HELD_BACK], size)], len(found)
 
 
 def parts(traced: Traced, plan: QuantPlan, names: set[str], operators: int) -> Iterator[Part]:
@@ -91,7 +117,7 @@ def parts(traced: Traced, plan: QuantPlan, names: set[str], operators: int) -> I
     weighted = {op.name for op in plan.quantized().values() if op.weight is not None}
     sizes = _sizes(traced.nodes)
     later = _read_later(traced)
-    start, known = 0, set[str]()
+    start, known = 0, set(traced.inputs)
     for end, node in enumerate(traced.nodes, start=1):
         written = {name for part in traced.nodes[start:end] for name in part.output}
         trained = [name for name in weighted if name in written]
@@ -102,7 +128,7 @@ def parts(traced: Traced, plan: QuantPlan, names: set[str], operators: int) -> I
         known |= written
         if trained:
             aim = left[0] if not last else max(trained, key=lambda name: _position(traced, name))
-            yield Part(traced.nodes[start:end], aim, sorted(known & later[end]))
+            yield Part(traced.nodes[start:end], aim, [] if last else sorted(known & later[end]))
             start = end
 
 
@@ -140,16 +166,20 @@ def _trained(
     part: Part,
     values: Sequence[Mapping[str, Value]],
     exact: Sequence[Array],
+    count: int,
     settings: Reconstruction,
     seed: int,
 ) -> PartResult:
-    """Train one part; where it ends no better than it began it is put back."""
-    start, before = student.state(), _mean_loss(student, part, values, exact)
+    """Train one part on the first `count` batches; where it ends no better on the others it is put back."""
+    held = values[count:], exact[count:]
+    start, before = student.state(), _mean_loss(student, part, *held)
+    if not student.parameters:
+        return PartResult(part.aim, before, before)
     trainer = Trainer(student.parameters, Schedule(settings.learning_rate, settings.warm_up, settings.iterations))
-    for number, chosen in enumerate(shuffled(len(values), settings.iterations, seed)):
+    for number, chosen in enumerate(shuffled(count, settings.iterations, seed)):
         found = student.run(values[chosen], [part.aim])[part.aim]
         trainer.step(number, relative_square(found, exact[chosen]))
-    after = _mean_loss(student, part, values, exact)
+    after = _mean_loss(student, part, *held)
     if not after < before:
         student.restore(start)
     return PartResult(part.aim, before, min(after, before))

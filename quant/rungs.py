@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from quant.calibration import collect_statistics
-from quant.errors import InputError
+from quant.errors import NotTrainable
 from quant.graph import Graph
 from quant.job import Job, counted, first_feeds, prepared_graph, sample_ids
 from quant.ladder import Judge, Rung, badness, try_plan
@@ -60,7 +60,7 @@ def train_on(job: Job, graph: Graph, plan: QuantPlan, rung: Rung, judge: Judge, 
         begun = time.monotonic()
         try:
             candidate = _trained(job, graph, done, method, judge, folder)
-        except InputError as error:
+        except NotTrainable as error:
             if job.recipe.ladder.method != "auto":
                 raise
             log.warning("%s: %s is left out: %s", job.recipe.name, method, error)

@@ -66,15 +66,16 @@ class Traced:
     """A plan's network with whole quantizers.
 
     Attributes:
-        nodes, constants, outputs: of the placed graph.
+        nodes, constants, inputs, outputs: of the placed graph.
         quantizers: by the number that a node names: key in the plan, and the quantizer.
         weights: integers with the scales that the network computes with.
-        exact: float weights that the integers stand for.
+        exact: float weights that the integers stand for; those inside loops, which cannot be trained, are not here.
         factors: of convolutions that write `factor * x`.
     """
 
     nodes: list[NodeProto]
     constants: dict[str, Array]
+    inputs: list[str]
     outputs: list[str]
     quantizers: list[tuple[str, str, ActivationQuantizer]]
     weights: dict[str, IntegerWeight]
@@ -96,10 +97,11 @@ def trace(prepared: Graph, plan: QuantPlan) -> Traced:
     return Traced(
         nodes=graph.nodes,
         constants=graph.constants,
+        inputs=graph.inputs,
         outputs=graph.outputs,
         quantizers=quantizers,
         weights=writer.weights,
-        exact={name: plain.constants[name] for name in writer.weights},
+        exact={name: plain.constants[name] for name in writer.weights if name in plain.constants},
         factors={chain.writer: np.asarray(chain.factor) for chain in chains},
     )
 
@@ -110,11 +112,20 @@ class Student:
     Args:
         nodes: of the traced graph.
         kinds: what is trained; everything else keeps the plan's values.
+        fixed: what students of other nodes learned, which holds here too and is not trained again.
     """
 
-    def __init__(self, plan: QuantPlan, traced: Traced, nodes: Sequence[NodeProto], kinds: Collection[Kind]) -> None:
+    def __init__(
+        self,
+        plan: QuantPlan,
+        traced: Traced,
+        nodes: Sequence[NodeProto],
+        kinds: Collection[Kind],
+        fixed: Mapping[tuple[Kind, str], Any] | None = None,
+    ) -> None:
         import_paddle().disable_static()
         self.plan, self.traced, self.nodes = plan, traced, nodes
+        self._fixed = dict(fixed or {})
         self._operators = {op.name: op for op in plan.quantized().values() if op.weight is not None}
         self.parameters: dict[tuple[Kind, str], Any] = {}
         self._start: dict[tuple[Kind, str], Array] = {}
@@ -144,22 +155,33 @@ class Student:
     def _add(self, kind: Kind, name: str, start: Array) -> None:
         import paddle
 
+        if (kind, name) in self._fixed:
+            return
         self._start[kind, name] = start.astype(np.float32)
         begin = paddle.nn.initializer.Assign(self._start[kind, name])
         shape = list(start.shape)
         self.parameters[kind, name] = paddle.create_parameter(shape, "float32", default_initializer=begin)
         self.parameters[kind, name].name = f"{kind}:{name}"
 
+    def _learned(self, kind: Kind, name: str) -> Any:
+        """A parameter, of this student or of one before; None where it is not trained."""
+        return self.parameters.get((kind, name), self._fixed.get((kind, name)))
+
+    def learned(self) -> dict[tuple[Kind, str], Any]:
+        """What holds after this student, for the `fixed` of the next."""
+        return {**self._fixed, **{key: value.detach() for key, value in self.parameters.items()}}
+
     def run(self, values: Mapping[str, Value], keep: Collection[str]) -> dict[str, Value]:
-        """Compute the nodes.
+        """Compute the nodes that what is kept depends on.
 
         Args:
             values: what the nodes read and do not write.
             keep: names of tensors to give back, written here or given.
         """
         known: dict[str, Value] = {**self._constants, **values}
-        last = {name: index for index, node in enumerate(self.nodes) for name in reads(node)}
-        for index, node in enumerate(self.nodes):
+        nodes = _leading_to(keep, self.nodes)
+        last = {name: index for index, node in enumerate(nodes) for name in reads(node)}
+        for index, node in enumerate(nodes):
             for name, value in zip(node.output, self._computed(node, known), strict=True):
                 known[name] = value
             for name in reads(node):  # what nobody reads any more would fill the memory
@@ -185,7 +207,7 @@ class Student:
         part, name, quantizer = self.traced.quantizers[number - 1]
         smallest, largest = integer_limits(quantizer.dtype)
         scale = tensor(np.array([quantizer.scale], dtype=np.float32))
-        learned = self.parameters.get(("ranges", f"{part}:{name}"))
+        learned = self._learned("ranges", f"{part}:{name}")
         scale = scale if learned is None else scale * learned.exp()
         low, high = float(smallest - quantizer.zero_point), float(largest - quantizer.zero_point)
         return straight_round((tensor(values) / scale).clip(low, high)) * scale
@@ -194,7 +216,7 @@ class Student:
         weight = self.traced.weights[name]
         places = [1] * weight.values.ndim
         places[axis] = -1
-        latent, learned = self.parameters.get(("weights", name)), self.parameters.get(("scales", name))
+        latent, learned = self._learned("weights", name), self._learned("scales", name)
         scale = tensor(weight.scale.reshape(places))
         scale = scale if learned is None else scale * learned.exp().reshape(places)
         if latent is None:
@@ -203,7 +225,7 @@ class Student:
         return straight_round(latent.clip(-limit, limit)) * scale
 
     def _bias_shift(self, operator: str) -> Any:
-        learned = self.parameters.get(("biases", operator))
+        learned = self._learned("biases", operator)
         return None if learned is None else learned * tensor(self._bias_unit(operator).astype(np.float32))
 
     def _bias_unit(self, name: str) -> Array:
@@ -267,6 +289,16 @@ def student_outputs(student: Student, feed: Feed) -> list[Array]:
     with paddle.no_grad():
         found = student.run(feed, student.traced.outputs)
     return [np.asarray(value) for value in found.values()]
+
+
+def _leading_to(names: Collection[str], nodes: Sequence[NodeProto]) -> list[NodeProto]:
+    """The nodes without which some tensors cannot be computed."""
+    wanted, found = set(names), list[NodeProto]()
+    for node in reversed(nodes):
+        if wanted.intersection(node.output):
+            wanted.update(reads(node))
+            found.append(node)
+    return found[::-1]
 
 
 def _host_or_tensor(value: Array) -> Value:

@@ -107,6 +107,26 @@ def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert same(resumed, whole)
 
 
+def test_a_training_that_had_stopped_does_not_go_on(tmp_path: Path) -> None:
+    """Killed between its last checkpoint and the end of its stage."""
+    net = small_detector()
+    plan, file = plan_of(net), tmp_path / "last"
+    steps = 0
+
+    def advance() -> None:
+        nonlocal steps
+        steps += 1
+
+    def again() -> list[Evaluation]:
+        looks = itertools.count(0.1, 0.1)
+        return distil(net.graph(), plan, feeds_of(net), settings(patience=2), lambda _: next(looks), seed=0, threads=1,
+                      checkpoint=file, advance=advance)[1]  # fmt: skip
+
+    curve = again()
+    assert [point.iteration for point in curve] == [0, 10, 20] and steps == 20
+    assert again() == curve and steps == 20
+
+
 def test_a_damaged_checkpoint_is_left_aside(tmp_path: Path) -> None:
     net = small_detector()
     plan, file = coarse(plan_of(net)), tmp_path / "last"
@@ -120,7 +140,7 @@ def test_a_damaged_checkpoint_is_left_aside(tmp_path: Path) -> None:
 def test_a_loss_does_not_hang_on_batch_and_size() -> None:
     """Pictures twice as many, or twice as wide, are no reason for steps twice as large."""
     net = small_detector()
-    graph, student = net.graph(), whole_student(net.graph(), coarse(plan_of(net)), KINDS)
+    graph, student = net.graph(), whole_student(net.graph(), coarse(plan_of(net), 0.05), KINDS)
     sought = aims(graph)
     teacher, once = Teacher(graph, sought, 1), net.feed()
 

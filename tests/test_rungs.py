@@ -14,7 +14,7 @@ from test_reconstruction import coarse, error
 from tiny_models import TinyNet, small_detector
 
 from eval.dataset import Sample
-from quant.errors import InputError
+from quant.errors import InputError, NotTrainable
 from quant.job import Job, Options
 from quant.ladder import Rung, SearchScore, load_rung, read_seconds, rung_rows, trains, try_plan, write_seconds
 from quant.plan import QuantPlan, load_plan
@@ -132,8 +132,10 @@ def test_what_cannot_be_trained_keeps_its_plan_unless_it_was_asked_for(
     found, rungs, _ = climbed(job_of("auto", tmp_path, monkeypatch, net, together), net, plan, 0.0)
     assert found is plan and rungs == []
     assert "Erf" in caplog.text
-    with pytest.raises(InputError, match="Erf"):
+    with pytest.raises(NotTrainable, match="Erf"):
         climbed(job_of("qat", tmp_path, monkeypatch, net), net, plan, 0.0)
+    with pytest.raises(InputError, match=r"qat.nodes: 'nowhere'"):
+        climbed(job_of("auto", tmp_path, monkeypatch, net, "qat.nodes=[nowhere]"), net, plan, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from test_flow import flowing_plan, mobile_block
 from test_plan import plan_of
 from tiny_models import TinyNet, simulate, small_detector, small_recognizer
 
-from quant.errors import InputError
+from quant.errors import NotTrainable
 from quant.plan import QuantPlan
 from quant.simulation import simulated_model
 from quant.student import KINDS, Kind, Student, student_outputs, whole_student
@@ -116,5 +116,5 @@ def test_an_operator_without_counterpart_is_named() -> None:
     net = TinyNet((1, 3, 4, 4))
     net.op("Erf", net.conv("x", 3, 3), name="strange")
     student = whole_student(net.graph(), plan_of(net), {"biases"})
-    with pytest.raises(InputError, match=r"'strange' is a Erf.*--method ptq"):
+    with pytest.raises(NotTrainable, match=r"'strange' is a Erf.*--method ptq"):
         student_outputs(student, net.feed())
