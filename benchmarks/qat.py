@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/qat.py PP-OCRv4_mobile_rec [--target onnxruntime] [--minutes 45] [--set KEY=VALUE]
 
 Each method starts from the same PTQ plan and ends as an artifact that is judged on its own runtime, on the report
-split; the difference to PTQ comes with the bound of the paired bootstrap. Writes docs/qat-MODEL-TARGET.json and the
+split; the difference to PTQ comes with the bound of the paired bootstrap. Writes results/qat/MODEL-TARGET.json and the
 learning curve beside it. What is done is kept in the cache of stages, an interrupted QAT goes on from its checkpoint.
 """
 
@@ -23,7 +23,7 @@ from quant.pipeline import Quantized, quantize
 from quant.recipe import limited_to, load_recipe
 
 METHODS = ("ptq", "recon", "qat")
-DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> None:
@@ -31,18 +31,21 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--target", default="onnxruntime")
     parser.add_argument("--minutes", type=float, default=45, help="of QAT, and of reconstruction")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument(
+        "--methods", default=",".join(METHODS), help="ptq, the start of the others, is always the first"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     arguments = parser.parse_args()
     outcomes, report = {}, {"model": arguments.model, "target": arguments.target, "methods": {}}
-    for method in arguments.methods.split(","):
+    for method in dict.fromkeys(["ptq", *arguments.methods.split(",")]):
         job = _job(arguments, method)
         done = quantize(job, arguments.target)
         outcomes[method] = outcomes_of(job, arguments.target, done.artifact, job.selection.report)
         report["methods"][method] = found = _compared(job, done, outcomes, method)
         print(json.dumps({method: found}, indent=1), flush=True)
-    file = DOCS / f"qat-{arguments.model}-{arguments.target}.json"
+    file = RESULTS / "qat" / f"{arguments.model}-{arguments.target}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if curve := report["methods"].get("qat", {}).get("curve"):
         draw_curve(curve, f"{arguments.model} on {arguments.target}, all in INT8", file.with_suffix(".svg"))
@@ -53,7 +56,7 @@ def _job(arguments: argparse.Namespace, method: str) -> Job:
     fixed = [f"ladder.method={method}", f"targets.{arguments.target}.min_coverage=1", "ladder.coverage_steps=[]"]
     limits = [f"{part}.minutes={arguments.minutes}" for part in ("reconstruction", "qat")]
     recipe = load_recipe(arguments.model, [*fixed, *limits, *arguments.overrides])
-    options = Options(DOCS.parent / "results", arguments.threads, lambda what, done, total: None)
+    options = Options(RESULTS, arguments.threads, lambda what, done, total: None)
     return start(limited_to(recipe, [arguments.target]), options)
 
 
@@ -65,7 +68,7 @@ def _compared(job: Job, done: Quantized, outcomes: dict[str, Any], method: str) 
         "ladder": [rung.document() for rung in done.rungs],
         "against_fp32": _estimate(metric, mine.fp32, mine.int8),
     }
-    if method != "ptq" and "ptq" in outcomes:
+    if method != "ptq":
         found["against_ptq"] = _estimate(metric, outcomes["ptq"].int8, mine.int8)
     curve = done.planned / "qat.json"
     return {**found, "curve": json.loads(curve.read_text(encoding="utf-8"))} if curve.is_file() else found

@@ -943,8 +943,8 @@ def _run_outline(job: Job) -> dict[str, Any]:
 
     selection = job.selection
     folder = runs_folder(job.recipe, job.options.results, job.options.model_dir)
-    # What a search measures is part of the run's name.
-    named = None if job.recipe.search.minutes else folder / job.run_name
+    # What hangs on the clock is part of the run's name.
+    named = None if job.recipe.clocked else folder / job.run_name
     return {
         "model": job.recipe.name,
         "source": job.files.source,

@@ -29,6 +29,9 @@ _REVERTS = 250
 CLOCK = "clock"
 """Folder beside `ladder.json` with what was measured in seconds; files in it are no part of any hash."""
 
+TRAINED = {"recon", "qat"}
+"""Rungs that change weights."""
+
 TRAINING_FILES = ("recon.json", "qat.json")
 """Beside `ladder.json`: the error of each reconstructed part before and after, and the learning curve of QAT."""
 

@@ -83,8 +83,8 @@ def run_model(recipe: Recipe, options: Options) -> Finished:
 
 
 def _run_name(job: Job) -> str:
-    """What a search measured on the clock is an input of its run: another measurement is another run."""
-    if not job.recipe.search.minutes:
+    """What a search or a training owes to the clock is an input of its run: another artifact is another run."""
+    if not job.recipe.clocked:
         return job.run_name
     quantized, _ = _quantize_all(job)
     return digest([job.run_name, {target: file_digests(found.artifact) for target, found in quantized.items()}])[:12]

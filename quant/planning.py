@@ -37,6 +37,7 @@ from quant.job import (
     work_feeds,
 )
 from quant.ladder import (
+    TRAINED,
     TRAINING_FILES,
     SearchScore,
     best_rung,
@@ -132,21 +133,21 @@ def _judged_by(job: Job) -> dict[str, Any]:
 
 
 def _explored(job: Job, target: TargetName, laddered: Path, end: float) -> list[Point]:
-    """The search on the target's own runtime, from the ladder's plan."""
+    """The search on the target's own runtime, from the ladder's plan; a trained plan is the only point.
+
+    Its weights and biases fit the operators that are in INT8, and correcting biases anew would undo what they learned.
+    """
     recipe, graph = job.recipe, prepared_graph(job)
     judge, measure = SearchJudge(job, graph), partial(relative_latency, job, target)
     full, best = full_plan(job, recipe.targets[target]), load_plan(laddered)
+    reverted = len(full.quantized()) - len(best.quantized())
+    if trained := TRAINED.intersection(best.method.split("+")):
+        note = f"no faster plan was looked for: {' and '.join(sorted(trained))} fitted this one to its operators"
+        best.notes.append(note)
+        rung = try_plan("ladder", best, reverted, recipe.ladder, recipe.gate, judge)
+        return [Point(best, rung, measure(best))]
     shifts = full.bias_shifts | best.bias_shifts
-    plan = replace(
-        full,
-        operators=best.operators,
-        bias_shifts=shifts,
-        method=best.method,
-        integers=full.integers | best.integers,
-        activations=full.activations | best.activations,
-        outputs=full.outputs | best.outputs,
-    )  # weights and ranges may have been trained
-    reverted = len(full.quantized()) - len(plan.quantized())
+    plan = replace(full, operators=best.operators, bias_shifts=shifts, method=best.method)
     rung = try_plan("ladder", plan, reverted, recipe.ladder, recipe.gate, judge)
     floor = least_coverage(job.recipe, recipe.targets[target])
     return explore(

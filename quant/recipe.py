@@ -314,6 +314,11 @@ class Recipe(_Part):
     tolerance: float = Field(gt=0, description="largest difference allowed between original and prepared")
     seed: int = Field(0, ge=0)
 
+    @property
+    def clocked(self) -> bool:
+        """Whether the clock may decide what comes out: in a search, or where `minutes` end a training."""
+        return self.search.minutes > 0 or self.ladder.method != "ptq"
+
     def content_hash(self) -> str:
         """Hex sha256 of everything the recipe says, after merging and overriding."""
         text = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True)

@@ -20,8 +20,10 @@ from quant.plan import QuantPlan, quantizable_operators
 from quant.ptq import activation_tensors, make_plan
 from quant.qat import Evaluation, distil
 from quant.reconstruction import PartResult, reconstruct
+from quant.runtime import Feed
 from quant.source import cache_dir
 from quant.stage import code_digest, digest
+from quant.training import batches
 
 log = logging.getLogger(__name__)
 
@@ -77,27 +79,44 @@ def train_on(job: Job, graph: Graph, plan: QuantPlan, rung: Rung, judge: Judge, 
 
 
 def estimated_minutes(job: Job) -> dict[Method, float]:
-    """About how long each method of the recipe would take, from one iteration with the first calibration pictures.
+    """About how long each method of the recipe would take, from one iteration with pictures of the first one's size.
 
-    Ranges are those of these pictures: an iteration takes as long with any. One iteration of every part is about one of
-    the whole network.
+    It is the second one: the first also waits for what is made once. Ranges are those of these pictures: an iteration
+    takes as long with any. One iteration of every part is about one of the whole network.
     """
     recipe, graph = job.recipe, prepared_graph(job)
     methods = METHODS.get(recipe.ladder.method, ())
     if not methods:
         return {}
     feeds = first_feeds(job, job.selection.calibration, recipe.qat.batch)
+    feeds = [feed for feed in feeds if _sizes(feed) == _sizes(feeds[0])]
     operators = quantizable_operators(graph, {})
     statistics = collect_statistics(graph, activation_tensors(operators), feeds, job.options.threads)
     plan = make_plan(graph, operators, statistics, MinMax(), model=recipe.name, dtype="uint8", prepared_sha256="")
-    begun, once = time.monotonic(), recipe.qat.model_copy(update={"iterations": 1})
-    distil(graph, plan, feeds, once, lambda _: 0.0, seed=recipe.seed, threads=job.options.threads)
-    each = (time.monotonic() - begun) / 60 / recipe.qat.batch
+    done: list[float] = []
+    twice = recipe.qat.model_copy(update={"iterations": 2, "evaluate_every": 2})
+    threads = job.options.threads
+    distil(
+        graph,
+        plan,
+        feeds,
+        twice,
+        lambda _: 0.0,
+        seed=recipe.seed,
+        threads=threads,
+        advance=lambda: done.append(time.monotonic()),
+    )
+    pictures = len(feeds) / len(batches(graph, feeds, recipe.qat.batch))
+    each = (done[1] - done[0]) / 60 / pictures
     limits = {
         "recon": (recipe.reconstruction.iterations * recipe.reconstruction.batch, recipe.reconstruction.minutes),
         "qat": (recipe.qat.iterations * recipe.qat.batch, recipe.qat.minutes),
     }
     return {method: round(min(limits[method][0] * each, limits[method][1]), 1) for method in methods}
+
+
+def _sizes(feed: Feed) -> list[tuple[int, ...]]:
+    return [values.shape for values in feed.values()]
 
 
 def _trained(job: Job, graph: Graph, done: Trained, method: Method, judge: Judge, folder: Path) -> QuantPlan:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from test_plan import plan_of
 from test_qat import feeds_of
@@ -17,8 +20,9 @@ from eval.dataset import Sample
 from quant.errors import InputError, NotTrainable
 from quant.job import Job, Options
 from quant.ladder import Rung, SearchScore, load_rung, read_seconds, rung_rows, trains, try_plan, write_seconds
+from quant.pipeline import _run_name
 from quant.plan import QuantPlan, load_plan
-from quant.planning import _laddered_stage
+from quant.planning import _explored, _laddered_stage
 from quant.recipe import RecipeError, load_recipe
 from quant.rungs import _checkpoint, estimated_minutes, train_on
 from quant.selection import Selection
@@ -115,6 +119,23 @@ def test_no_checkpoint_is_left_of_a_finished_stage(tmp_path: Path, monkeypatch: 
     assert list((tmp_path / "cache" / "checkpoints").iterdir()) == []
 
 
+def test_a_search_leaves_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other operators in INT8 would want other biases, and correcting them anew would undo the training."""
+    net = small_detector()
+    full = coarse(plan_of(net))
+    best, _, _ = climbed(job_of("recon", tmp_path, monkeypatch, net), net, full, 0.0)
+    best.save(tmp_path / "best")
+    monkeypatch.setattr("quant.planning.full_plan", lambda job, choice: full)
+    monkeypatch.setattr("quant.planning.prepared_graph", lambda job: net.graph())
+    monkeypatch.setattr("quant.planning.SearchJudge", lambda job, graph: ErrorJudge(net, 0.0))
+    monkeypatch.setattr("quant.planning.relative_latency", lambda job, target, plan: 1.0)
+    job = job_of("recon", tmp_path, monkeypatch, net)
+    (point,) = _explored(job, "onnxruntime", tmp_path / "best", 0.0)
+    assert point.plan.method == "ptq+recon" and "no faster plan was looked for: recon" in point.plan.notes[-1]
+    assert error(net, point.plan) == pytest.approx(error(net, best))
+    assert error(net, best) < error(net, full)
+
+
 @pytest.mark.parametrize("method", ["recon", "qat"])
 def test_one_method_can_be_asked_for(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = small_detector()
@@ -150,10 +171,33 @@ def test_when_weights_are_trained(method: str, passed: bool, expected: bool) -> 
 def test_an_estimate_comes_from_one_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = small_detector()
     monkeypatch.setattr("quant.rungs.prepared_graph", lambda job: net.graph())
+    clock = itertools.count(0, 3)
+    monkeypatch.setattr("quant.rungs.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     found = estimated_minutes(job_of("auto", tmp_path, monkeypatch, net))
-    assert set(found) == {"recon", "qat"}
-    assert all(0 <= minutes <= 10 for minutes in found.values())
+    assert found == {"recon": 1.5, "qat": 1.0}, "3 seconds for 2 pictures"
+    pictures = [net.feed(), {"x": np.zeros((1, 3, 8, 16), dtype=np.float32)}]
+    job = job_of("auto", tmp_path, monkeypatch, net)
+    monkeypatch.setattr("quant.rungs.first_feeds", lambda job, samples, count: pictures)
+    assert estimated_minutes(job) == {"recon": 3.0, "qat": 2.0}, "3 seconds for the one of the first size"
     assert estimated_minutes(job_of("ptq", tmp_path, monkeypatch, net)) == {}
+
+
+@pytest.mark.parametrize("method", ["auto", "recon", "qat"])
+def test_a_run_that_trained_is_named_by_its_artifacts(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock may end a training, so the same recipe may give another artifact."""
+    net, artifact = small_detector(), tmp_path / "artifact"
+    artifact.mkdir()
+    made = {"onnxruntime": SimpleNamespace(artifact=artifact)}
+    monkeypatch.setattr("quant.pipeline._quantize_all", lambda job: (made, []))
+    job, names = job_of(method, tmp_path, monkeypatch, net), set()
+    for content in ("one", "other"):
+        (artifact / "inference.onnx").write_text(content, encoding="utf-8")
+        names.add(_run_name(job))
+    assert len(names | {job.run_name}) == 3
+    ptq = job_of("ptq", tmp_path, monkeypatch, net)
+    assert _run_name(ptq) == ptq.run_name
 
 
 def test_an_unknown_method_is_named() -> None:

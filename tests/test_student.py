@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from test_flow import flowing_plan, mobile_block
 from test_plan import plan_of
-from tiny_models import TinyNet, simulate, small_detector, small_recognizer
+from tiny_models import TinyNet, run, simulate, small_detector, small_recognizer
 
 from quant.errors import NotTrainable
+from quant.kernels import compute, tensor
 from quant.plan import QuantPlan
 from quant.simulation import simulated_model
 from quant.student import KINDS, Kind, Student, student_outputs, whole_student
@@ -110,6 +111,39 @@ def test_no_gradient_passes_where_values_are_clipped() -> None:
     next(iter(student.run({"x": given}, student.traced.outputs).values())).abs().sum().backward()
     inside, outside = given.grad.numpy().ravel()
     assert inside != 0 and outside == 0
+
+
+def test_what_a_normalization_reads_may_lie_on_the_host() -> None:
+    """As behind a cut of reconstruction."""
+    net = TinyNet((1, 3, 4, 4))
+    gain, bias = net.const(net.weights(4)), net.const(net.weights(4))
+    net.op("LayerNormalization", "x", gain, bias, axis=-1)
+    found = compute(net.nodes[0], [net.feed()["x"], *(tensor(net.constants[name]) for name in (gain, bias))])[0]
+    np.testing.assert_allclose(found.numpy(), run(net.model(), net.feed())[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize("rounding", ["floor", "ceil", "round_prefer_floor", "round_prefer_ceil"])
+@pytest.mark.parametrize("places", ["asymmetric", "half_pixel", "align_corners"])
+def test_pixels_are_repeated_only_where_the_model_repeats_them(places: str, rounding: str, factor: int) -> None:
+    net = TinyNet((1, 2, 3, 4))
+    scales = net.const(np.array([1, 1, factor, factor], dtype=np.float32))
+    modes = {"coordinate_transformation_mode": places, "nearest_mode": rounding, "mode": "nearest"}
+    net.op("Resize", "x", "", scales, **modes)
+    given = [tensor(net.feed()["x"]), None, net.constants[scales]]
+    repeating = [("asymmetric", "floor"), ("half_pixel", "round_prefer_floor"), ("half_pixel", "round_prefer_ceil")]
+    if (places, rounding) in repeating:
+        np.testing.assert_array_equal(compute(net.nodes[0], given)[0].numpy(), run(net.model(), net.feed())[0])
+    else:
+        with pytest.raises(NotTrainable, match=f"{places} and {rounding}"):
+            compute(net.nodes[0], given)
+
+
+def test_a_pool_with_holes_is_refused() -> None:
+    net = TinyNet((1, 2, 6, 6))
+    net.op("MaxPool", "x", kernel_shape=[2, 2], dilations=[2, 2])
+    with pytest.raises(NotTrainable, match="dilations"):
+        compute(net.nodes[0], [tensor(net.feed()["x"])])
 
 
 def test_an_operator_without_counterpart_is_named() -> None:
