@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quant.document import parse_json
+from quant.document import MOST_JSON, parse_json, read_bounded
 from quant.errors import InputError
 
 Rectangle = tuple[float, float, float, float]
@@ -70,7 +70,7 @@ def read_layouts(path: Path) -> LayoutFile:
         InputError: it is no COCO file, or lists no picture.
     """
     try:
-        document = parse_json(path.read_text(encoding="utf-8-sig"))
+        document = parse_json(read_bounded(path, MOST_JSON).decode("utf-8-sig"))
         categories = {entry["id"]: str(entry["name"]) for entry in document["categories"]}
         images = {entry["id"]: str(entry["file_name"]) for entry in document["images"]}
         boxes: dict[Any, list[Any]] = {number: [] for number in images}

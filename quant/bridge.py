@@ -29,6 +29,7 @@ from quant.child import (
     raise_answer,
     run_child,
 )
+from quant.document import MOST_JSON, parse_json, read_bounded
 from quant.errors import InputError, Unavailable
 from quant.lowering import Lowering
 from quant.pir import kind_of, written_operators
@@ -112,7 +113,7 @@ def _run_child(files: ModelFiles, folder: Path) -> None:
 
 def _child(job: dict[str, Any]) -> None:
     folder = Path(job["folder"])
-    document = json.loads(Path(job["model"]).read_text(encoding="utf-8"))
+    document = parse_json(read_bounded(Path(job["model"]), MOST_JSON))
     paddle = import_paddle()
     program = paddle.static.Program()
     with paddle.static.program_guard(program), paddle.utils.unique_name.guard():

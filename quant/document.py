@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,12 +15,27 @@ _MOST_VALUES = 2_000_000
 _LONGEST_NUMBER = 400
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _MERGE = "tag:yaml.org,2002:merge"
+_TIMESTAMP = "tag:yaml.org,2002:timestamp"
+_NOT_PLAIN = {_TIMESTAMP, *(f"tag:yaml.org,2002:{name}" for name in ("binary", "omap", "pairs", "set"))}
 # What PyYAML's constructors trip over, beside its own errors.
 _TRIPS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 
 
 class DocumentError(ValueError):
     """Why a text is no document that can be read here."""
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """The content of a file, which is looked at only where it is no larger than `most` bytes.
+
+    Raises:
+        OSError: it cannot be read.
+        DocumentError: it is too large.
+    """
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise DocumentError(f"it has more than {most >> 20} MiB")
+        return file.read()
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -36,7 +53,8 @@ def parse_json(text: str | bytes) -> Any:
 def parse_yaml(text: str) -> Any:
     """The value of a YAML text, of plain types only.
 
-    Anchors may name a value again, but not so that it grows beyond measure, or holds itself; `<<` is not known.
+    Dates stay text. Anchors may name a value again, but not so that it grows beyond measure, or holds itself; `<<` is
+    not known.
 
     Raises:
         DocumentError: it is no such text, or too large or too deep.
@@ -56,7 +74,7 @@ def parse_yaml(text: str) -> Any:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """PyYAML's safe loader without what takes time or memory out of proportion to the text."""
+    """PyYAML's safe loader without types of YAML alone, and without what takes time or memory out of proportion."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         if any(key.tag == _MERGE for key, _ in node.value):
@@ -68,9 +86,18 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_scalar(node)
 
 
+_PlainLoader.yaml_constructors = {
+    tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag not in _NOT_PLAIN
+}
+_PlainLoader.yaml_implicit_resolvers = {
+    sign: [(tag, pattern) for tag, pattern in known if tag != _TIMESTAMP]
+    for sign, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _size(value: Any, known: dict[int, int]) -> int:
     """How many values a document holds, those that are named again counted again."""
-    if not isinstance(value, (dict, list)):
+    if not isinstance(value, (dict, list, tuple, set)):
         return 1
     if id(value) not in known:
         items = value.values() if isinstance(value, dict) else value

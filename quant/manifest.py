@@ -11,9 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from quant.archive import file_sha256, staged
+from quant.document import MOST_JSON, read_bounded
 from quant.errors import InputError
 from quant.stage import file_digests
 
@@ -111,8 +112,8 @@ def load_manifest(folder: Path) -> Manifest:
     """
     file = folder / MANIFEST_FILE
     try:
-        return Manifest.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        return Manifest.model_validate_json(read_bounded(file, MOST_JSON))
+    except (OSError, ValueError) as error:
         raise InputError(f"{file}: not a manifest of this program; delete the folder and run `quant run`") from error
 
 

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from quant.document import DocumentError, parse_yaml
+from quant.document import MOST_YAML, DocumentError, parse_yaml, read_bounded
 from quant.errors import InputError
 from quant.target import TARGETS, ActivationType, EqualizationScope, Placement, TargetName
 
@@ -418,7 +418,7 @@ def _merged(path: Path) -> dict[str, Any]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        document = parse_yaml(path.read_text(encoding="utf-8"))
+        document = parse_yaml(read_bounded(path, MOST_YAML).decode("utf-8"))
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())
         raise RecipeError([RecipeProblem(path.name, "(file)", "unreadable", line)]) from error
@@ -514,7 +514,7 @@ def _misfits(recipe: Recipe) -> Iterator[Misfit]:
 
 
 def _not_json(key: str, value: Any) -> Iterator[Misfit]:
-    """YAML knows values that JSON does not: 2024-01-01 is a date, .inf is infinity, a key may be a number."""
+    """YAML knows values that JSON does not: .inf is infinity, a key may be a number."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from _not_json(f"{key}.{name}", item)

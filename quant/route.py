@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quant.document import parse_json
+from quant.document import MOST_JSON, parse_json, read_bounded
 from quant.lowering import unknown_kinds
 from quant.recipe import Recipe, TargetChoice
 from quant.source import local_format, local_program, local_source, without_places
@@ -57,7 +57,7 @@ def _bridge(recipe: Recipe) -> str:
     if model is None:
         return f"{_BRIDGE}, if it knows all operators: that shows when the model is here"
     try:
-        unknown = unknown_kinds(parse_json(model.read_bytes()))
+        unknown = unknown_kinds(parse_json(read_bounded(model, MOST_JSON)))
     except (OSError, ValueError, LookupError, TypeError):
         return f"none: {model.name} is damaged, or no PIR program"
     if unknown:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from quant.archive import Progress, file_sha256, install, install_files
-from quant.document import parse_json, parse_yaml
+from quant.document import MOST_JSON, MOST_YAML, parse_json, parse_yaml, read_bounded
 from quant.errors import InputError, Unavailable
 from quant.pir import all_kinds, check_pir, parameter_shapes
 from quant.recipe import Archive, PackageFile, Recipe
@@ -172,7 +172,7 @@ def is_twin(recipe: Recipe, model_dir: Path | None) -> bool:
     """Whether the model that lies on this machine is a twin; False where none can be read, which `read_model` says."""
     folder = model_dir or _local_dir(recipe)
     try:
-        document = parse_yaml((folder / "inference.yml").read_text(encoding="utf-8")) if folder else None
+        document = _read_yaml(folder / "inference.yml") if folder else None
     except (OSError, ValueError):
         return False
     section = document.get("Global") if isinstance(document, dict) else None
@@ -346,7 +346,7 @@ def _inference_yml(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return _described(recipe)
     try:
-        document = parse_yaml(path.read_text(encoding="utf-8"))
+        document = _read_yaml(path)
     except ValueError as error:
         raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     parts = _DETECTOR_PARTS if recipe.task == "layout_detection" else _PARTS
@@ -358,6 +358,10 @@ def _inference_yml(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if recipe.task == "text_recognition" and not document["PostProcess"].get("character_dict"):
         raise InputError(f"{path} lists no characters: PostProcess.character_dict is missing")
     return document
+
+
+def _read_yaml(path: Path) -> Any:
+    return parse_yaml(read_bounded(path, MOST_YAML).decode("utf-8"))
 
 
 def _described(recipe: Recipe) -> dict[str, Any]:
@@ -386,7 +390,7 @@ def _check_content(model: Path, params: Path) -> None:
             raise InputError(f"{path} is empty; fetch the model again")
     try:
         if model.suffix == ".json":
-            document = parse_json(model.read_bytes())
+            document = parse_json(read_bounded(model, MOST_JSON))
             check_pir(document)
             shapes, kinds = sorted(parameter_shapes(document).values()), all_kinds(document)
         else:
