@@ -3,7 +3,8 @@
 python benchmarks/fuzz.py [--cases 20000] [--seed 1] [--seconds 1500] [--kinds recipe,archive] [--out results/fuzz.json]
 
 Kinds whose models are parsed in a child take seconds a case, and get a hundredth of the others' share. With the same
-seed and number the cases are the same. Ends with 1 where anything was found.
+seed and number the cases are the same. The seconds are shared out as the cases are; what a kind leaves goes to those
+after it, the slow ones last. Ends with 1 where anything was found, or the time did not suffice for all cases.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import math
 import sys
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,22 +28,35 @@ from subjects import SUBJECTS  # noqa: E402
 def main() -> int:
     arguments = _parsed()
     kinds = arguments.kinds.split(",") if arguments.kinds else list(SUBJECTS)
-    share = arguments.cases / sum(SUBJECTS[kind].share for kind in kinds)
-    found: list[Tried] = []
-    for kind in kinds:
-        count = math.ceil(share * SUBJECTS[kind].share)
-        with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
-            tried = run(kind, arguments.seed, count, arguments.seconds / len(kinds), Path(place))
+    found, short = list[Tried](), dict[str, int]()
+    for asked, tried in _campaign(kinds, arguments.cases, arguments.seconds, arguments.seed):
         found.append(tried)
+        if tried.cases < asked:
+            short[tried.kind] = asked - tried.cases
         print(
-            f"{kind:12} {tried.cases:6} cases: {tried.read} read, {tried.refused} refused, "
+            f"{tried.kind:12} {tried.cases:6} cases: {tried.read} read, {tried.refused} refused, "
             f"{len(tried.findings)} findings, {tried.seconds:.0f} s",
             flush=True,
         )
     cases, findings = sum(tried.cases for tried in found), sum(len(tried.findings) for tried in found)
     print(f"{cases} cases with seed {arguments.seed}, {findings} findings")
     _write(arguments.out, arguments.seed, found)
-    return int(any(tried.findings for tried in found))
+    if short:
+        missing = ", ".join(f"{count} of {kind}" for kind, count in short.items())
+        print(f"fell short: no time for {missing}; give more --seconds")
+    return int(bool(findings or short))
+
+
+def _campaign(kinds: Sequence[str], cases: int, seconds: float, seed: int) -> Iterator[tuple[int, Tried]]:
+    """Each kind with the number of cases that were asked for."""
+    end, rest = time.monotonic() + seconds, sum(SUBJECTS[kind].share for kind in kinds)
+    each = cases / rest
+    for kind in sorted(kinds, key=lambda kind: -SUBJECTS[kind].share):
+        share = SUBJECTS[kind].share
+        count, allowed = math.ceil(each * share), (end - time.monotonic()) * share / rest
+        with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
+            yield count, run(kind, seed, count, allowed, Path(place))
+        rest -= share
 
 
 def _write(file: Path, seed: int, found: list[Tried]) -> None:

@@ -106,12 +106,12 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 def _what_it_is(subject: Subject) -> list[str]:
     manifest, recipe = subject.manifest, subject.manifest.recipe
     facts = {
-        "Task": recipe["task"].replace("_", " "),
+        "Task": plain(recipe["task"].replace("_", " ")),
         "What": plain(recipe["description"]),
         "Made from": plain(manifest.source),
         "Licence of the weights": plain(licence(manifest, subject.twin)),
         "Target": f"{_RUNTIMES[subject.target]} ({target_format(subject.target)} format)",
-        "Run": f"`{manifest.run}` of paddle-quant {__version__}",
+        "Run": f"{plain(manifest.run)} of paddle-quant {__version__}",
     }
     return [*([_TWIN] if subject.twin else []), _bullets(f"{name}: {value}" for name, value in facts.items())]
 
@@ -187,7 +187,7 @@ def _making(subject: Subject) -> list[str]:
     quantized = plan.quantized()
     choice = manifest.recipe["targets"][subject.target]
     facts = [
-        f"Method: {plain(plan.method)}; activations {choice['activations']}, weights int8 per output channel",
+        f"Method: {plain(plan.method)}; activations {plain(choice['activations'])}, weights int8 per output channel",
         f"In INT8: {len(quantized)} of {len(plan.operators)} operators (Conv, ConvTranspose, MatMul)",
         f"Pictures: {len(manifest.calibration_ids)} for calibration, {len(manifest.search_ids)} for the search, "
         f"{len(manifest.report_ids)} for the figures, no picture twice",
@@ -230,7 +230,7 @@ def _hashes(manifest: Manifest, target: TargetName) -> list[str]:
     named += [("the FP32 model", name, sha256) for name, sha256 in manifest.model_sha256.items()]
     named += [("the recipe", manifest.model, manifest.recipe_sha256)]
     named += [("this program", "its source", manifest.code_sha256)]
-    files = [[of, plain(name), f"`{sha256}`"] for of, name, sha256 in named]
+    files = [[of, plain(name), plain(sha256)] for of, name, sha256 in named]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()))
     return [markdown_table(["Of", "File", "sha256"], files), f"Versions: {plain(versions)}."]
 

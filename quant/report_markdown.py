@@ -17,14 +17,14 @@ def report_markdown(models: Sequence[ModelReport]) -> str:
     parts = ["# INT8 report", "## FP32 against INT8", _markdown(diff_table(models))]
     for model in models:
         manifest = model.manifest
-        parts += [f"## {plain(model.title)}", f"Run {manifest.run}, made from {plain(manifest.source)}."]
+        parts += [f"## {plain(model.title)}", f"Run {plain(manifest.run)}, made from {plain(manifest.source)}."]
         for target in model.targets:
             parts += _target(target)
     return "\n\n".join(parts) + "\n"
 
 
 def _target(target: TargetReport) -> list[str]:
-    parts = [f"### {target.target}", "Steps of the ladder:", _markdown(ladder_table(target))]
+    parts = [f"### {plain(target.target)}", "Steps of the ladder:", _markdown(ladder_table(target))]
     parts += ["Operators that INT8 hurts most:", _markdown(operator_table(target), _SHOWN_OPERATORS)]
     parts += ["Size by type of operator:", _markdown(size_table(target))]
     exhibits = target.exhibits
@@ -34,7 +34,7 @@ def _target(target: TargetReport) -> list[str]:
     parts.append(f"FP32 and INT8 differ on {exhibits.differing} of {exhibits.samples} pictures.")
     if exhibits.rows:
         lines = [
-            [plain(row.dataset), row.id, f"{row.fp32:.1f}", f"{row.int8:.1f}"]
+            [plain(row.dataset), plain(row.id), f"{row.fp32:.1f}", f"{row.int8:.1f}"]
             for row in exhibits.rows[:_SHOWN_PICTURES]
         ]
         parts.append(markdown_table(["Data set", "Picture", "FP32", "INT8"], lines))

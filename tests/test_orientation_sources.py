@@ -92,7 +92,7 @@ def test_two_sets_under_one_name(host: OfficialHost, files: dict[str, bytes], tm
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     assert resolve_model(recipe_of(new, old), tmp_path).source == f"--model-dir ({tmp_path.name}), the old set"
-    assert resolve_model(recipe_of(new), tmp_path).source == f"--model-dir {tmp_path}"
+    assert resolve_model(recipe_of(new), tmp_path).source == f"--model-dir ({tmp_path.name})"
     assert install_model(recipe_of(new)).source == f"the official archive {host.url}/new.tar, the new set"
 
 

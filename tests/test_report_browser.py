@@ -86,6 +86,7 @@ def test_it_sorts(opened: Any) -> None:
     assert cells(opened, 3)[-1] == "-", "what has no number stands last"
     click(opened, "Pictures")
     assert [int(text) for text in cells(opened, 3) if text != "-"] == sorted(numbers, reverse=True)
+    assert cells(opened, 3)[-1] == "-", "downwards too"
     click(opened, "Target")
     assert cells(opened, 1) == sorted(cells(opened, 1))
     sorted_by = opened.execute_script("return [...document.querySelectorAll('[aria-sort]')].map((e) => e.textContent)")

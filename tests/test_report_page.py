@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tiny_run import TinyRun
 from eval.exhibits import load_exhibits
 from quant import report_page
 from quant.advice import OperatorImpact
+from quant.card import plain
 from quant.charts import Dot, histogram, scatter
 from quant.cli import _guarded
 from quant.errors import InputError
@@ -57,9 +59,25 @@ def hostile(tiny: TinyRun, tmp_path: Path) -> Path:
         document = json.loads((folder / name).read_text(encoding="utf-8"))
         for place in document["rows"] if name == "metrics.json" else [document]:
             place["model"] = HOSTILE
+        if name == "metrics.json":
+            for row in document["rows"]:
+                row["dataset"] = row.get("dataset") and f"{HOSTILE} set"
         if name == "manifest.json":
+            document["run"] = f"{HOSTILE} run"
+            for rung in chain.from_iterable(document["ladder"].values()):
+                rung["name"] = f"{HOSTILE} rung"
             document["source"] = document["processor"]["name"] = f'"><img src=x onerror=hack()>{HOSTILE}'
         (folder / name).write_text(json.dumps(document), encoding="utf-8")
+    for file in folder.glob("plans/*/plan.json"):
+        plan = json.loads(file.read_text(encoding="utf-8"))
+        for operator in plan["operators"]:
+            operator["name"] = f"{HOSTILE} {operator['name']}"
+        file.write_text(json.dumps(plan), encoding="utf-8")
+    file = folder / EXHIBITS / "onnxruntime" / "exhibits.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    for shown in (*record["rows"], *record["exhibits"]):
+        shown["id"], shown["dataset"] = f"{HOSTILE} id", f"{HOSTILE} from"
+    file.write_text(json.dumps(record), encoding="utf-8")
     return folder
 
 
@@ -229,7 +247,12 @@ def test_a_misshapen_manifest_is_named(tiny: TinyRun, tmp_path: Path, changes: d
 
 def test_hostile_markdown_makes_no_markup(hostile: Path, tmp_path: Path) -> None:
     written = write_report(hostile.parents[1], [], tmp_path / "to")
-    assert "<script" not in written.markdown.read_text(encoding="utf-8")
+    text = written.markdown.read_text(encoding="utf-8")
+    assert "<script" not in text
+    for name in ("set", "run", "rung", "id", "from"):
+        assert plain(f"{HOSTILE} {name}") in text
+    (operator, *_) = read_run(hostile).targets[0].plan.operators
+    assert plain(operator.name) in text
 
 
 def test_tables_are_read_as_spans_alone() -> None:

@@ -4,11 +4,12 @@ const key = (row, column) => {
   const cell = row.cells[column];
   return "value" in cell.dataset ? Number(cell.dataset.value) : null;
 };
-const compare = (first, second, column) => {
+// Rows without a number stand last, upwards and downwards.
+const compare = (first, second, column, sign) => {
   const [a, b] = [key(first, column), key(second, column)];
-  if (a !== null && b !== null) return a - b;
+  if (a !== null && b !== null) return sign * (a - b);
   if (a !== null || b !== null) return a === null ? 1 : -1;
-  return first.cells[column].textContent.localeCompare(second.cells[column].textContent);
+  return sign * first.cells[column].textContent.localeCompare(second.cells[column].textContent);
 };
 for (const table of document.querySelectorAll("table.sortable")) {
   const headings = [...table.tHead.rows[0].cells];
@@ -16,7 +17,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     const down = heading.getAttribute("aria-sort") === "ascending";
     headings.forEach((other) => other.removeAttribute("aria-sort"));
     heading.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const rows = [...table.tBodies[0].rows].sort((a, b) => (down ? -1 : 1) * compare(a, b, column));
+    const rows = [...table.tBodies[0].rows].sort((a, b) => compare(a, b, column, down ? -1 : 1));
     table.tBodies[0].append(...rows);
   }));
 }

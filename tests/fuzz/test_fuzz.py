@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,31 @@ def test_what_must_not_be_is_found(misdeed: str, tmp_path: Path) -> None:
     )
     for outcome, what in json.loads(ended.stdout):
         assert (outcome, MISDEEDS[misdeed][1] in what) == ("finding", True), what
+
+
+@pytest.mark.parametrize(("done", "code"), [(1.0, 0), (0.5, 1)])
+def test_seconds_follow_the_shares_and_missing_cases_are_told(
+    done: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("whole_campaign", campaign.ROOT / "benchmarks" / "fuzz.py")
+    assert spec and spec.loader
+    spec.loader.exec_module(whole := importlib.util.module_from_spec(spec))
+    allowed: dict[str, float] = {}
+
+    def run_at_once(kind: str, seed: int, count: int, seconds: float, place: Path) -> campaign.Tried:
+        allowed[kind] = seconds
+        return campaign.Tried(kind, int(done * count), 0, int(done * count), 0.0, [])
+
+    monkeypatch.setattr(whole, "run", run_at_once)
+    kinds, out = "onnx,recipe,archive", str(tmp_path / "fuzz.json")
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", "--kinds", kinds, "--cases", "1110", "--seconds", "111", "--out", out])
+    assert whole.main() == code
+    assert list(allowed) == ["archive", "recipe", "onnx"]
+    assert allowed["archive"] == pytest.approx(100, rel=0.01), "shares are 1, 0.1 and 0.01"
+    assert allowed["onnx"] == pytest.approx(111, rel=0.01), "what others leave"
+    said = capsys.readouterr().out
+    told = re.search(r"fell short: no time for 50\d of archive, 5\d of recipe, \d of onnx; give more --seconds", said)
+    assert bool(told) == bool(code), said
 
 
 def test_a_worker_that_crashes_is_named(tmp_path: Path) -> None:
