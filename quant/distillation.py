@@ -75,6 +75,7 @@ def loss(sought: Sequence[Aim], found: Mapping[str, Value], exact: Sequence[Arra
 
 def _distance(aim: Aim, found: Any, taught: Array) -> Any:
     from paddle.nn import functional
+    from scipy.special import expit
 
     if aim.kind == "plain":
         return relative_square(found, taught)
@@ -82,7 +83,7 @@ def _distance(aim: Aim, found: Any, taught: Array) -> Any:
         labels = _softmax(taught, aim.axis)
         entropy = -float((labels * np.log(labels + _SMALLEST)).sum(aim.axis).mean())
         return -(tensor(labels) * functional.log_softmax(found, aim.axis)).sum(aim.axis).mean() - entropy
-    labels = (1 / (1 + np.exp(-taught.astype(np.float64)))).astype(np.float32)
+    labels = expit(taught.astype(np.float64)).astype(np.float32)
     off = 1 - labels
     entropy = -float((labels * np.log(labels + _SMALLEST) + off * np.log(off + _SMALLEST)).mean())
     return functional.binary_cross_entropy_with_logits(found, tensor(labels)) - entropy
