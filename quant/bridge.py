@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 from quant.archive import file_sha256
 from quant.child import (
     LimitExceeded,
-    answer,
+    answer_job,
     child_command,
     child_environment,
     ending,
@@ -29,6 +28,7 @@ from quant.child import (
     raise_answer,
     run_child,
 )
+from quant.conversion import load_feeds, save_feeds
 from quant.document import MOST_JSON, parse_json, read_bounded
 from quant.errors import InputError, Unavailable
 from quant.lowering import Lowering
@@ -70,9 +70,7 @@ def bridge(files: ModelFiles, feeds: list[Feed], folder: Path, threads: int = 1)
         InputError: a limit was exceeded.
         OSError: the disk is full, or cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, feed in enumerate(feeds):
-        np.savez(folder / f"feed{index}.npz", **feed)
+    save_feeds(folder, feeds)
     job: dict[str, Any] = {
         "model": str(files.model),
         "params": str(files.params),
@@ -141,10 +139,7 @@ def _load_weights(paddle: Any, program: Any, names: list[str], file: str) -> Non
 
 def _largest_difference(job: dict[str, Any], folder: Path) -> float:
     """Run both programs on all feeds, operator by operator as written."""
-    feeds = []
-    for index in range(job["feeds"]):
-        with np.load(folder / f"feed{index}.npz", allow_pickle=False) as stored:
-            feeds.append({name: stored[name] for name in stored.files})
+    feeds = load_feeds(folder, job["feeds"])
     expected = _outputs(job["model"], job["params"], feeds, job["threads"])
     found = _outputs(str(folder / MODEL_FILE), str(folder / PARAMS_FILE), feeds, job["threads"])
     worst = 0.0
@@ -176,5 +171,4 @@ def _outputs(model: str, params: str, feeds: list[Feed], threads: int) -> list[n
 
 
 if __name__ == "__main__":
-    _job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    answer(Path(_job["folder"]), lambda: _child(_job))
+    answer_job(_child)

@@ -94,7 +94,7 @@ def run_child(command: Sequence[str], log: Path, environment: Mapping[str, str],
 
 
 def ask(module: str, job: Mapping[str, Any], folder: Path, limits: Limits, subject: str, **variables: str) -> None:
-    """Have a module do a job: `python -m MODULE FOLDER/job.json`, whose main calls `answer`.
+    """Have a module do a job: `python -m MODULE FOLDER/job.json`, whose main calls `answer_job`.
 
     Args:
         folder: receives `job.json`, `child.log` and the results.
@@ -150,6 +150,12 @@ def answer(folder: Path, work: Callable[[], object]) -> None:
     else:
         return
     sys.exit(INPUT_ERROR)
+
+
+def answer_job(work: Callable[[dict[str, Any]], object]) -> None:
+    """The main of a module whose first argument is its job, a JSON file that names the `folder` to answer in."""
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    answer(Path(job["folder"]), lambda: work(job))
 
 
 def follow_parent() -> None:

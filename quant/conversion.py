@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 
 from quant.child import (
     LimitExceeded,
-    answer,
+    answer_job,
     child_command,
     child_environment,
     ending,
@@ -120,6 +119,15 @@ def save_feeds(folder: Path, feeds: list[Feed], stem: str = "feed") -> None:
         (folder / f"{stem}{index}.npz").write_bytes(content.getvalue())
 
 
+def load_feeds(folder: Path, count: int, stem: str = "feed") -> list[Feed]:
+    """Read what `save_feeds` wrote."""
+    feeds = []
+    for index in range(count):
+        with np.load(folder / f"{stem}{index}.npz", allow_pickle=False) as stored:
+            feeds.append({name: stored[name] for name in stored.files})
+    return feeds
+
+
 def _load_arrays(file: Path) -> list[np.ndarray]:
     with np.load(file, allow_pickle=False) as stored:
         return [stored[name] for name in stored.files]
@@ -127,10 +135,7 @@ def _load_arrays(file: Path) -> list[np.ndarray]:
 
 def _child(job: dict[str, Any]) -> None:
     folder = Path(job["folder"])
-    feeds = []
-    for index in range(job["feeds"]):
-        with np.load(folder / f"feed{index}.npz", allow_pickle=False) as stored:
-            feeds.append({name: stored[name] for name in stored.files})
+    feeds = load_feeds(folder, job["feeds"])
     if job["kind"] == "trace":
         trace = _trace_pir if job["model"].endswith(".json") else _trace
         trace(job["model"], job["params"], feeds[0], folder)
@@ -206,5 +211,4 @@ def _trace_pir(model: str, params: str, feed: Feed, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    answer(Path(_job["folder"]), lambda: _child(_job))
+    answer_job(_child)

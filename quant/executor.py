@@ -133,12 +133,11 @@ def run_locally(jobs: Sequence[ModelJob], results: Path, count: int | None) -> F
 def run_on_ray(jobs: Sequence[ModelJob], results: Path, address: str | None) -> Finished:
     """Do all jobs on the nodes of a Ray cluster; each is given as its runs have arrived.
 
-    Models and data have to be found on every node as they are here: by the same paths, or in its own cache.
+    Models and data have to be found on every node as they are here: by the same paths, or in its own cache. A node that
+    is lost, cannot do a job, or sends something else than it should, fails that job alone.
 
     Args:
         address: of the cluster; None: RAY_ADDRESS, else a new one on this machine.
-
-    A node that is lost, cannot do a job, or sends something else than it should, fails that job alone.
 
     Raises:
         Unavailable: Ray is not installed, or no cluster answers.

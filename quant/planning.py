@@ -236,7 +236,7 @@ def full_stage(job: Job, choice: TargetChoice) -> Path:
         if recipe.calibration.range == "per_tensor" and choice.method == "ptq":
             plan = _with_best_ranges(job, equalized, plan, choice)
         if recipe.calibration.bias_correction == "fast":
-            plan.bias_shifts = _fast_biases(job, equalized, plan)
+            plan.bias_shifts = _fast_biases(job, equalized, plan, None)
         _with_full_biases(job, graph, plan).save(folder)
 
     return job.store.result("full", key, build)
@@ -251,16 +251,15 @@ def alone_stage(job: Job, choice: TargetChoice) -> Path:
     def build(folder: Path) -> None:
         plan = load_plan(everything)
         graph = equalize(prepared_graph(job), plan.equalizers, plan.equalizers)
-        plan.bias_shifts = _fast_biases(job, graph, plan)
+        plan.bias_shifts = _fast_biases(job, graph, plan, job.recipe.calibration.bias_samples)
         plan.save(folder)
 
     samples = sample_ids(job.selection.calibration)[: job.recipe.calibration.bias_samples]
     return job.store.result("alone", {**job.key, "plan": file_digests(everything), "samples": samples}, build)
 
 
-def _fast_biases(job: Job, equalized: Graph, plan: QuantPlan) -> dict[str, np.ndarray]:
+def _fast_biases(job: Job, equalized: Graph, plan: QuantPlan, limit: int | None) -> dict[str, np.ndarray]:
     """Corrections of each convolution for its own rounding, as if it alone were in INT8."""
-    limit = job.recipe.calibration.bias_samples if job.recipe.calibration.bias_correction == "full" else None
     feeds = calibration_feeds(job, "correcting biases", limit)
     return correct_biases(equalized, plan, feeds, job.options.threads)
 

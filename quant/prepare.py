@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,9 +13,9 @@ import numpy as np
 import onnx
 
 from quant.bridge import NotCarried, bridge
-from quant.child import answer, ask, model_limits
+from quant.child import answer_job, ask, model_limits
 from quant.comparison import largest_difference
-from quant.conversion import ANCHORS, Imported, import_model, save_feeds, trace_anchors
+from quant.conversion import ANCHORS, Imported, import_model, load_feeds, save_feeds, trace_anchors
 from quant.errors import InputError
 from quant.fold import fold
 from quant.graph import Graph
@@ -99,11 +98,7 @@ def prepare_apart(files: ModelFiles, feeds: list[Feed], tolerance: float, thread
 def _child(job: dict[str, Any]) -> None:
     folder, model = Path(job["folder"]), Path(job["model"])
     files = ModelFiles(model.parent, job["format"], model, Path(job["params"]), {}, "", job["sha256"])
-    feeds = []
-    for index in range(job["feeds"]):
-        with np.load(folder / f"{_FEED}{index}.npz", allow_pickle=False) as stored:
-            feeds.append({name: stored[name] for name in stored.files})
-    prepare(files, feeds, job["tolerance"], job["threads"], folder)
+    prepare(files, load_feeds(folder, job["feeds"], _FEED), job["tolerance"], job["threads"], folder)
 
 
 def old_ir_form(folder: Path) -> Path | None:
@@ -244,5 +239,4 @@ def _scaled(tolerance: float, values: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    _job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    answer(Path(_job["folder"]), lambda: _child(_job))
+    answer_job(_child)

@@ -114,8 +114,8 @@ def _measured(
         return []
     bench, copies = _Bench.of(graph, plan, trials[0])
     first = bench.graph.constants
-    settings: list[Feed] = []
-    for tried in trials:
+    settings: list[Feed] = [{}]
+    for tried in trials[1:]:
         constants = _Bench.of(graph, plan, tried)[0].graph.constants
         settings.append({key: v for key, v in constants.items() if not np.array_equal(v, first[key])})
     sums = bench.measure(feeds, settings, threads) if bench.distances else [{} for _ in trials]
