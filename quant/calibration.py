@@ -20,12 +20,20 @@ from quant.observer import HALF_BINS, MOMENTUM, Histogram, MovingRange
 from quant.plan import QUANTIZABLE
 from quant.runtime import Feed, onnx_session
 
+COUNTED = 2**23
+"""Values of a tensor that its histogram counts, about, evenly over all pictures: counting all takes longest of all."""
+
 Statistics = dict[str, Histogram]
 Shape = tuple[int, ...]
 
 
 def collect_statistics(
-    graph: Graph, tensors: Sequence[str], feeds: Iterable[Feed], threads: int, momentum: float = MOMENTUM
+    graph: Graph,
+    tensors: Sequence[str],
+    feeds: Iterable[Feed],
+    threads: int,
+    momentum: float = MOMENTUM,
+    pictures: int = 1,
 ) -> Statistics:
     """Histograms of the named tensors over all feeds.
 
@@ -34,6 +42,7 @@ def collect_statistics(
         tensors: names of graph inputs or intermediate tensors, those inside of loops too (all steps count).
         feeds: input name -> array, one picture each; their order matters to the moving average alone.
         momentum: of the moving average of the extremes, 0..1.
+        pictures: how many feeds there are, about: of many each is counted in part.
 
     Raises:
         InputError: there was no feed, or a tensor held NaN or infinity.
@@ -44,8 +53,9 @@ def collect_statistics(
     count = 0
     for count, feed in enumerate(feeds, start=1):
         for name, values in zip(tensors, session.run(feed, places), strict=True):
+            step = values.size * pictures // COUNTED | 1  # odd: columns of feature maps are even in number, mostly
             try:
-                statistics[name].update(values)
+                statistics[name].update(values, step)
             except ValueError as error:
                 place = f"calibration picture {count}, tensor '{name}'"
                 raise InputError(f"{place}: {error}; the model is damaged") from error

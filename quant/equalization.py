@@ -50,8 +50,8 @@ class _Reach:
     high: np.ndarray
 
     def update(self, low: np.ndarray, high: np.ndarray) -> None:
-        """Take in one picture."""
-        self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
+        """Take in those of some pictures, float32[N, C]."""
+        self.low, self.high = np.minimum(self.low, low.min(axis=0)), np.maximum(self.high, high.max(axis=0))
 
 
 def make_equalizers(
@@ -193,14 +193,14 @@ def _channel_reaches(graph: Graph, tensors: list[str], feeds: Iterable[Feed], th
     bench = graph.copy()
     for name, (low, high) in zip(tensors, extremes, strict=True):
         for kind, output in (("ReduceMin", low), ("ReduceMax", high)):
-            bench.nodes.append(helper.make_node(kind, [name], [output], name=output, axes=[0, 2, 3], keepdims=0))
+            bench.nodes.append(helper.make_node(kind, [name], [output], name=output, axes=[2, 3], keepdims=0))
     wanted = [name for pair in extremes for name in pair]
     session = onnx_session(bench.to_model(wanted), threads)
     reaches: dict[str, _Reach] = {}
     for feed in feeds:
         found = dict(zip(wanted, session.run(feed, wanted), strict=True))
         for name, (low, high) in zip(tensors, extremes, strict=True):
-            reaches.setdefault(name, _Reach(found[low], found[high])).update(found[low], found[high])
+            reaches.setdefault(name, _Reach(found[low][0], found[high][0])).update(found[low], found[high])
     if not reaches:
         raise InputError("no calibration picture can be read; give another set with --data")
     return reaches

@@ -382,7 +382,8 @@ def _calibrated(job: Job, graph: Graph, tensors: list[str], choice: TargetChoice
 
     def build(folder: Path) -> None:
         feeds = calibration_feeds(job, "calibrating")
-        save_statistics(collect_statistics(graph, tensors, feeds, threads, momentum), folder / "statistics.npz")
+        statistics = collect_statistics(graph, tensors, feeds, threads, momentum, len(job.selection.calibration))
+        save_statistics(statistics, folder / "statistics.npz")
 
     key = {
         **job.key,

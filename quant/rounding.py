@@ -18,7 +18,7 @@ from quant.graph import Graph, attribute
 from quant.plan import FULL_WEIGHTS, IntegerWeight, Operator, QuantPlan
 from quant.runtime import Feed, onnx_session
 
-POSITIONS = 256
+POSITIONS = 128
 """Output positions of a picture that are looked at, at most."""
 
 LARGEST = 2304
@@ -32,31 +32,45 @@ _DAMPING = 1e-3  # of the mean variance: keeps the inverse finite for inputs tha
 
 @dataclass
 class Moments:
-    """Streaming mean and second moment of the inputs of an operator, of each of its groups.
+    """Streaming mean and second moment of the inputs of an operator, of each of its groups, around an origin.
+
+    A channel may vary by far less than its mean; beside its first mean float32 products are exact enough, and they
+    take half of the time.
 
     Attributes:
+        origin: float32[groups, inputs], the mean over the first picture.
         count: positions seen.
         total: float64[groups, inputs].
         square: float64[groups, inputs, inputs].
     """
 
+    origin: np.ndarray
     count: int
     total: np.ndarray
     square: np.ndarray
 
+    @classmethod
+    def of(cls, patches: np.ndarray) -> Moments:
+        """Those of the first picture, float32[groups, positions, inputs]."""
+        groups, _, inputs = patches.shape
+        found = cls(patches.mean(axis=1), 0, np.zeros((groups, inputs)), np.zeros((groups, inputs, inputs)))
+        found.update(patches)
+        return found
+
     def update(self, patches: np.ndarray) -> None:
         """Take in float32[groups, positions, inputs]."""
-        self.count += patches.shape[1]
-        self.total += patches.sum(axis=1, dtype=np.float64)
-        exact = patches.astype(np.float64)  # a channel may vary by far less than its mean
-        self.square += np.matmul(exact.transpose(0, 2, 1), exact)
+        moved = patches - self.origin[:, None, :]
+        self.count += moved.shape[1]
+        self.total += moved.sum(axis=1)
+        self.square += np.matmul(moved.transpose(0, 2, 1), moved)
 
     def covariance(self) -> np.ndarray:
         mean = self.total / self.count
         return self.square / self.count - mean[:, :, None] * mean[:, None, :]
 
     def second_moment(self) -> np.ndarray:
-        return self.square / self.count
+        mean = self.total / self.count + self.origin
+        return self.covariance() + mean[:, :, None] * mean[:, None, :]
 
 
 def collect_moments(
@@ -81,10 +95,10 @@ def collect_moments(
         arrays = feed | dict(zip(inner, session.run(feed, inner), strict=True))
         for node in chosen:
             patches = _patches(graph, node, arrays[node.input[0]], rng)
-            if node.output[0] not in moments:
-                groups, _, inputs = patches.shape
-                moments[node.output[0]] = Moments(0, np.zeros((groups, inputs)), np.zeros((groups, inputs, inputs)))
-            moments[node.output[0]].update(patches)
+            if node.output[0] in moments:
+                moments[node.output[0]].update(patches)
+            else:
+                moments[node.output[0]] = Moments.of(patches)
     return moments
 
 

@@ -73,6 +73,15 @@ def test_growth_loses_no_value_and_takes_no_memory() -> None:
     assert histogram.maximum == np.float32(1e29) <= histogram.limit
 
 
+def test_a_step_counts_a_part_and_sees_every_extreme() -> None:
+    values = np.arange(1, 100, dtype=np.float32)
+    histogram = Histogram()
+    histogram.update(values, step=7)
+    assert histogram.counts.sum() == len(values[::7])
+    assert (histogram.minimum, histogram.maximum) == (1, 99)
+    np.testing.assert_array_equal(histogram.counts, histogram_of(values[::7]).counts)
+
+
 def test_any_shape_is_counted_and_a_sum_of_zeros_too() -> None:
     histogram = histogram_of(np.zeros((2, 3, 4)))
     assert histogram.counts.sum() == 24

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import TinyNet, run, small_detector, small_recognizer
 
+from quant import calibration
 from quant.calibration import collect_statistics, count_work, load_statistics, save_statistics
 from quant.errors import InputError
 from quant.observer import MinMax
@@ -303,6 +304,15 @@ def test_statistics_hold_what_the_tensors_held_and_survive_the_disk(tmp_path: Pa
             histogram.maximum,
         )
         assert read[name].average == histogram.average
+
+
+def test_of_many_pictures_each_is_counted_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "COUNTED", 1000)
+    net = small_detector()
+    feeds = [net.feed(seed) for seed in range(3)]
+    statistics = collect_statistics(net.graph(), ["x"], iter(feeds), 1, pictures=3)["x"]
+    assert 1000 / 2 < statistics.counts.sum() <= 1000
+    assert statistics.maximum == max(feed["x"].max() for feed in feeds)
 
 
 def _extremes(values: np.ndarray[Any, Any]) -> tuple[float, float]:

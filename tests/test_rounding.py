@@ -98,12 +98,19 @@ def test_two_inputs_that_move_together_find_the_best_pair() -> None:
 
 def test_moments_by_the_definition() -> None:
     patches = np.random.default_rng(1).standard_normal((3, 40, 4)).astype(np.float32) + 2
-    moments = Moments(0, np.zeros((3, 4)), np.zeros((3, 4, 4)))
-    moments.update(patches[:, :25])
+    moments = Moments.of(patches[:, :25])
     moments.update(patches[:, 25:])
     for group in range(3):
         np.testing.assert_allclose(moments.covariance()[group], np.cov(patches[group].T, bias=True), rtol=1e-4)
         np.testing.assert_allclose(moments.second_moment()[group], patches[group].T @ patches[group] / 40, rtol=1e-4)
+
+
+def test_small_movements_far_from_zero_are_not_lost() -> None:
+    moved = np.random.default_rng(2).standard_normal((1, 60, 3))
+    patches = (1000 + 0.1 * moved).astype(np.float32)
+    moments = Moments.of(patches[:, :30])
+    moments.update(patches[:, 30:])
+    np.testing.assert_allclose(moments.covariance()[0], np.cov(patches[0].T.astype(np.float64), bias=True), rtol=1e-3)
 
 
 def test_patches_are_what_the_operator_reads() -> None:
