@@ -4,10 +4,12 @@
 
 Everything up to the plan in INT8 is run (equalizing, histograms, rounding, ranges, biases) in a process of its own.
 A set with fewer pictures is gone through several times. Import, folding and making data come before and do not count.
+Numbers go to `results/calibration-memory.json` and, as a table, to `results/calibration-memory.md`.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import time
@@ -23,16 +25,39 @@ import psutil
 if TYPE_CHECKING:
     from quant.job import Job
 
+RESULTS = Path(__file__).parents[1] / "results" / "calibration-memory.json"
 PICTURES = (32, 1024)
 POLL_SECONDS = 0.05
 
 
-def main(model: str, target: str, counts: list[int]) -> None:
+def main(model: str, target: str, counts: list[int]) -> int:
+    rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory() as place:
         watched(prepare, (model, place))
         for count in counts:
             gigabytes, seconds, code = watched(calibrate, (model, target, count, place))
             print(f"{model} {target}, {count} pictures: {gigabytes:.2f} GB, {seconds:.0f} s, exit {code}", flush=True)
+            if code:
+                return 1
+            row = {"model": model, "target": target, "pictures": count}
+            rows[f"{model} {target} {count}"] = {**row, "peak_gb": round(gigabytes, 2), "seconds": round(seconds)}
+    RESULTS.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    RESULTS.with_suffix(".md").write_text(table(list(rows.values())), encoding="utf-8")
+    return 0
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "# Memory while calibrating",
+        "",
+        "Written by `benchmarks/calibration_memory.py`: peak of the process from equalizing to the plan in INT8.",
+        "",
+        "| Model | Target | Pictures | Peak, GB | Seconds |",
+        "|---|---|---|---|---|",
+    ]
+    ordered = sorted(rows, key=lambda row: (row["model"], row["target"], row["pictures"]))
+    lines += [f"| {' | '.join(str(value) for value in row.values())} |" for row in ordered]
+    return "\n".join(lines) + "\n"
 
 
 def watched(work: Callable[..., None], arguments: tuple[Any, ...]) -> tuple[float, float, int | None]:
@@ -80,4 +105,4 @@ def job_of(model: str, place: str) -> Job:
 
 if __name__ == "__main__":
     model, target, *counts = sys.argv[1:] if len(sys.argv) > 2 else [sys.argv[1], "openvino"]
-    main(model, target, [int(count) for count in counts] or list(PICTURES))
+    sys.exit(main(model, target, [int(count) for count in counts] or list(PICTURES)))
