@@ -1,8 +1,8 @@
 """The ladder: everything in INT8 first, then the operators that hurt most go back to FP32.
 
-It decides on the search split. Operators go back in the order of squared damage per cost, since errors of operators
-add up in squares. The cost is work, weights, and that each operator in FP32 interrupts the flow of integers: most of
-the damage sits in few cheap convolutions, so much accuracy costs little INT8.
+It decides on the search split. Those operators go back whose squared damages have the largest sum, since errors of
+operators add up in squares, within limits for work, for weights, and for how many interrupt the flow of integers: most
+of the damage sits in few cheap convolutions, so much accuracy costs little INT8.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import Any, Protocol
 from quant.plan import Operator, QuantPlan
 from quant.recipe import Gate, Ladder
 
-INTERRUPTION = 0.002
-"""What an operator in FP32 costs beside its work and weights, as a share of them."""
+_REASON = "it is among those that do most damage on the search split for what they cost in FP32"
 
 NEGLIGIBLE = 1e-4
 """Share of all squared damage below which an operator stays in INT8: FP32 would cost size and gain nothing."""
@@ -163,30 +162,57 @@ def try_plan(name: str, candidate: QuantPlan, reverted: int, ladder: Ladder, gat
 
 
 def revert_to(plan: QuantPlan, min_coverage: float, min_weights: float) -> QuantPlan:
-    """Revert operators, most squared damage per cost first, while enough work and enough weights stay in INT8.
+    """Revert the operators that together do most squared damage, while enough work and enough weights stay in INT8.
 
-    The cost is what INT8 saves on the operator, its shares of all multiply-accumulates and of all weights, and the
-    interruption. Few operators with much damage go, not many with little.
+    A knapsack with three limits: multiply-accumulates, weights, and the number of operators, since each one in FP32
+    interrupts the flow of integers. So few operators with much damage go, not many with little.
     """
-    total = sum(op.macs for op in plan.operators) or 1
-    weights = sum(op.parameters for op in plan.operators) or 1
+    quantized = plan.quantized()
+    damages = {name: (op.damage or 0) ** 2 for name, op in quantized.items()}
+    least = NEGLIGIBLE * sum(damages.values())
+    damaging = [op for name, op in quantized.items() if damages[name] and damages[name] >= least]
+    number = round(_REVERTS * (1 - min_coverage))
+    if not damaging or not number:
+        return plan.with_only(set(quantized), _REASON)
+    macs = _Limit.of(plan.operators, damaging, min_coverage, lambda op: op.macs)
+    parameters = _Limit.of(plan.operators, damaging, min_weights, lambda op: op.parameters)
+    chosen = _most_valuable([damages[op.name] for op in damaging], [macs, parameters], number)
+    return plan.with_only(set(quantized) - {damaging[index].name for index in chosen}, _REASON)
 
-    def rank(op: Operator) -> tuple[float, str]:
-        cost = op.macs / total + op.parameters / weights + INTERRUPTION
-        return -((op.damage or 0) ** 2) / cost, op.name
 
-    kept = set(plan.quantized())
-    work = sum(op.macs for op in plan.quantized().values())
-    size = sum(op.parameters for op in plan.quantized().values())
-    left = round(_REVERTS * (1 - min_coverage))
-    least = NEGLIGIBLE * sum((op.damage or 0) ** 2 for op in plan.quantized().values())
-    damaging = [op for op in plan.quantized().values() if op.damage and op.damage**2 >= least]
-    for op in sorted(damaging, key=rank) if min_coverage < 1 else []:
-        if left and work - op.macs >= min_coverage * total and size - op.parameters >= min_weights * weights:
-            left -= 1
-            kept.discard(op.name)
-            work, size = work - op.macs, size - op.parameters
-    return plan.with_only(kept, "its damage per cost was among the highest on the search split")
+@dataclass(frozen=True)
+class _Limit:
+    """What operators cost, as shares of that of all, and how much may be spent."""
+
+    costs: list[float]
+    spare: float
+
+    @classmethod
+    def of(
+        cls, operators: Sequence[Operator], damaging: Sequence[Operator], floor: float, cost: Callable[[Operator], int]
+    ) -> _Limit:
+        """With a share of the costs of all operators that has to stay in INT8."""
+        total = sum(map(cost, operators)) or 1
+        quantized = sum(cost(op) for op in operators if op.quantized)
+        return cls([cost(op) / total for op in damaging], quantized / total - floor)
+
+
+def _most_valuable(values: Sequence[float], limits: Sequence[_Limit], number: int) -> list[int]:
+    """Indices of at most `number` items with the largest sum of values whose costs keep every limit."""
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    rows = np.array([*(limit.costs for limit in limits), np.ones(len(values))])
+    spare = np.array([*(limit.spare for limit in limits), number])
+    if (spare < 0).any():
+        return []
+    gains = np.array(values) / max(values)
+    found = milp(-gains, constraints=LinearConstraint(rows, ub=spare), integrality=1, bounds=Bounds(0, 1))
+    chosen = np.flatnonzero(found.x > 0.5)
+    # The solver keeps limits to a millionth; floors of coverage are kept exactly.
+    while (rows[:, chosen].sum(axis=1) > spare + 1e-12).any():
+        chosen = np.delete(chosen, np.argmin(gains[chosen]))
+    return [int(index) for index in chosen]
 
 
 def _passes(score: SearchScore, ladder: Ladder, gate: Gate) -> bool:

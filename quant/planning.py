@@ -278,17 +278,12 @@ def _equalizers(job: Job, graph: Graph, choice: TargetChoice) -> dict[str, Equal
 
     def build(folder: Path) -> None:
         chains = find_chains(graph) if choice.placement == "outputs" else []
-        feeds = calibration_feeds(job, "equalizing channels", job.recipe.calibration.rounding_samples)
+        feeds = calibration_feeds(job, "equalizing channels")
         save_equalizers(make_equalizers(graph, choice.equalization, feeds, job.options.threads, chains), folder)
 
     scope = [choice.equalization, choice.placement]
-    key = {**job.key, "samples": sample_ids(_equalizing(job)), "scope": scope}
+    key = {**job.key, "samples": sample_ids(job.selection.calibration), "scope": scope}
     return load_equalizers(job.store.result("equalization", key, build))
-
-
-def _equalizing(job: Job) -> list[Sample]:
-    """The calibration pictures that equalizers are made from."""
-    return job.selection.calibration[: job.recipe.calibration.rounding_samples]
 
 
 def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
@@ -304,7 +299,7 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
             **job.key,
             "slim": recipe.paddleslim.model_dump(),
             "samples": sample_ids(samples),
-            "equalized": [choice.equalization, choice.placement, sample_ids(_equalizing(job))],
+            "equalized": [choice.equalization, choice.placement, sample_ids(job.selection.calibration)],
             "fp32": choice.fp32,
             "policy": [entry.model_dump() for entry in recipe.policy],
         }
@@ -393,7 +388,7 @@ def _calibrated(job: Job, graph: Graph, tensors: list[str], choice: TargetChoice
     key = {
         **job.key,
         "samples": sample_ids(job.selection.calibration),
-        "equalized": [choice.equalization, job.recipe.calibration.rounding_samples],
+        "equalized": choice.equalization,
         "placement": choice.placement,
         "momentum": momentum,
         "tensors": tensors,

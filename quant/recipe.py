@@ -171,9 +171,7 @@ class Calibration(_Part):
     rounding: Literal["nearest", "second_moment"] = Field(
         "second_moment", description="of weights; second_moment minds what the layer's inputs do together"
     )
-    rounding_samples: int = Field(
-        48, ge=1, description="calibration pictures that moments, and factors of equalization, are taken from"
-    )
+    rounding_samples: int = Field(48, ge=1, description="calibration pictures that the moments are taken from")
     bias_correction: BiasCorrection = Field(
         "full", description="of convolutions, on average; fast: as if all before were exact; full: front to back"
     )

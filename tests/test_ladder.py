@@ -75,11 +75,39 @@ def test_the_most_damaging_operators_go_first() -> None:
     assert all("damage" in op.reason for op in plan.operators if not op.quantized)
 
 
-def test_damage_counts_against_work_and_weights() -> None:
-    cheap, dear = operator("cheap", 1, damage=0.1, parameters=1), operator("dear", 99, damage=0.15, parameters=1)
-    assert list(revert_to(plan_with(dear, cheap), 0.005, 0.0).quantized()) == ["dear"]
-    light, heavy = operator("light", 50, damage=0.1, parameters=1), operator("heavy", 50, damage=0.11, parameters=99)
-    assert list(revert_to(plan_with(heavy, light), 0.5, 0.0).quantized()) == ["heavy"]
+def test_two_that_do_more_damage_together_go_before_one_that_does_most() -> None:
+    halves = [operator(name, 5, damage=0.15) for name in ("one", "other")]
+    plan = plan_with(operator("worst", 10, damage=0.2), *halves, operator("body", 80))
+    assert list(revert_to(plan, 0.9, 0.0).quantized()) == ["worst", "body"]
+    heavy = [operator(name, 1, damage=0.15, parameters=5) for name in ("one", "other")]
+    plan = plan_with(operator("worst", 1, damage=0.2, parameters=10), *heavy, operator("body", 80, parameters=80))
+    assert list(revert_to(plan, 0.5, 0.9).quantized()) == ["worst", "body"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 100), st.integers(0, 99), st.integers(1, 99)), min_size=1, max_size=7),
+    st.floats(0.5, 0.95),
+    st.floats(0.5, 0.95),
+)
+def test_no_other_choice_within_the_limits_would_take_away_more_damage(
+    facts: list[tuple[int, int, int]], floor: float, weights_floor: float
+) -> None:
+    plan = plan_with(*(operator(f"op{i}", m, damage=d, parameters=p) for i, (m, d, p) in enumerate(facts)))
+    names = list(plan.quantized())
+    allowed = (
+        left
+        for size in range(len(names) + 1)
+        for gone in itertools.combinations(names, size)
+        if (left := plan.with_only(set(names) - set(gone), "")).coverage() >= floor
+        and share_of_weights(left) >= weights_floor
+        and len(gone) <= round(250 * (1 - floor))
+    )
+    assert remaining(revert_to(plan, floor, weights_floor)) <= min(map(remaining, allowed)) + 1e-3 * remaining(plan)
+
+
+def remaining(plan: QuantPlan) -> float:
+    return sum((op.damage or 0) ** 2 for op in plan.quantized().values())
 
 
 def test_few_operators_are_reverted_for_little_coverage() -> None:
