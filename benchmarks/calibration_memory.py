@@ -56,7 +56,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     ordered = sorted(rows, key=lambda row: (row["model"], row["target"], row["pictures"]))
-    lines += [f"| {' | '.join(str(value) for value in row.values())} |" for row in ordered]
+    keys = ("model", "target", "pictures", "peak_gb", "seconds")
+    lines += [f"| {' | '.join(str(row[key]) for key in keys)} |" for row in ordered]
     return "\n".join(lines) + "\n"
 
 

@@ -59,7 +59,7 @@ def sequential_biases(
     shifts = {}
     values = [dict(feed) for feed in feeds]
     for name, segment in _segments(simulated, names):
-        values = segment.run(values, threads)
+        segment.run(values, threads)
         factor = factors.get(name, np.ones(1, dtype=np.float32))
         found = np.mean([_means(kept[name]) for kept in values], axis=0)
         shift = exact[name] * factor - found
@@ -85,8 +85,8 @@ class _Segment:
     reads: list[str]
     leaves: list[str]
 
-    def run(self, values: Sequence[dict[str, Array]], threads: int) -> list[dict[str, Array]]:
-        """What later nodes read, for each picture; `values` holds what earlier nodes left."""
+    def run(self, values: list[dict[str, Array]], threads: int) -> None:
+        """Put what later nodes read in the place of what earlier nodes left, picture by picture to spare memory."""
         written = {name for node in self.nodes for name in node.output}
         computed = [name for name in self.leaves if name in written]
         inputs = [make_tensor_value_info(n, np_dtype_to_tensor_dtype(values[0][n].dtype), None) for n in self.reads]
@@ -96,11 +96,9 @@ class _Segment:
         model = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)])
         model.ir_version = IR_VERSION
         session = onnx_session(model, threads, integers=False)
-        results = []
-        for kept in values:
+        for index, kept in enumerate(values):
             found = dict(zip(computed, session.run({n: kept[n] for n in self.reads}, computed), strict=True))
-            results.append({name: found[name] if name in found else kept[name] for name in self.leaves})
-        return results
+            values[index] = {name: found[name] if name in found else kept[name] for name in self.leaves}
 
 
 def _channel_means(graph: Graph, names: list[str], feeds: Sequence[Feed], threads: int) -> dict[str, Array]:
