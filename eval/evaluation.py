@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -60,13 +60,13 @@ class Outcomes:
         ids, datasets = ([names[place] for place in places] for names in (self.ids, self.datasets))
         return Outcomes(ids, datasets, self.fp32[chosen], self.int8[chosen], self.broken)
 
-    def save(self, file: Path) -> None:
+    def save(self, file: Path | IO[bytes]) -> None:
         texts = {"ids": self.ids, "datasets": self.datasets, "broken": self.broken}
         arrays = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
         np.savez(file, fp32=self.fp32, int8=self.int8, **arrays)
 
 
-def load_outcomes(file: Path) -> Outcomes:
+def load_outcomes(file: Path | IO[bytes]) -> Outcomes:
     """Read what `Outcomes.save` wrote."""
     with np.load(file, allow_pickle=False) as stored:
         texts = {name: [str(text) for text in stored[name]] for name in ("ids", "datasets", "broken")}

@@ -13,14 +13,14 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from quant import __version__
-from quant.errors import INPUT_ERROR, InputError, Unavailable
+from quant.errors import HANDED_OVER, INPUT_ERROR, HandedOver, InputError, Unavailable
 
 if TYPE_CHECKING:
     from eval.gate import JudgedRow, SkippedRow
@@ -81,6 +81,11 @@ Jobs = Annotated[
 ]
 Executor = Annotated[str, typer.Option("--executor", help="Where several models are worked on: local, or ray.")]
 Address = Annotated[str | None, typer.Option("--address", help="Of the Ray cluster; RAY_ADDRESS by default.")]
+ShardSamples = Annotated[
+    int | None,
+    typer.Option("--shard-samples", min=1, help="Larger evaluations of several models are cut into tasks; 500."),
+]
+Offers = Annotated[Path | None, typer.Option("--offer", hidden=True, help="Folder for evaluations that others judge.")]
 MethodName = Annotated[
     str | None, typer.Option("--method", help="ptq, recon, qat: this alone; auto: trained where PTQ fails.")
 ]
@@ -100,6 +105,8 @@ def _guarded(arguments: list[str]) -> int:
         return result if isinstance(result, int) else 0
     except InputError as error:
         return _failed(str(error), INPUT_ERROR)
+    except HandedOver:
+        return HANDED_OVER
     except _UsageError as error:
         if error.__class__.__name__ == "NoArgsIsHelpError":
             error.show()
@@ -235,6 +242,8 @@ def run(
     jobs: Jobs = "auto",
     executor: Executor = "local",
     address: Address = None,
+    shard_samples: ShardSamples = None,
+    offers: Offers = None,
     method: MethodName = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
@@ -256,7 +265,7 @@ def run(
 
     overrides = [*(overrides or []), *([f"ladder.method={method}"] if method else [])]
     recipes = _recipes(models, everything, overrides, seed, targets, twins)
-    with _working(out, threads, model_dir, data, quiet, as_json) as (options, stdout):
+    with _working(out, threads, model_dir, data, quiet, as_json, offers, shard_samples) as (options, stdout):
 
         def chosen(recipe: Recipe) -> Options:
             return _with_twin(recipe, options, train=True) if twins else options
@@ -265,7 +274,7 @@ def run(
             _print_dry_runs([_run_outline(start(recipe, chosen(recipe))) for recipe in recipes], as_json, stdout)
             return 0
         outcome = _Outcome()
-        work = _Spread("run", executor, jobs, address, threads)
+        work = _Spread("run", executor, jobs, address, threads, shard_samples)
         if work.wanted(recipes):
             common = _arguments(overrides, data, model_dir, targets, seed)
             given = [[name, *common, *(["--twins"] if twins else [])] for name in _asked(models, recipes)]
@@ -296,6 +305,8 @@ def evaluate(
     jobs: Jobs = "auto",
     executor: Executor = "local",
     address: Address = None,
+    shard_samples: ShardSamples = None,
+    offers: Offers = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> int:
@@ -310,12 +321,12 @@ def evaluate(
     from quant.judging import evaluate_model, find_evaluation
 
     recipes = _recipes(models, everything, overrides, seed, targets)
-    with _working(out, threads, model_dir, data, quiet, as_json) as (options, stdout):
+    with _working(out, threads, model_dir, data, quiet, as_json, offers, shard_samples) as (options, stdout):
         if dry_run:
             _print_dry_runs([_eval_outline(find_evaluation(recipe, options)) for recipe in recipes], as_json, stdout)
             return 0
         known = _twin_names() if twins else []
-        work = _Spread("eval", executor, jobs, address, threads)
+        work = _Spread("eval", executor, jobs, address, threads, shard_samples)
         if work.wanted(recipes):
             common, both = _arguments(overrides, data, model_dir, targets, seed), [r.name in known for r in recipes]
             names = zip(_asked(models, recipes), both, strict=True)
@@ -717,8 +728,6 @@ def _with_twin(recipe: Recipe, options: Options, train: bool) -> Options:
     Raises:
         Unavailable: it is not trained yet, and shall not be now.
     """
-    from dataclasses import replace
-
     from quant.twins import find_twin, ready_twin
 
     if options.model_dir is not None:
@@ -731,7 +740,14 @@ def _with_twin(recipe: Recipe, options: Options, train: bool) -> Options:
 
 @contextmanager
 def _working(
-    out: Path | None, threads: int | None, model_dir: Path | None, data: list[str] | None, quiet: bool, as_json: bool
+    out: Path | None,
+    threads: int | None,
+    model_dir: Path | None,
+    data: list[str] | None,
+    quiet: bool,
+    as_json: bool,
+    offers: Path | None = None,
+    shard_samples: int | None = None,
 ) -> Iterator[tuple[Options, Any]]:
     """Options for the pipeline, and the true standard output: libraries print to stderr meanwhile."""
     from quant.job import Options
@@ -740,7 +756,8 @@ def _working(
     os.environ.setdefault("FLAGS_enable_pir_api", "0")  # before any import of paddle
     results = _results_dir(out)
     with _own_stdout(as_json) as stdout, _warnings_shown(), _progress(quiet) as progress:
-        yield Options(results, threads or os.cpu_count() or 1, progress, model_dir, tuple(data or ())), stdout
+        options = Options(results, threads or os.cpu_count() or 1, progress, model_dir, tuple(data or ()))
+        yield replace(options, offers=offers, shard_samples=shard_samples or 0), stdout
 
 
 @contextmanager
@@ -832,14 +849,15 @@ class _Spread:
     jobs: str
     address: str | None
     threads: int | None
+    shard_samples: int | None
 
     def wanted(self, recipes: list[Recipe]) -> bool:
-        """Whether there is more than one place to work at."""
+        """Whether there is more than one place to work at; on a cluster one model has shards."""
         if self.executor not in ("local", "ray"):
             raise InputError(f"--executor {self.executor}: must be local or ray")
         count, cores = self._count(), os.cpu_count() or 1
         at_once = cores // (self.threads or cores) if count is None else count
-        return len(recipes) > 1 and (self.executor == "ray" or at_once > 1)
+        return self.executor == "ray" or (len(recipes) > 1 and at_once > 1)
 
     def finish(
         self,
@@ -851,7 +869,9 @@ class _Spread:
         stdout: Any,
     ) -> int:
         """Have all commands done; print the rows of all, in the order of the models."""
-        from quant.executor import ModelJob, spread
+        from quant.executor import spread
+        from quant.shards import SHARD_SAMPLES
+        from quant.work import ModelJob
 
         cores = os.cpu_count() or 1
         threads = self.threads or (max(1, cores // (self._count() or 1)))
@@ -861,7 +881,8 @@ class _Spread:
         ]
         ended = {}
         options.progress(f"quant {self.action}: models", 0, len(jobs))
-        for job, how in spread(jobs, options.results, self.executor, self._count(), self.address):  # type: ignore[arg-type]
+        where = (self.executor, self._count(), self.address, self.shard_samples or SHARD_SAMPLES)
+        for job, how in spread(jobs, options.results, *where):  # type: ignore[arg-type]
             ended[job] = how
             options.progress(f"quant {self.action}: models", len(ended), len(jobs))
         return self._report(dict(zip(jobs, recipes, strict=True)), ended, options, as_json, stdout)

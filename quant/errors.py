@@ -3,6 +3,9 @@
 INPUT_ERROR = 2
 """Exit code of `InputError`."""
 
+HANDED_OVER = 75
+"""Exit code of a job that has offered its evaluation to others, and waits to be started again (EX_TEMPFAIL)."""
+
 
 class InputError(Exception):
     """Wrong use, or an input that is missing or broken: exit code 2, one sentence, no traceback.
@@ -27,3 +30,7 @@ class Unavailable(InputError):
         super().__init__(f"{reason}. {fix}" if fix else reason)
         self.reason = reason
         self.fix = fix
+
+
+class HandedOver(Exception):
+    """No error: evaluations of many samples were left for others, as it was asked for (see `quant.shards`)."""

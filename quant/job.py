@@ -45,6 +45,8 @@ class Options:
     Attributes:
         data: sets or folders in place of the recipe's sets.
         report_split: whether an evaluation takes the report split of `data`, as a run does, and not all of it.
+        offers, shard_samples: folder in which evaluations of more samples are left for others to judge, if there are
+            others (see `quant.shards`).
     """
 
     results: Path
@@ -53,6 +55,8 @@ class Options:
     model_dir: Path | None = None
     data: tuple[str, ...] = ()
     report_split: bool = False
+    offers: Path | None = None
+    shard_samples: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from eval.evaluation import Outcomes, judged_rows, load_outcomes
 from eval.exhibits import Predict, write_exhibits
 from eval.gate import EvalReport, JudgedRow, SkippedRow, of_twins
 from eval.metric import make_metric
-from quant.errors import InputError, Unavailable
+from quant.errors import HandedOver, InputError, Unavailable
 from quant.execution import executed_coverage
 from quant.job import (
     Job,
@@ -34,12 +35,15 @@ from quant.plan import QuantPlan, load_plan
 from quant.recipe import Recipe, class_labels
 from quant.runtime import model_bytes, open_session, streams
 from quant.selection import Selection, find_datasets, select, unused
+from quant.shards import OUTCOMES, offer
 from quant.shares import Share, judged_in_processes
 from quant.source import cache_dir, is_twin, local_source, resolve_model
 from quant.stage import StageStore
 from quant.target import TARGETS, TargetName
 
 log = logging.getLogger(__name__)
+
+_OUTCOMES = "outcomes"  # stage
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def _evaluated(recipe: Recipe, options: Options) -> list[JudgedRow | SkippedRow]
     except Unavailable as error:
         return [*skipped_rows(recipe, list(recipe.targets), error.reason, error.fix)]
     folder, samples = found.folder, found.job.selection.report
+    offer_evaluations(found.job, {t: folder / t for t in recipe.targets if t in found.manifest.artifacts}, samples)
     rows: list[JudgedRow | SkippedRow] = []
     for target in recipe.targets:
         if target in found.manifest.artifacts:
@@ -144,7 +149,7 @@ def judge_target(
         return [*skipped_rows(recipe, [target], reason, fix)]
     try:
         stored = judged_stage(job, target, plan, artifact, samples)
-        outcomes = load_outcomes(stored / "outcomes.npz")
+        outcomes = load_outcomes(stored / OUTCOMES)
         for sentence in outcomes.broken:
             log.warning("left out: %s", sentence)
         latency, execution = (
@@ -156,28 +161,36 @@ def judge_target(
         return [*skipped_rows(recipe, [target], error.reason, error.fix)]
 
 
+def offer_evaluations(job: Job, artifacts: Mapping[TargetName, Path], samples: Sequence[Sample]) -> None:
+    """Leave evaluations of many samples for others, where that was asked for and they are not judged yet.
+
+    Raises:
+        HandedOver: at least one was left; the job can go on when they are judged.
+    """
+    folder, offered = job.options.offers, False
+    if folder is None or len(samples) <= job.options.shard_samples:
+        return
+    for target, artifact in artifacts.items():
+        stage = job.store.place(_OUTCOMES, _judged_key(job, target, artifact, samples))
+        if TARGETS[target].executed and not stage.is_dir():
+            offer(_share(job, target, artifact, samples), stage, folder)
+            offered = True
+    if offered:
+        raise HandedOver
+
+
 def judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path, samples: Sequence[Sample]) -> Path:
     """Stage: outcomes of every sample, the folder `exhibits`, latencies, and what the runtime executes in integers."""
-    recipe, threads = job.recipe, job.options.threads
-    key = {
-        "artifact": artifact_digests(artifact),
-        "fp32": job.files.sha256,
-        "target": target,
-        "samples": sample_ids(samples),
-        "labels": labels_digest(samples),
-        "metric": recipe.metric,
-        "datasets": [s.dataset for s in samples],
-        "latency": recipe.latency.model_dump(exclude={"shapes"}),
-        "threads": threads,
-        "seed": recipe.seed,
-        "processor": processor(),
-        "versions": versions(),
-    }
+    recipe = job.recipe
+    judged = _judged_key(job, target, artifact, samples)
+
+    def judge_all(folder: Path) -> None:
+        advance = counted(job.options.progress, f"{recipe.name}: evaluating {target}", len(samples))
+        outcomes_of(job, target, artifact, samples, advance).save(folder / OUTCOMES)
 
     def build(folder: Path) -> None:
-        advance = counted(job.options.progress, f"{recipe.name}: evaluating {target}", len(samples))
-        outcomes = outcomes_of(job, target, artifact, samples, advance)
-        outcomes.save(folder / "outcomes.npz")
+        shutil.copyfile(job.store.result(_OUTCOMES, judged, judge_all) / OUTCOMES, folder / OUTCOMES)
+        outcomes = load_outcomes(folder / OUTCOMES)
         classes, metric = class_labels(recipe), make_metric(recipe.metric)
         predict = _predictor(job, _share(job, target, artifact, samples))
         write_exhibits(folder / "exhibits", recipe.task, metric, outcomes, samples, predict, classes)
@@ -186,7 +199,24 @@ def judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path, 
         execution = {"executed_coverage": executed_coverage(target, artifact, plan)}
         (folder / "execution.json").write_text(json.dumps(execution), encoding="utf-8")
 
+    key = {**judged, "latency": recipe.latency.model_dump(exclude={"shapes"}), "seed": recipe.seed}
     return job.store.result("evaluation", key, build)
+
+
+def _judged_key(job: Job, target: TargetName, artifact: Path, samples: Sequence[Sample]) -> dict[str, Any]:
+    """What the outcomes of all samples depend on."""
+    return {
+        "artifact": artifact_digests(artifact),
+        "fp32": job.files.sha256,
+        "target": target,
+        "samples": sample_ids(samples),
+        "labels": labels_digest(samples),
+        "metric": job.recipe.metric,
+        "datasets": [s.dataset for s in samples],
+        "threads": job.options.threads,
+        "processor": processor(),
+        "versions": versions(),
+    }
 
 
 def outcomes_of(
@@ -196,22 +226,24 @@ def outcomes_of(
     share, threads = _share(job, target, artifact, samples), job.options.threads
     if _in_processes(job, target):
         return judged_in_processes(share, threads, advance)
-    return share.judged(streams(target, threads)[0], advance)
+    return share.judged(advance)
 
 
 def _share(job: Job, target: TargetName, artifact: Path, samples: Sequence[Sample]) -> Share:
     """All pictures and both models, with as many threads for each session as are fastest."""
     recipe = job.recipe
+    workers, threads = (1, 1) if _in_processes(job, target) else streams(target, job.options.threads)
     return Share(
         target=target,
         fp32=fp32_folders(job, target)["fp32"],
         int8=artifact,
-        threads=1 if _in_processes(job, target) else streams(target, job.options.threads)[1],
+        threads=threads,
         task=recipe.task,
         inference_yml=job.files.inference_yml,
         model=recipe.name,
         metric=recipe.metric,
         samples=by_shape(samples),
+        workers=workers,
     )
 
 

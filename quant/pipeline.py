@@ -20,7 +20,7 @@ from quant.export import RuntimeDiffers, check_artifact, export_artifact, fitted
 from quant.graph import Graph
 from quant.histograms import RANGES, range_charts, save_ranges
 from quant.job import Job, Options, feed_of, first_feeds, prepared_graph, prepared_stage, runs_folder, sample_ids, start
-from quant.judging import judge_target, judged_stage, skipped_rows
+from quant.judging import judge_target, judged_stage, offer_evaluations, skipped_rows
 from quant.ladder import TRAINING_FILES, Rung, load_rung, read_seconds
 from quant.loop import check_repeats, check_runtime, has_loop
 from quant.manifest import EXHIBITS, Manifest, artifact_digests, load_manifest, make_newest, now, processor, versions
@@ -75,6 +75,7 @@ def run_model(recipe: Recipe, options: Options) -> Finished:
     with staged(folder) as temporary:
         temporary.mkdir()
         quantized, rows = _quantize_all(job)
+        offer_evaluations(job, {t: result.artifact for t, result in quantized.items()}, job.selection.report)
         for target, result in quantized.items():
             rows += judge_target(job, target, result.plan, result.artifact, job.selection.report, name)
         report = EvalReport(rows=of_twins(rows) if job.files.twin else rows)

@@ -42,6 +42,7 @@ class Share:
     Attributes:
         fp32, int8: folders of the two models.
         threads: of each session.
+        workers: pairs of sessions side by side.
     """
 
     target: TargetName
@@ -53,16 +54,17 @@ class Share:
     model: str
     metric: str
     samples: Sequence[Sample]
+    workers: int = 1
 
     def sessions(self) -> tuple[Session, Session]:
         """Both models, loaded."""
         fp32, int8 = (open_session(self.target, folder, self.threads) for folder in (self.fp32, self.int8))
         return fp32, int8
 
-    def judged(self, workers: int, advance: Callable[[], None]) -> Outcomes:
+    def judged(self, advance: Callable[[], None]) -> Outcomes:
         """The outcomes, in this process."""
         adapter = make_task(self.task, self.inference_yml, self.model)
-        return compare(self.sessions, self.samples, adapter, make_metric(self.metric), workers, advance)
+        return compare(self.sessions, self.samples, adapter, make_metric(self.metric), self.workers, advance)
 
 
 def judged_in_processes(whole: Share, count: int, advance: Callable[[], None]) -> Outcomes:
@@ -73,7 +75,7 @@ def judged_in_processes(whole: Share, count: int, advance: Callable[[], None]) -
         RuntimeError: a process failed otherwise; names the last line of its log.
     """
     if len(whole.samples) < LEAST_SAMPLES * count or count == 1:
-        return whole.judged(1, advance)
+        return whole.judged(advance)
     lock = threading.Lock()
 
     def step() -> None:
@@ -94,12 +96,17 @@ def judged_in_processes(whole: Share, count: int, advance: Callable[[], None]) -
     return _in_order(parts, whole.samples)
 
 
+def apart(share: Share, folder: Path) -> tuple[list[str], Path]:
+    """The command that judges a share in a process of its own, with a folder to work in, and the outcomes' file."""
+    (folder / _SHARE).write_bytes(pickle.dumps(share))
+    return child_command("quant.shares", folder), folder / _OUTCOMES
+
+
 def _started(share: Share, folder: Path) -> subprocess.Popen[str]:
     folder.mkdir()
-    (folder / _SHARE).write_bytes(pickle.dumps(share))
-    command, environment = child_command("quant.shares", folder), child_environment()
+    command, _ = apart(share, folder)
     with (folder / _LOG).open("wb") as log:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=child_environment(), text=True)
 
 
 def _follow(child: subprocess.Popen[str], step: Callable[[], None]) -> None:
@@ -134,7 +141,7 @@ def main(folder: Path) -> None:
     os.dup2(2, 1)
     share: Share = pickle.loads((folder / _SHARE).read_bytes())
     try:
-        outcomes = share.judged(1, lambda: print(file=channel, flush=True))
+        outcomes = share.judged(lambda: print(file=channel, flush=True))
     except InputError as error:
         print(" ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(INPUT_ERROR)

@@ -27,12 +27,16 @@ class StageStore:
             inputs: JSON values that determine the result, hashes for files.
             build: writes into an empty folder; it appears under its final name only when complete.
         """
-        target = self.folder / f"{name}-{digest({'stage': name, 'code': code_digest(), **inputs})[:16]}"
+        target = self.place(name, inputs)
         if not target.is_dir():
             with staged(target) as temporary:
                 temporary.mkdir()
                 build(temporary)
         return target
+
+    def place(self, name: str, inputs: dict[str, Any]) -> Path:
+        """Where the result of a stage is, or will be."""
+        return self.folder / f"{name}-{digest({'stage': name, 'code': code_digest(), **inputs})[:16]}"
 
 
 def digest(value: Any) -> str:

@@ -5,26 +5,36 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 from interruptions import content, make_models
 from test_manifest import manifest
 
-from quant import cli, executor
+from eval.dataset import Sample
+from eval.evaluation import Outcomes
+from quant import cli, cluster, executor
 from quant.cli import _guarded
-from quant.errors import InputError
-from quant.executor import USUAL_PEAK, Ended, ModelJob, peak_of, perform, receive, run_locally, run_on_ray
+from quant.cluster import Needs, RayPool, perform, too_large
+from quant.errors import HANDED_OVER, InputError
+from quant.executor import finish, spread
 from quant.manifest import newest_run
+from quant.parcel import packed_runs, receive_runs, run_folders, sha256_of
+from quant.shards import Offer, as_bytes, cut
+from quant.shares import Share
 from quant.stage import code_digest, file_digests
 from quant.verification import verify
+from quant.work import USUAL_PEAK, Attempt, Ended, ModelJob, Shard, Task, note_peak, peak_of
 
 GIB = 1 << 30
-NAMES = ["reader_a", "reader_b", "reader_c", "reader_d"]
+NAMES = ["reader_a", "reader_b", "reader_c"]
+SHARD = 12  # samples; the tiny models are judged on about 30
 
 
 def job(name: str = "m", threads: int = 1) -> ModelJob:
@@ -53,17 +63,17 @@ def ended(**changes: Any) -> Ended:
 def test_jobs_start_as_cores_memory_and_number_allow(
     threads: int, running: int, count: int | None, room: int, fits: bool
 ) -> None:
-    others = [job(f"m{index}") for index in range(running)]
-    this = job("m", threads)
+    others = [Attempt(job(f"m{index}")) for index in range(running)]
+    this = Attempt(job("m", threads))
     peaks = dict.fromkeys([this, *others], GIB)
-    assert executor._fits(this, others, count, 4, room * GIB, peaks) == fits
+    assert executor.fits(this, others, count, 4, room * GIB, peaks) == fits
 
 
 def test_peaks_are_kept_beside_the_runs(tmp_path: Path) -> None:
     evaluation, twin = replace(job(), action="eval"), replace(job(), twins=True)
     assert peak_of(job(), tmp_path) == USUAL_PEAK
     for done, peak in ((job(), 5), (evaluation, 7), (twin, 2)):
-        executor._note_peak(done, tmp_path, ended(peak=peak))
+        note_peak(done, tmp_path, ended(peak=peak))
     assert [peak_of(done, tmp_path) for done in (job(), evaluation, twin)] == [5, 7, 2]
     (tmp_path / "m" / "peaks.json").write_text("[", encoding="utf-8")
     assert peak_of(job(), tmp_path) == USUAL_PEAK
@@ -71,16 +81,16 @@ def test_peaks_are_kept_beside_the_runs(tmp_path: Path) -> None:
 
 def test_the_largest_peak_of_work_that_was_done_is_kept(tmp_path: Path) -> None:
     """Not that of a job that found its run, and not that of one that failed."""
-    for code, peak in ((0, 5), (0, 1), (2, 9), (70, 9), (-9, 9)):
-        executor._note_peak(job(), tmp_path, ended(code=code, peak=peak))
+    for code, peak in ((HANDED_OVER, 5), (0, 1), (2, 9), (70, 9), (-9, 9)):
+        note_peak(job(), tmp_path, ended(code=code, peak=peak))
         assert peak_of(job(), tmp_path) == 5
-    executor._note_peak(job(), tmp_path, ended(code=1, peak=6))
+    note_peak(job(), tmp_path, ended(code=1, peak=6))
     assert peak_of(job(), tmp_path) == 6
 
 
 def test_results_that_take_no_file_are_no_error_for_a_peak(tmp_path: Path) -> None:
     (tmp_path / "m").write_text("a file where the folder should be", encoding="utf-8")
-    executor._note_peak(job(), tmp_path, ended())
+    note_peak(job(), tmp_path, ended())
     assert peak_of(job(), tmp_path) == USUAL_PEAK
 
 
@@ -95,33 +105,30 @@ def run_in(results: Path, name: str) -> Path:
     return folder
 
 
-def packed(results: Path) -> Ended:
-    data = executor._packed(results, executor._run_folders(results))
-    return ended(runs=data, sha256=executor.hashlib.sha256(data).hexdigest())
+def packed(results: Path) -> bytes:
+    return packed_runs(results, run_folders(results))
 
 
 def test_runs_arrive_whole_or_not_at_all(tmp_path: Path) -> None:
     run = run_in(tmp_path / "node", "0" * 12)
     sent = packed(tmp_path / "node")
-    assert packed(tmp_path / "node").sha256 == sent.sha256, "the bytes follow from the content"
-    receive(sent, tmp_path / "here")
+    assert packed(tmp_path / "node") == sent, "the bytes follow from the content"
+    receive_runs(sent, tmp_path / "here")
     arrived = tmp_path / "here" / "m" / run.name
     assert (arrived / "onnxruntime" / "inference.onnx").read_bytes() == b"model"
-    receive(sent, tmp_path / "here")  # once more, after a retry
-    with pytest.raises(InputError, match="not what it sent"):
-        receive(replace(sent, runs=sent.runs + b"x"), tmp_path / "other")
+    receive_runs(sent, tmp_path / "here")  # once more, after a retry
     (run / "onnxruntime" / "inference.onnx").write_bytes(b"other")
     with pytest.raises(InputError, match=r"arrived damaged: changed: onnxruntime/inference\.onnx"):
-        receive(packed(tmp_path / "node"), tmp_path / "other")
+        receive_runs(packed(tmp_path / "node"), tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
 def test_a_damaged_folder_of_the_same_name_is_replaced(tmp_path: Path) -> None:
     name = run_in(tmp_path / "node", "0" * 12).name
     for file, text in (("manifest.json", "{"), ("onnxruntime/inference.onnx", "damaged")):
-        receive(packed(tmp_path / "node"), tmp_path / "here")
+        receive_runs(packed(tmp_path / "node"), tmp_path / "here")
         (tmp_path / "here" / "m" / name / file).write_text(text, encoding="utf-8")
-        receive(packed(tmp_path / "node"), tmp_path / "here")
+        receive_runs(packed(tmp_path / "node"), tmp_path / "here")
         assert verify(tmp_path / "here" / "m" / name).good
 
 
@@ -131,50 +138,227 @@ def test_what_arrives_again_is_the_newest_as_it_is_here(tmp_path: Path) -> None:
         run_in(tmp_path / f"node{index}", str(index) * 12)
         sent.append(packed(tmp_path / f"node{index}"))
     for index in (0, 1, 0, 0, 1):
-        receive(sent[index], tmp_path / "here")
+        receive_runs(sent[index], tmp_path / "here")
         assert newest_run(tmp_path / "here", "m") == tmp_path / "here" / "m" / (str(index) * 12)
         assert verify(tmp_path / "here" / "m" / (str(index) * 12)).good
 
 
+# --- shards ----------------------------------------------------------------------------------------
+
+
+class Script:
+    """A pool whose work ends as it is told, the last first."""
+
+    def __init__(self, end: Callable[[Task], Ended]) -> None:
+        self.end, self.tasks = end, list[Task]()
+        self.attempts, self.shards = list[Attempt](), list[Shard]()
+
+    def __enter__(self) -> Script:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, task: Task) -> None:
+        self.tasks.append(task)
+        if isinstance(task, Attempt):
+            self.attempts.append(task)
+        else:
+            self.shards.append(task)
+
+    def next_ended(self) -> tuple[Task, Ended]:
+        task = self.tasks.pop()
+        return task, self.end(task)
+
+
+def offer_of(count: int, size: int) -> Offer:
+    samples = [Sample(f"{index:02}", "lines", Path(f"{index}.png"), "x") for index in range(count)]
+    share = Share("paddle", Path("fp32"), Path("int8"), 1, "text_recognition", {}, "m", "line_accuracy", samples)
+    return Offer("outcomes-0", tuple(cut(share, size)), "this machine")
+
+
+def judged(samples: list[Sample]) -> Ended:
+    counts = np.array([[float(sample.id)] for sample in samples])
+    data = as_bytes(Outcomes([s.id for s in samples], [s.dataset for s in samples], counts, -counts, []))
+    return ended(parcel=data, sha256=sha256_of(data))
+
+
+def scripted(offer: Offer, shard: Callable[[Shard], Ended]) -> Callable[[Task], Ended]:
+    """The first attempt hands its evaluation over, as does any that does not know the outcomes and may do so."""
+
+    def end(task: Task) -> Ended:
+        if isinstance(task, Shard):
+            return shard(task)
+        waits = task.shard_samples and offer.stage not in task.outcomes
+        return ended(code=HANDED_OVER, offers=(offer,), node="n") if waits else ended()
+
+    return end
+
+
+def test_outcomes_of_shards_come_together_in_their_order(tmp_path: Path) -> None:
+    offer = offer_of(10, 3)
+    pool = Script(scripted(offer, lambda task: judged(list(task.share.samples))))
+    ((done, end),) = finish([job()], tmp_path, pool, 3)
+    assert (done, end.code) == (job(), 0)
+    first, second = pool.attempts
+    assert (first.outcomes, second.node) == ({}, "n")
+    whole = [sample for piece in offer.pieces for sample in piece.samples]
+    assert second.outcomes == {offer.stage: judged(whole).parcel}, "to the byte"
+    assert peak_of(Shard(job(), offer, 0), tmp_path) == GIB
+
+
+@pytest.mark.parametrize("wrong", [{"code": 2, "stderr": "quant: lost"}, {"parcel": b"cut"}])
+def test_where_a_shard_fails_the_job_judges_all_itself(
+    wrong: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def shard(task: Shard) -> Ended:
+        good = judged(list(task.share.samples))
+        return replace(good, **wrong) if task.number == 1 else good
+
+    pool = Script(scripted(offer_of(10, 3), shard))
+    ((_, end),) = finish([job()], tmp_path, pool, 3)
+    assert end.code == 0 and "it judges all samples itself" in caplog.text
+    assert [(attempt.shard_samples, attempt.outcomes) for attempt in pool.attempts] == [(3, {}), (0, {})]
+
+
+def test_an_offer_that_comes_again_is_not_judged_for_ever(tmp_path: Path) -> None:
+    """A node that cannot use what another kind of machine has judged."""
+    offer = offer_of(4, 2)
+
+    def end(task: Task) -> Ended:
+        if isinstance(task, Shard):
+            return judged(list(task.share.samples))
+        return ended(code=HANDED_OVER, offers=(offer,)) if task.shard_samples else ended()
+
+    pool = Script(end)
+    assert [end.code for _, end in finish([job()], tmp_path, pool, 2)] == [0]
+    assert [attempt.shard_samples for attempt in pool.attempts] == [2, 2, 0]
+    assert len(pool.shards) == 2
+
+
+# --- Ray, by a stand-in ----------------------------------------------------------------------------
+
+
 class Cluster:
-    """What `run_on_ray` asks of Ray; each job comes back as it is told, or is raised."""
+    """What `RayPool` asks of Ray; each job comes back as it is told, or is raised; None: it waits for ever."""
 
     class RayError(Exception): ...
 
     class RayTaskError(RayError):
         cause = RuntimeError("it has another\nversion")
 
-    def __init__(self, answers: dict[str, Ended | Exception]) -> None:
-        self.answers, self.exceptions = answers, self
+    def __init__(self, answers: dict[str, Ended | Exception | None], memory: int = 8 * GIB) -> None:
+        self.answers, self.exceptions, self.memory = answers, self, memory
+        self.asked: list[dict[str, Any]] = []
+        self.cancelled: list[str] = []
 
-    def init(self, **_: Any) -> None: ...
+    def is_initialized(self) -> bool:
+        return False
 
-    def remote(self, *, max_retries: int) -> Any:
-        assert max_retries == executor.RETRIES
-        return lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda job, *_: job.model))
+    def init(self, **settings: Any) -> None:
+        assert (
+            settings["address"] == "local" and settings["include_dashboard"] is False and not settings["log_to_driver"]
+        )
 
-    def wait(self, references: list[str], num_returns: int) -> tuple[list[str], list[str]]:
-        return references[:num_returns], references[num_returns:]
+    def shutdown(self) -> None:
+        self.over = True
+
+    def nodes(self) -> list[dict[str, Any]]:
+        dead = {"Alive": False, "Resources": {"CPU": 64.0, "memory": 64.0 * GIB}}
+        return [dead, {"Alive": True, "Resources": {"CPU": 2.0, "memory": float(self.memory)}}]
+
+    def remote(self, function: Any) -> Any:
+        def options(**asked: Any) -> SimpleNamespace:
+            self.asked.append(asked)
+            return SimpleNamespace(remote=lambda attempt, *_: attempt.model)
+
+        return SimpleNamespace(options=options)
+
+    def wait(self, references: list[str], num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        ready = [name for name in references if self.answers[name] is not None]
+        if not ready:
+            self.memory = GIB  # the large node is lost meanwhile
+        return ready[:num_returns], []
 
     def get(self, reference: str) -> Ended:
         answer = self.answers[reference]
         if isinstance(answer, Exception):
             raise answer
+        assert answer is not None
         return answer
+
+    def cancel(self, reference: str, force: bool) -> None:
+        self.cancelled.append(reference)
+
+
+def on_cluster(stand_in: Cluster, jobs: list[ModelJob], results: Path, patch: pytest.MonkeyPatch) -> dict[str, Ended]:
+    patch.setitem(sys.modules, "ray", stand_in)  # type: ignore[arg-type]
+    patch.delenv("RAY_ADDRESS", raising=False)
+    return {done.model: end for done, end in finish(jobs, results, RayPool(jobs, results, None), 0)}
 
 
 def test_what_fails_on_a_node_fails_one_job_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_in(tmp_path / "node", "0" * 12)
-    good = packed(tmp_path / "node")
+    data = packed(tmp_path / "node")
+    good = ended(parcel=data, sha256=sha256_of(data))
     answers = {"other": Cluster.RayTaskError(), "lost": Cluster.RayError(), "cut": replace(good, sha256=""), "m": good}
-    monkeypatch.setitem(sys.modules, "ray", Cluster(answers))  # type: ignore[arg-type]
-    ends = {done.model: end for done, end in run_on_ray([job(name) for name in answers], tmp_path / "here", None)}
+    stand_in = Cluster({**answers})
+    ends = on_cluster(stand_in, [job(name) for name in answers], tmp_path / "here", monkeypatch)
     assert ends.pop("m").rows() == [] and (tmp_path / "here" / "m" / ("0" * 12)).is_dir()
     said = {"other": "cannot do it .it has another version", "lost": "its node was lost", "cut": "not what it sent"}
     for name, end in ends.items():
         with pytest.raises(InputError, match=f"^{name}: .*{said[name]}"):
             end.rows()
-        assert (end.code, end.runs) == (2, b"")
+        assert (end.code, end.parcel) == (2, b"")
+    assert stand_in.over and {asked["max_retries"] for asked in stand_in.asked} == {cluster.RETRIES}
+
+
+def test_a_job_that_no_node_can_do_is_named_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = Cluster({})
+    note_peak(job(), tmp_path, ended(peak=9 * GIB))
+    said = (
+        r"m: no node .* it asks for 1 core and 9.0 GiB, the largest node has 2 cores and 8.0 GiB.*--memory 9663676416"
+    )
+    with pytest.raises(InputError, match=said):
+        on_cluster(stand_in, [job()], tmp_path, monkeypatch)
+    with pytest.raises(InputError, match="asks for 3 cores.*Give --threads 2"):
+        on_cluster(stand_in, [job("n", threads=3)], tmp_path, monkeypatch)
+    assert stand_in.asked == [] and stand_in.over
+
+
+def test_a_job_whose_last_large_node_is_lost_does_not_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note_peak(job(), tmp_path, ended(peak=2 * GIB))
+    stand_in = Cluster({"m": None, "small": ended()})
+    ends = on_cluster(stand_in, [job(), job("small")], tmp_path, monkeypatch)
+    assert ends["small"].code == 0 and stand_in.cancelled == ["m"]
+    assert "asks for 1 core and 2.0 GiB, the largest node has 2 cores and 1.0 GiB" in ends["m"].said
+
+
+def test_what_is_only_assumed_keeps_no_small_node_from_working(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = Cluster({"m": ended()}, memory=GIB)
+    on_cluster(stand_in, [job()], tmp_path, monkeypatch)
+    assert [asked["memory"] for asked in stand_in.asked] == [GIB] and USUAL_PEAK > GIB
+
+
+def test_the_largest_node_is_named() -> None:
+    nodes = [Needs(2, 8 * GIB), Needs(4, 2 * GIB)]
+    assert too_large("m", Needs(4, GIB), nodes) == too_large("m", Needs(1, 8 * GIB), nodes) == ""
+    assert "the largest node has 4 cores and 2.0 GiB" in too_large("m", Needs(4, 3 * GIB), nodes)
+    assert "the largest node has 0 cores" in too_large("m", Needs(1, 1), [])
+
+
+@pytest.mark.parametrize("given", ["--address", "RAY_ADDRESS"])
+def test_an_address_that_nobody_answers_at_is_said_at_once(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", Cluster({}))  # type: ignore[arg-type]
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    address = ["--address", "127.0.0.1:1"] if given == "--address" else []
+    assert _guarded(["eval", "--all", "--out", str(tmp_path), "--executor", "ray", *address]) == 2
+    assert "no Ray cluster at 127.0.0.1:1 (" in capsys.readouterr().err
 
 
 def test_a_job_without_rows_says_why() -> None:
@@ -188,12 +372,13 @@ def test_a_job_without_rows_says_why() -> None:
 
 def test_a_node_with_another_version_does_nothing() -> None:
     with pytest.raises(RuntimeError, match="another version"):
-        perform(job(), b"", "other code")
+        perform(Attempt(job()), b"", "other code")
 
 
 def test_a_job_is_the_command_of_its_model(tmp_path: Path) -> None:
-    found = perform(ModelJob("eval", "m", ("PP-OCRv4_mobile_det", "--dry-run"), 1), b"", code_digest())
-    assert (found.code, found.runs) == (2, b"")
+    evaluation = ModelJob("eval", "m", ("PP-OCRv4_mobile_det", "--dry-run"), 1)
+    found = perform(Attempt(evaluation), b"", code_digest())
+    assert (found.code, found.parcel) == (2, b"")
     with pytest.raises(InputError, match="not quantized yet"):
         found.rows()
 
@@ -263,14 +448,20 @@ def tiny_jobs(place: Path, names: list[str], patch: pytest.MonkeyPatch) -> list[
     return [ModelJob("run", name, (str(recipe), *more), 1) for name, recipe in zip(names, recipes, strict=True)]
 
 
+def peaks(results: Path) -> dict[str, int]:
+    return dict(json.loads((results / NAMES[0] / "peaks.json").read_text(encoding="utf-8")))
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("interruption")
 def test_models_side_by_side_end_like_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their evaluations in shards, too."""
     jobs = tiny_jobs(tmp_path, NAMES[:2], monkeypatch)
-    for results, count in ((tmp_path / "alone", 1), (tmp_path / "beside", 2)):
-        for done, end in run_locally(jobs, results, count):
+    for results, count, shard_samples in ((tmp_path / "alone", 1, 0), (tmp_path / "beside", 2, SHARD)):
+        for done, end in spread(jobs, results, "local", count, None, shard_samples):
             assert end.code == 0, end.stderr
-            assert peak_of(done, results) == end.peak > 50 << 20
+            assert peak_of(done, results) >= end.peak > 50 << 20
+        assert ("shard" in peaks(results)) == bool(shard_samples)
         monkeypatch.setenv("QUANT_CACHE", str(tmp_path / "another-cache"))
     assert all(content(tmp_path / "alone", name) == content(tmp_path / "beside", name) for name in NAMES[:2])
 
@@ -280,28 +471,33 @@ def test_models_side_by_side_end_like_one_by_one(tmp_path: Path, monkeypatch: py
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (the extra `ray`)")
 def test_a_node_that_is_killed_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head without work and two nodes on this machine; one is killed when the first model has come back."""
-    import ray
     from ray.cluster_utils import Cluster
 
     jobs = tiny_jobs(tmp_path, NAMES, monkeypatch)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    nodes = [cluster.add_node(num_cpus=1, memory=4 * GIB) for _ in range(2)]
+    nodes = [cluster.add_node(num_cpus=1, memory=2 * GIB) for _ in range(2)]
     try:
         done = []
-        for finished, end in run_on_ray(jobs, tmp_path / "ray", cluster.address):
+        for finished, end in spread(jobs, tmp_path / "ray", "ray", None, cluster.address, SHARD):
             assert end.code == 0, end.stderr
             done.append(finished)
             if len(done) == 1:
                 cluster.remove_node(nodes[0], allow_graceful=False)
         assert sorted(one.model for one in done) == NAMES
-        ray.shutdown()
+        assert set(peaks(tmp_path / "ray")) == {"run", "shard"}
+        with pytest.raises(InputError, match="no node of the cluster is large enough: it asks for 9 cores"):
+            list(spread([replace(jobs[0], threads=9)], tmp_path / "ray", "ray", None, cluster.address))
         evaluations = [replace(one, action="eval") for one in jobs[:1]]
-        (judged,) = (end for _, end in run_on_ray(evaluations, tmp_path / "ray", cluster.address))
+        (judged,) = (end for _, end in spread(evaluations, tmp_path / "ray", "ray", None, cluster.address))
         assert judged.rows()[0]["status"] == "judged"
     finally:
-        ray.shutdown()
         cluster.shutdown()
+    with pytest.raises(InputError, match="no node of the cluster is large enough"):
+        list(spread([replace(jobs[0], threads=999)], tmp_path / "ray", "ray", None, None))
+    assert not {"raylet", "gcs_server"} & {child.name() for child in psutil.Process().children(recursive=True)}
     monkeypatch.setenv("QUANT_CACHE", str(tmp_path / "another-cache"))
-    for _, end in run_locally(jobs, tmp_path / "local", 2):
+    for _, end in spread(jobs, tmp_path / "local", "local", 2, None):
         assert end.code == 0, end.stderr
     assert all(content(tmp_path / "ray", name) == content(tmp_path / "local", name) for name in NAMES)

@@ -294,7 +294,7 @@ def test_the_artifact_reads_pictures_that_nobody_has_seen(
 
 
 def test_targets_with_equal_choices_share_their_plan(first: First) -> None:
-    stages = {"equalization": 3, "calibration": 2, "full": 3, "plan": 3, "artifact": 4, "evaluation": 3}
+    stages = {"equalization": 3, "calibration": 2, "full": 3, "plan": 3, "artifact": 4, "outcomes": 3, "evaluation": 3}
     assert Counter(first.built) == {**dict.fromkeys(("prepared", "search", "slim"), 1), **stages}
     plans = [load_plan(first.folder / "plans" / target).document() for target in ("paddle", "tensorrt")]
     assert {**plans[0], "target": ""} == {**plans[1], "target": ""}
@@ -408,7 +408,7 @@ def test_processes_side_by_side_judge_as_one(
     samples[3] = replace(samples[3], image=tmp_path / "broken.png")
     share = share_of(place, first.folder / "paddle", samples)
     steps: list[int] = []
-    alone, together = share.judged(1, lambda: None), judged_in_processes(share, 2, lambda: steps.append(1))
+    alone, together = share.judged(lambda: None), judged_in_processes(share, 2, lambda: steps.append(1))
     assert together.ids == alone.ids and together.datasets == alone.datasets
     assert np.array_equal(together.fp32, alone.fp32) and np.array_equal(together.int8, alone.int8)
     assert together.broken == alone.broken and len(together.broken) == 1
@@ -528,7 +528,7 @@ def test_stopped_in_every_stage_it_goes_on_and_does_nothing_twice(
 
     built = noted_stages(monkeypatch, stop_once)
     stages = tmp_path / "cache" / "stages"
-    for attempt in range(1, 9):
+    for attempt in range(1, 10):
         with pytest.raises(KeyboardInterrupt):
             run_model(recipe, options)
         assert len(stopped) == attempt
@@ -536,7 +536,7 @@ def test_stopped_in_every_stage_it_goes_on_and_does_nothing_twice(
         assert Counter(path.name.partition("-")[0] for path in stages.iterdir()) == Counter(built)
         assert not list(stages.rglob("half"))
     finished = run_model(recipe, options)
-    each = {"equalization", "calibration", "full", "plan", "artifact", "evaluation"}
+    each = {"equalization", "calibration", "full", "plan", "artifact", "outcomes", "evaluation"}
     assert set(stopped) == {"prepared", "search", *each}
     assert Counter(built) == {"prepared": 1, "search": 1, **dict.fromkeys(each, 2)}
     assert [path.name for path in (tmp_path / "results" / NAME).iterdir()] == [finished.folder.name]

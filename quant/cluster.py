@@ -1,0 +1,279 @@
+"""Ray: models, and shards of large evaluations, as tasks on the nodes of a cluster.
+
+A task gets what it needs as bytes, and what comes of it is bytes with their hash: runs as a zip, outcomes as a file.
+What is lost with a node is done again on another one. Ray waits for ever for a node that is large enough; here it is
+said at once what is asked for and what there is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from quant.child import child_environment
+from quant.errors import InputError, Unavailable
+from quant.job import TWINS
+from quant.manifest import newest_run
+from quant.parcel import packed_runs, run_folders, sha256_of, unpacked
+from quant.shards import arrived, for_others, machine, named_as_there
+from quant.shares import Share
+from quant.stage import code_digest
+from quant.work import USUAL_PEAK, Attempt, Ended, ModelJob, Shard, Task, attempt_job, failed, judge_shard, known_peak
+
+RETRIES = 3
+
+_GIB = 1 << 30
+_STORE = 1 << 30
+"""Bytes of shared memory for parcels, where the cluster is started here; Ray writes more of them to the disk."""
+
+_CONNECT_SECONDS = 5.0
+_LOOK_SECONDS = 10.0  # between two looks at the nodes while nothing ends
+_KEPT = ("PYTHONPATH", "QUANT_MODEL_HOME", "QUANT_DATA_HOME", "QUANT_CACHE", "QUANT_CHILD_GIB")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a task asks a node for, or what a node has in all."""
+
+    cores: int
+    memory: int
+
+    def within(self, other: Needs) -> bool:
+        return self.cores <= other.cores and self.memory <= other.memory
+
+    def __str__(self) -> str:
+        return f"{self.cores} {'core' if self.cores == 1 else 'cores'} and {self.memory / _GIB:.1f} GiB"
+
+
+class RayPool:
+    """The nodes of a Ray cluster.
+
+    Models and data have to be found on every node as they are here: by the same paths, or in its own cache; shards
+    bring theirs along. A node that is lost, cannot do a task, or sends something else than it should, fails that task
+    alone.
+    """
+
+    def __init__(self, jobs: Sequence[ModelJob], results: Path, address: str | None) -> None:
+        """Connect to a cluster.
+
+        Args:
+            jobs: that are going to be submitted.
+            address: of the cluster; None: RAY_ADDRESS, else a new one on this machine.
+
+        Raises:
+            InputError: no node is large enough for a job.
+            Unavailable: Ray is not installed, or no cluster answers.
+        """
+        self._ray, self._own = _connected(address)
+        self._perform, self._perform_shard = map(self._ray.remote, (perform, perform_shard))
+        self._results = results
+        self._waiting: dict[Any, Task] = {}
+        self._models: dict[str, Any] = {}
+        self._failed: list[tuple[Task, Ended]] = []
+        try:
+            nodes = self._nodes()
+            if small := [said for job in jobs if (said := too_large(job.model, self._needs(job, nodes), nodes))]:
+                raise InputError(small[0])
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def __enter__(self) -> RayPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        for reference in self._waiting:
+            self._ray.cancel(reference, force=True)
+        self._waiting.clear()
+        if self._own:
+            self._ray.shutdown()
+
+    def submit(self, task: Task) -> None:
+        needs = self._needs(task, self._nodes())
+        options: dict[str, Any] = {"num_cpus": needs.cores, "memory": needs.memory, "max_retries": RETRIES}
+        if isinstance(task, Shard):
+            reference = self._perform_shard.options(**options).remote(*self._shard_arguments(task))
+        else:
+            if task.node:  # where its finished steps lie, if that node lives and has room
+                from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+                options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(task.node, soft=True)
+            known = newest_runs_of(task.job, self._results) if task.job.action == "eval" else b""
+            reference = self._perform.options(**options).remote(task, known, code_digest())
+        self._waiting[reference] = task
+
+    def next_ended(self) -> tuple[Task, Ended]:
+        while True:
+            if self._failed:
+                return self._failed.pop()
+            ready, _ = self._ray.wait(list(self._waiting), num_returns=1, timeout=_LOOK_SECONDS)
+            if ready:
+                task = self._waiting.pop(ready[0])
+                return task, self._ended(task, ready[0])
+            self._give_up_too_large()
+
+    def _shard_arguments(self, task: Shard) -> tuple[Any, ...]:
+        """Files go by reference: those of the models once for all shards, and all to the nodes without copies here."""
+        offer = task.offer
+        if offer.stage not in self._models:
+            self._models[offer.stage] = self._ray.put(offer.models)
+        pictures = self._ray.put(offer.pictures[task.number])
+        return task.share, self._models[offer.stage], pictures, code_digest(), offer.machine
+
+    def _ended(self, task: Task, reference: Any) -> Ended:
+        errors = self._ray.exceptions
+        try:
+            ended: Ended = self._ray.get(reference)
+            return ended
+        except errors.RayTaskError as error:
+            return failed(f"{task.model}: a node cannot do it ({error.cause})")
+        except errors.RayError as error:
+            return failed(f"{task.model}: its node was lost, and {RETRIES} times another one ({type(error).__name__})")
+
+    def _needs(self, task: Task | ModelJob, nodes: Sequence[Needs]) -> Needs:
+        """Its threads and its measured peak; what is only assumed is no more than the largest node has."""
+        usual = min(USUAL_PEAK, max((node.memory for node in nodes if node.cores >= task.threads), default=USUAL_PEAK))
+        return Needs(task.threads, known_peak(task, self._results) or usual)
+
+    def _nodes(self) -> list[Needs]:
+        """What the nodes that live have in all."""
+        found = [node.get("Resources", {}) for node in self._ray.nodes() if node["Alive"]]
+        return [Needs(int(node.get("CPU", 0)), int(node.get("memory", 0))) for node in found]
+
+    def _give_up_too_large(self) -> None:
+        """Tasks that wait for a node that was lost, when no other one is large enough."""
+        nodes = self._nodes()
+        for reference, task in list(self._waiting.items()):
+            if said := too_large(task.model, self._needs(task, nodes), nodes):
+                self._ray.cancel(reference, force=True)
+                del self._waiting[reference]
+                self._failed.append((task, failed(said)))
+
+
+def too_large(model: str, needs: Needs, nodes: Sequence[Needs]) -> str:
+    """Why no node can do a task, and how to mend it; empty where one can."""
+    if any(needs.within(node) for node in nodes):
+        return ""
+    largest = max(nodes, key=lambda node: (node.cores, node.memory), default=Needs(0, 0))
+    start = f"ray start --num-cpus {needs.cores} --memory {needs.memory}"
+    return (
+        f"{model}: no node of the cluster is large enough: it asks for {needs}, the largest node has {largest}. "
+        f"Give --threads {max(1, largest.cores)} or fewer, or start a node with `{start}`"
+    )
+
+
+def newest_runs_of(job: ModelJob, results: Path) -> bytes:
+    """The newest run of a job's model as a zip, and with twins that of the twin."""
+    places = [results, results / TWINS] if job.twins else [results]
+    folders = [folder for place in places if (folder := newest_run(place, job.model))]
+    return packed_runs(results, folders) if folders else b""
+
+
+# --- on a node -------------------------------------------------------------------------------------
+
+
+def perform(attempt: Attempt, known: bytes, code: str) -> Ended:
+    """What a node does for a job: the command, in a results folder of its own, and the runs or offers that came of it.
+
+    Args:
+        known: zip of the runs that an evaluation looks at.
+        code: digest of the program that asks.
+    """
+    _check_code(code)
+    with tempfile.TemporaryDirectory(prefix="quant-node-") as place:
+        results = Path(place) / "results"
+        if known:
+            unpacked(known, results)
+        results.mkdir(exist_ok=True)
+        ended = attempt_job(attempt, results, threading.Event())
+        if ended.offers:
+            return replace(ended, offers=tuple(map(for_others, ended.offers)), node=_node())
+        parcel = packed_runs(results, run_folders(results)) if attempt.job.action == "run" else b""
+    return replace(ended, parcel=parcel, sha256=sha256_of(parcel))
+
+
+def perform_shard(share: Share, models: bytes, pictures: bytes, code: str, wanted: str) -> Ended:
+    """What a node does for a shard.
+
+    Args:
+        models, pictures: zips of the files.
+        wanted: machine on which outcomes are those of the job.
+    """
+    _check_code(code)
+    if machine() != wanted:
+        raise RuntimeError("it has another processor, or other versions of packages, than the node of the model")
+    with tempfile.TemporaryDirectory(prefix="quant-node-") as place:
+        here = arrived(share, models, pictures, Path(place))
+        ended = judge_shard(here, threading.Event())
+    if ended.code:
+        return ended
+    parcel = named_as_there(ended.parcel, here, share)
+    return replace(ended, parcel=parcel, sha256=sha256_of(parcel))
+
+
+def _check_code(code: str) -> None:
+    if code != code_digest():
+        raise RuntimeError("it has another version of paddle-quant; install the same one on all nodes")
+
+
+def _node() -> str:
+    """Id of the node that this process belongs to."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+# --- connecting ------------------------------------------------------------------------------------
+
+
+def _connected(address: str | None) -> tuple[Any, bool]:
+    """Ray, and whether it was connected here; a cluster that is started here reports nothing to anybody."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise Unavailable("Ray is not installed", "Install paddle-quant with the extra 'ray'") from error
+    if ray.is_initialized():
+        return ray, False
+    place = address or os.environ.get("RAY_ADDRESS") or "local"
+    settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "runtime_env": _environment()}
+    if place == "local":  # a new one, also where Ray would find another on this machine
+        settings |= {"include_dashboard": False, "object_store_memory": _STORE}
+    else:
+        _check_answers(place)
+    try:
+        ray.init(address=place, **settings)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _no_cluster(place, error) from error
+    return ray, True
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself asks an address that nobody answers at for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host:
+        return  # `auto`: Ray looks for a cluster on this machine, and knows at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> Unavailable:
+    why = " ".join(str(error).split())[:200]
+    fix = "Start one with `ray start --head`, or correct --address, which is HOST:PORT (or RAY_ADDRESS)"
+    return Unavailable(f"no Ray cluster at {address} ({why})", fix)
+
+
+def _environment() -> dict[str, Any]:
+    """What a node's processes need of this one's environment."""
+    environment = child_environment()
+    return {"env_vars": {name: environment[name] for name in _KEPT if name in environment}}
