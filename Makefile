@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= cpu,dev
 READY := $(VENV)/.ready-$(EXTRAS)
+RAY := $(VENV)/.ready-ray
 # These two pin or pull a second OpenCV build; what they really need is in pyproject.toml.
 NO_DEPS := paddleslim rapidocr-paddle rapidocr
 
@@ -26,7 +27,7 @@ test: $(READY)
 	$(BIN)/pytest -q -n 2 --dist loadgroup -m "not slow and not family"
 
 # Much of a main job keeps one processor busy: two of them side by side, with a thread each, take less time.
-slow: $(READY)
+slow: $(READY) $(RAY)
 	$(BIN)/pytest -q -m slow -n 2 --dist loadgroup --timeout 2700 --durations=10
 
 families: $(READY)
@@ -58,3 +59,9 @@ $(READY): pyproject.toml constraints.txt Makefile
 	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps $(NO_DEPS); \
 	fi
 	@touch "$(READY)"
+
+# For the slow tests alone; where it cannot be had, the test that needs it says that it was skipped.
+$(RAY): $(READY)
+	@{ uv pip install -q --python $(BIN)/python -c constraints.txt ray 2>/dev/null || \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt ray; } && touch "$(RAY)" || \
+	  echo "no Ray to be had"
