@@ -94,10 +94,14 @@ class Killed:
     """How often runs were killed, how many went through to the end, and how many ended unlike the first.
 
     Attributes:
+        early: kills before the first step had ended.
+        latest: most steps that had ended before a kill.
         survivors: processes that a killed run had started, and that went on.
     """
 
     kills: int
+    early: int
+    latest: int
     runs: int
     different: int
     damaged: int
@@ -114,23 +118,24 @@ def kill_and_resume(job: TinyJob, work: Path, kills: int, seed: int) -> Killed:
     code, said = job.run(work / "calm-cache", work / "calm")
     assert code == 0, said
     seconds, calm = time.monotonic() - start, content(work / "calm")
-    done = runs = different = damaged = survivors = 0
-    while done < kills:
+    steps: list[int] = []
+    runs = different = damaged = survivors = 0
+    while len(steps) < kills:
         cache, results = work / f"cache{runs}", work / f"results{runs}"
-        while done < kills:
+        while len(steps) < kills:
             left = _survivors(job, cache, results, moments.uniform(0.05, 1) * seconds)
             if left is None:
                 break
             survivors += left
-            done += 1
-            damaged += sum(not verify(path).good for path in _complete(results))
+            steps.append(len(_complete(cache / "stages")))
+            damaged += sum(not verify(path).good for path in _complete(results / NAME))
         code, said = job.run(cache, results)
         assert code == 0, said
         runs += 1
         different += content(results) != calm
         for folder in (cache, results):
             shutil.rmtree(folder, ignore_errors=True)
-    return Killed(done, runs, different, damaged, survivors)
+    return Killed(len(steps), steps.count(0), max(steps), runs, different, damaged, survivors)
 
 
 def _survivors(job: TinyJob, cache: Path, results: Path, after: float) -> int | None:
@@ -157,6 +162,6 @@ def _lives(process: psutil.Process) -> bool:
         return False
 
 
-def _complete(results: Path) -> list[Path]:
-    """Folders of runs under their final names."""
-    return [path for path in results.glob(f"{NAME}/*") if not path.name.startswith(".")]
+def _complete(folder: Path) -> list[Path]:
+    """Folders of runs or of steps under their final names."""
+    return [path for path in folder.glob("*") if not path.name.startswith(".")]

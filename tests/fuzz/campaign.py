@@ -19,6 +19,7 @@ import traceback
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,9 @@ import numpy as np
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CASE_SECONDS, NATIVE_SECONDS = 10, 200
+_SLOWEST = 1.5 * NATIVE_SECONDS
+_LOOKS = 2.0
+"""Seconds between two looks at a worker."""
 MOST_MEMORY = 2 << 30
 _WORKER_MEMORY = 8 << 30
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -143,18 +147,23 @@ def _worker(kind: str, seed: int, first: int, last: int, seconds: float, place: 
 
 
 def _watched(worker: subprocess.Popen[bytes], report: Path) -> str:
-    """Wait for a worker; one that writes nothing for longer than any case may take is ended."""
-    while True:
+    """Wait for a worker; one that writes nothing for longer than any case may take is ended.
+
+    Looks are counted, not seconds: while a machine stops all processes, nobody looks.
+    """
+    written, idle = 0, 0
+    while idle * _LOOKS < _SLOWEST:
         try:
-            code = worker.wait(2)
+            code = worker.wait(_LOOKS)
             return (
                 f"the process crashes ({signal.Signals(-code).name})" if code < 0 else f"the process ends with {code}"
             )
         except subprocess.TimeoutExpired:
-            if report.is_file() and time.time() - report.stat().st_mtime > NATIVE_SECONDS * 1.5:
-                worker.kill()
-                worker.wait()
-                return "it hangs in native code"
+            size = report.stat().st_size if report.is_file() else 0
+            written, idle = size, idle + 1 if size and size == written else 0
+    worker.kill()
+    worker.wait()
+    return "it hangs in native code"
 
 
 # --- in the worker ---------------------------------------------------------------------------------
@@ -162,6 +171,25 @@ def _watched(worker: subprocess.Popen[bytes], report: Path) -> str:
 
 class Hang(BaseException):
     """A case took too long."""
+
+
+@contextmanager
+def _limit(seconds: int) -> Iterator[None]:
+    """Raise Hang after so many seconds, of which those do not count in which the whole process was stopped."""
+    left = seconds
+
+    def tick(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            raise Hang
+
+    signal.signal(signal.SIGALRM, tick)
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class _Sentinel:
@@ -203,7 +231,6 @@ def work(kind: str, seed: int, first: int, last: int, seconds: float, place: Pat
     end = time.monotonic() + seconds
     if not subject.native:
         resource.setrlimit(resource.RLIMIT_DATA, (_WORKER_MEMORY, _WORKER_MEMORY))
-    signal.signal(signal.SIGALRM, _rung)
     place = place.resolve()
     sentinel = _Sentinel(place, subject.native)
     for number in range(1 if first else len(_seeds(kind))):
@@ -228,9 +255,8 @@ def _attempt(subject: Any, files: dict[str, bytes], place: Path, sentinel: _Sent
     before = _fresh_peak()
     sentinel.seen, sentinel.armed = "", True
     try:
-        signal.alarm(NATIVE_SECONDS if subject.native else CASE_SECONDS)
-        outcome, what = _outcome(subject, folder)
-        signal.alarm(0)
+        with _limit(NATIVE_SECONDS if subject.native else CASE_SECONDS):
+            outcome, what = _outcome(subject, folder)
     except Hang:
         outcome, what = "finding", "it hangs: " + traceback.format_exc(limit=-4)
     finally:
@@ -266,10 +292,6 @@ def _outcome(subject: Any, folder: Path) -> tuple[str, str]:
     except Exception:
         return "finding", traceback.format_exc()[-3000:]
     return "read", ""
-
-
-def _rung(*_: object) -> None:
-    raise Hang
 
 
 def _line(report: Any, case: int, outcome: str, what: str) -> None:
