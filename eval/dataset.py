@@ -137,7 +137,7 @@ def turned(dataset: Dataset, rotations: Rotations) -> Dataset:
     Raises:
         InputError: no picture is left.
     """
-    wide = [sample for sample in dataset.samples if _aspect(sample.image) >= rotations.min_aspect]
+    wide = [sample for sample in dataset.samples if _aspect(sample) >= rotations.min_aspect]
     if not wide:
         why = f"none of its {len(dataset.samples)} pictures is {rotations.min_aspect:g} times as wide as high"
         raise InputError(f"the data set {dataset.folder.name} has no picture to turn: {why}; give another with --data")
@@ -169,14 +169,19 @@ def in_model_words(dataset: Dataset, labels: Sequence[str]) -> Dataset:
     return replace(dataset, folder=replace(folder, source=source), samples=tuple(samples))
 
 
-def _aspect(path: Path) -> float:
-    """Width / height of a picture, turned as its EXIF data say."""
+def picture_size(sample: Sample) -> tuple[int, int]:
+    """Width and height of the picture that `read_sample` gives, from the head of the file alone."""
     from PIL import ExifTags, Image
 
-    with Image.open(path) as picture:
+    with Image.open(sample.image) as picture:
         width, height = picture.size
-        sideways = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    return height / width if sideways else width / height
+        lies = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (height, width) if lies != (sample.turn in (90, 270)) else (width, height)
+
+
+def _aspect(sample: Sample) -> float:
+    width, height = picture_size(sample)
+    return width / height
 
 
 _Page = tuple[str, Layout | BrokenLayout]
@@ -392,10 +397,9 @@ def by_shape(samples: Sequence[Sample]) -> list[Sample]:
 
     def shape(sample: Sample) -> tuple[float, str]:
         try:
-            aspect = _aspect(sample.image)
+            return _aspect(sample), sample.id
         except Exception:  # Pillow's readers raise whatever they trip over; judging will name the picture
             return 0.0, sample.id
-        return (1 / aspect if sample.turn in (90, 270) else aspect), sample.id
 
     return sorted(samples, key=shape)
 

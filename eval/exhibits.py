@@ -14,14 +14,16 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import shapely
+from pydantic import BaseModel, ConfigDict, Field
 
-from eval.dataset import IGNORE, Box, Sample, read_sample
+from eval.dataset import IGNORE, Box, Sample, picture_size, read_sample
 from eval.evaluation import Outcomes
 from eval.formula_metric import latex_tokens
 from eval.layouts import Layout
 from eval.metric import MIN_IOU, Metric, polygon_iou
 from quant.errors import InputError
+from quant.record import read_record
 
 MOST_PICTURES = 24
 """Pictures kept of a target, the worst."""
@@ -37,10 +39,14 @@ _MOST_SHAPES = 300
 _SHOWN_SCORE = 0.5  # from which clients show a region of a layout
 _LENGTHS = (5, 10, 20, 40)  # characters
 _HEIGHTS = (16, 24, 32, 48)  # pixels
+_SHARES = (50, 75, 100, 150)  # percent
 _COUNTS = (5, 20, 50, 100)  # regions, cells, tokens
 
 Predict = Callable[[Sample], tuple[Any, Any]]
 """What FP32 and INT8 make of a sample."""
+
+InputSize = Callable[[int, int], tuple[int, int]]
+"""From width and height of a picture to those in which the model sees it."""
 
 
 class _Part(BaseModel):
@@ -123,16 +129,18 @@ def write_exhibits(
     outcomes: Outcomes,
     samples: Iterable[Sample],
     predict: Predict,
+    input_size: InputSize,
     classes: Sequence[str] = (),
 ) -> None:
     """Fill a folder with what is worth showing of an evaluation.
 
     Args:
+        input_size: of the model, asked for texts only.
         classes: names of the classes that a classifier's labels count.
     """
     known = {(sample.dataset, sample.id): sample for sample in samples}
     judged = [known[key] for key in zip(outcomes.datasets, outcomes.ids, strict=True)]
-    places = [_slices_of(sample, task, classes) for sample in judged]
+    places = [_slices_of(sample, task, input_size, classes) for sample in judged]
     order = _worst_first(outcomes, metric)
     rows = [_differing(judged[i], i, outcomes, metric, places[i]) for i in order[:MOST_ROWS]]
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,8 +167,8 @@ def load_exhibits(folder: Path) -> Exhibits:
         InputError: missing or not readable.
     """
     try:
-        return Exhibits.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        return read_record(folder / RECORD, Exhibits)
+    except (OSError, ValueError) as error:
         raise InputError(f"{folder / RECORD}: missing or damaged; delete the run's folder and run again") from error
 
 
@@ -211,7 +219,7 @@ def _slices(outcomes: Outcomes, metric: Metric, places: Sequence[dict[str, _Plac
     return found
 
 
-def _slices_of(sample: Sample, task: str, classes: Sequence[str]) -> dict[str, _Place]:
+def _slices_of(sample: Sample, task: str, input_size: InputSize, classes: Sequence[str]) -> dict[str, _Place]:
     """What a sample has in common with others, by axis."""
     places: dict[str, _Place] = {"data set": (0, sample.dataset)}
     label = sample.label
@@ -219,10 +227,12 @@ def _slices_of(sample: Sample, task: str, classes: Sequence[str]) -> dict[str, _
         text = str(label)
         places["text length"] = _bucket(len(text), _LENGTHS, "characters")
         places["script"] = (0, script_of(text))
-        places["size of text"] = _bucket(_height(sample.image), _HEIGHTS, "pixels high")
+        size = picture_size(sample)
+        height = input_size(*size)[1]
+        places["size of text"] = _bucket(100 * size[1] / height, _SHARES, f"% of the model's {height} pixels")
     elif task == "image_classification" and isinstance(label, int):
         places["class"] = (label, _class_name(label, classes))
-        places["size of picture"] = _bucket(_height(sample.image), _HEIGHTS, "pixels high")
+        places["size of picture"] = _bucket(picture_size(sample)[1], _HEIGHTS, "pixels high")
     elif isinstance(label, Layout):
         places["regions"] = _bucket(len(label.regions), _COUNTS, "regions")
     elif isinstance(label, tuple):
@@ -230,7 +240,10 @@ def _slices_of(sample: Sample, task: str, classes: Sequence[str]) -> dict[str, _
         places["regions"] = _bucket(len(boxes), _COUNTS, "regions")
         places["script"] = (0, script_of(" ".join(box.text for box in boxes)))
         if boxes:
-            places["size of text"] = _bucket(median(map(_thickness, boxes)), _HEIGHTS, "pixels high")
+            size = picture_size(sample)
+            scale = np.divide(input_size(*size), size)
+            thickness = median(_thickness(np.asarray(box.points) * scale) for box in boxes)
+            places["size of text"] = _bucket(thickness, _HEIGHTS, "pixels high as the model sees it")
     elif task == "table_structure":
         places["cells"] = _bucket(str(label).count("<td"), _COUNTS, "cells")
     elif task == "formula_recognition":
@@ -254,17 +267,12 @@ def _bucket(value: float, limits: Sequence[int], unit: str) -> _Place:
     return len(limits), f"over {limits[-1]} {unit}"
 
 
-def _thickness(box: Box) -> float:
-    """Height of a line of text, however it is turned: the smaller of its extents."""
-    xs, ys = zip(*box.points, strict=True)
-    return min(max(xs) - min(xs), max(ys) - min(ys))
+def _thickness(corners: npt.NDArray[np.float64]) -> float:
+    """Height of a line of text, however it is turned: the short side of the smallest rectangle around it."""
+    import cv2
 
-
-def _height(path: Path) -> int:
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        return picture.size[1]
+    _, sides, _ = cv2.minAreaRect(corners.astype(np.float32))
+    return min(sides)
 
 
 def _class_name(index: int, classes: Sequence[str]) -> str:
@@ -336,23 +344,28 @@ def _labelled(sample: Sample, classes: Sequence[str]) -> Finding:
 
 def _told_apart(first: Finding, second: Finding) -> tuple[Finding, Finding]:
     """Both, with the shapes marked that have no partner in the other."""
-    return _marked(first, second.shapes), _marked(second, first.shapes)
+    outlines, others = _outlines(first), _outlines(second)
+    return _marked(first, outlines, second, others), _marked(second, others, first, outlines)
 
 
-def _marked(finding: Finding, others: Sequence[Shape]) -> Finding:
-    shapes = [s.model_copy(update={"alone": not any(_same(s, other) for other in others)}) for s in finding.shapes]
+def _outlines(finding: Finding) -> list[shapely.Polygon]:
+    """The polygons of the shapes; an empty one for what is no polygon, which has no partner."""
+    outlines = (shapely.Polygon(shape.points) for shape in finding.shapes)
+    return [outline if outline.is_valid else shapely.Polygon() for outline in outlines]
+
+
+def _marked(
+    finding: Finding, outlines: Sequence[shapely.Polygon], other: Finding, others: Sequence[shapely.Polygon]
+) -> Finding:
+    near = shapely.STRtree(others)
+
+    def alone(shape: Shape, outline: shapely.Polygon) -> bool:
+        named = (int(i) for i in near.query(outline) if other.shapes[i].name == shape.name)
+        return not any(polygon_iou(outline, others[i]) > MIN_IOU for i in named)
+
+    pairs = zip(finding.shapes, outlines, strict=True)
+    shapes = [shape.model_copy(update={"alone": alone(shape, outline)}) for shape, outline in pairs]
     return finding.model_copy(update={"shapes": shapes})
-
-
-def _same(first: Shape, second: Shape) -> bool:
-    import shapely
-
-    (left, top), (right, bottom) = np.min(first.points, axis=0), np.max(first.points, axis=0)
-    (west, north), (east, south) = np.min(second.points, axis=0), np.max(second.points, axis=0)
-    if first.name != second.name or left > east or west > right or top > south or north > bottom:
-        return False
-    polygons = [shapely.Polygon(shape.points) for shape in (first, second)]
-    return all(polygon.is_valid for polygon in polygons) and polygon_iou(*polygons) > MIN_IOU
 
 
 def _corners(points: Any) -> list[tuple[float, float]]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import IO
 
-from pydantic import ValidationError
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +15,7 @@ from rich.table import Table
 from eval.benchmark import BenchReport, BenchRow, Timing
 from eval.gate import EvalReport, JudgedRow, SkippedRow, speed_advice, verdict_text
 from quant.errors import InputError
+from quant.record import read_record
 
 FILE_WIDTH = 160
 NOT_KNOWN = "-"
@@ -163,8 +162,8 @@ def results_readme(reports: Sequence[EvalReport]) -> str:
 
 def _read_report(path: Path) -> EvalReport:
     try:
-        report = EvalReport.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, ValidationError) as error:
+        report = read_record(path, EvalReport)
+    except (OSError, ValueError) as error:
         line = " ".join(str(error).split())
         raise InputError(
             f"{path}: not a metrics.json of this program ({line[:200]}); delete it or run it anew"

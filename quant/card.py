@@ -197,12 +197,12 @@ def _making(subject: Subject) -> list[str]:
     facts += [plain(shorten(note, _LONGEST_NOTE, placeholder=" ...")) for note in plan.notes]
     rungs = [
         [
-            plain(rung["name"]),
-            f"{100 * rung['coverage']:.1f}",
-            str(rung["reverted"]),
-            f"{rung['error']:.4f}",
-            f"{rung['score']['drop']:.2f}" if rung["score"] else "-",
-            "passed" if rung["passed"] else "failed",
+            plain(rung.name),
+            f"{100 * rung.coverage:.1f}",
+            str(rung.reverted),
+            f"{rung.error:.4f}",
+            f"{rung.score.drop:.2f}" if rung.score else "-",
+            "passed" if rung.passed else "failed",
         ]
         for rung in manifest.ladder[subject.target]
     ]

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field, FiniteFloat, TypeAdapter
+from pydantic import Field
 
 from quant.calibration import Statistics
 from quant.errors import InputError
 from quant.observer import HALF_BINS, Histogram
 from quant.plan import ActivationQuantizer, QuantPlan
+from quant.record import read_record
 
 RANGES = "ranges.json"
 BINS = 64
@@ -34,12 +35,12 @@ class RangeChart:
     """
 
     tensor: str
-    minimum: FiniteFloat
-    maximum: FiniteFloat
-    counts: list[Annotated[int, Field(ge=0, lt=1 << 63)]]
-    low: FiniteFloat
-    high: FiniteFloat
-    clipped: FiniteFloat
+    minimum: float
+    maximum: float
+    counts: list[Annotated[int, Field(ge=0)]]
+    low: float
+    high: float
+    clipped: float
 
 
 def range_charts(statistics: Statistics, plan: QuantPlan) -> list[RangeChart]:
@@ -61,7 +62,7 @@ def load_ranges(file: Path) -> list[RangeChart]:
         InputError: missing or not readable.
     """
     try:
-        return TypeAdapter(list[RangeChart]).validate_json(file.read_bytes())
+        return read_record(file, list[RangeChart])
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: missing or damaged; delete the run's folder and run again") from error
 

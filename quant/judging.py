@@ -11,10 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eval.benchmark import interleaved_latency
 from eval.dataset import Sample, by_shape, read_sample
 from eval.evaluation import Outcomes, judged_rows, load_outcomes
-from eval.exhibits import Predict, write_exhibits
+from eval.exhibits import InputSize, Predict, write_exhibits
 from eval.gate import EvalReport, JudgedRow, SkippedRow, of_twins
 from eval.metric import make_metric
 from quant.errors import HandedOver, InputError, Unavailable
@@ -26,6 +28,7 @@ from quant.job import (
     fp32_folders,
     labels_digest,
     latency_feed,
+    picture_input,
     prepared_stage,
     runs_folder,
     sample_ids,
@@ -40,6 +43,7 @@ from quant.shares import Share, judged_in_processes
 from quant.source import cache_dir, is_twin, local_source, resolve_model
 from quant.stage import StageStore
 from quant.target import TARGETS, TargetName
+from quant.task import TaskAdapter
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +197,8 @@ def judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path, 
         outcomes = load_outcomes(folder / OUTCOMES)
         classes, metric = class_labels(recipe), make_metric(recipe.metric)
         predict = _predictor(job, _share(job, target, artifact, samples))
-        write_exhibits(folder / "exhibits", recipe.task, metric, outcomes, samples, predict, classes)
+        size = _input_size(job.adapter)
+        write_exhibits(folder / "exhibits", recipe.task, metric, outcomes, samples, predict, size, classes)
         latency = _latency(job, target, artifact)
         (folder / "latency.json").write_text(json.dumps(latency), encoding="utf-8")
         execution = {"executed_coverage": executed_coverage(target, artifact, plan)}
@@ -262,6 +267,18 @@ def _predictor(job: Job, share: Share) -> Predict:
         return fp32, int8
 
     return predict
+
+
+def _input_size(adapter: TaskAdapter) -> InputSize:
+    """Asks the pre-processing, with a blank picture of each size."""
+
+    @cache
+    def size(width: int, height: int) -> tuple[int, int]:
+        inputs = adapter.preprocess(np.zeros((height, width, 3), np.uint8)).inputs
+        _, _, high, wide = inputs[picture_input(inputs)].shape
+        return wide, high
+
+    return size
 
 
 def _latency(job: Job, target: TargetName, artifact: Path) -> dict[str, float]:

@@ -58,6 +58,7 @@ class Rung:
     Attributes:
         error: mean relative L1 error of the outputs, 0 = none.
         score: None where the error alone ruled the step out.
+        seconds: that training took, in a run's manifest alone.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Rung:
     error: float
     score: SearchScore | None
     passed: bool
+    seconds: float | None = None
 
     def document(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,13 +82,12 @@ def load_rung(document: dict[str, Any]) -> Rung:
 RUNG_HEADINGS = ["Target", "Rung", "Coverage", "Error", "Drop", "Discordance", "Seconds", "Passed"]
 
 
-def rung_rows(target: str, documents: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The ladder of a target as cells under `RUNG_HEADINGS`; `documents` as a run's manifest holds them."""
+def rung_rows(target: str, rungs: Sequence[Rung]) -> list[list[str]]:
+    """The ladder of a target as cells under `RUNG_HEADINGS`."""
     rows = []
-    for document in documents:
-        rung = load_rung({key: value for key, value in document.items() if key != "seconds"})
+    for rung in rungs:
         score = ["", ""] if rung.score is None else [f"{rung.score.drop:.2f}", f"{rung.score.discordance:.1f} %"]
-        seconds = f"{document['seconds']:.0f}" if "seconds" in document else ""
+        seconds = "" if rung.seconds is None else f"{rung.seconds:.0f}"
         passed = "yes" if rung.passed else "no"
         rows.append([target, rung.name, f"{rung.coverage:.3f}", f"{rung.error:.4f}", *score, seconds, passed])
     return rows

@@ -14,9 +14,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from quant.archive import file_sha256, staged
-from quant.document import MOST_JSON, read_bounded
 from quant.errors import InputError
+from quant.ladder import Rung
+from quant.record import read_record
 from quant.stage import file_digests
+from quant.target import TargetName
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +76,8 @@ class Manifest(BaseModel):
     search_ids: list[str]
     report_ids: list[str]
     proof: dict[str, Any]
-    ladder: dict[str, list[dict[str, Any]]]
-    artifacts: dict[str, dict[str, str]] = Field(description="target -> file -> sha256")
+    ladder: dict[TargetName, list[Rung]]
+    artifacts: dict[TargetName, dict[str, str]] = Field(description="target -> file -> sha256")
     files: dict[str, str] = Field(default_factory=dict, description="every other file of the run -> sha256")
     seed: int
     threads: int
@@ -112,9 +114,11 @@ def load_manifest(folder: Path) -> Manifest:
     """
     file = folder / MANIFEST_FILE
     try:
-        return Manifest.model_validate_json(read_bounded(file, MOST_JSON))
+        return read_record(file, Manifest)
     except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not a manifest of this program; delete the folder and run `quant run`") from error
+        why = " ".join(str(error).split())[:200]
+        hint = "delete the folder and run `quant run`"
+        raise InputError(f"{file}: damaged, or not a manifest of this program ({why}); {hint}") from error
 
 
 def newest_run(results: Path, model: str) -> Path | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from quant.plan import QuantPlan, load_plan
 from quant.planning import calibrated_statistics, planned_stage
 from quant.prepare import old_ir_form, read_proof
 from quant.recipe import Recipe
+from quant.record import read_record
 from quant.runtime import target_format
 from quant.source import without_places
 from quant.stage import code_digest, digest, file_digests
@@ -169,24 +170,23 @@ def _without_misread(
 def read_report(folder: Path) -> EvalReport:
     """The rows of a finished run."""
     try:
-        return EvalReport.model_validate_json((folder / "metrics.json").read_text(encoding="utf-8"))
+        return read_record(folder / "metrics.json", EvalReport)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: metrics.json is missing or damaged; delete the folder and run again") from error
 
 
-def _ladder_document(result: Quantized) -> list[dict[str, Any]]:
+def _timed_rungs(result: Quantized) -> list[Rung]:
     """The rungs, with the seconds that training took."""
     seconds = read_seconds(result.planned)
-    timed = {name: {"seconds": value} for name, value in seconds.items()}
-    return [{**rung.document(), **timed.get(rung.name, {})} for rung in result.rungs]
+    return [replace(rung, seconds=seconds.get(rung.name)) for rung in result.rungs]
 
 
 def _write_run(job: Job, name: str, quantized: dict[TargetName, Quantized], report: EvalReport, folder: Path) -> None:
     """Lay out results/<model>/<run>/."""
-    artifacts = {}
+    artifacts: dict[TargetName, dict[str, str]] = {}
     for target, result in quantized.items():
         shutil.copytree(result.artifact, folder / target)
-        artifacts[str(target)] = artifact_digests(folder / target)
+        artifacts[target] = artifact_digests(folder / target)
         result.plan.save(folder / "plans" / target)
         for path in [*result.planned.glob("search.*"), *map(result.planned.joinpath, TRAINING_FILES)]:
             if path.is_file():
@@ -216,7 +216,7 @@ def _write_run(job: Job, name: str, quantized: dict[TargetName, Quantized], repo
         search_ids=sample_ids(selection.search),
         report_ids=sample_ids(selection.report),
         proof=vars(read_proof(prepared_stage(job))),
-        ladder={str(target): _ladder_document(result) for target, result in quantized.items()},
+        ladder={target: _timed_rungs(result) for target, result in quantized.items()},
         artifacts=artifacts,
         files={name: file_sha256(path) for name, path in files.items() if name.partition("/")[0] not in artifacts},
         seed=recipe.seed,

@@ -19,6 +19,7 @@ from quant.bodies import inner_nodes
 from quant.equalization import Equalizer, equalize, equalizer_tensors, read_equalizers
 from quant.errors import InputError
 from quant.graph import Graph, attribute
+from quant.record import read_record
 from quant.target import ActivationType
 
 QUANTIZABLE = ("Conv", "ConvTranspose", "MatMul")
@@ -192,17 +193,16 @@ class QuantPlan:
 
 def load_plan(folder: Path) -> QuantPlan:
     """Read a saved plan; raises InputError for a missing or foreign file."""
-    from pydantic import ValidationError
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
-        document = _PlanDocument.model_validate_json((folder / "plan.json").read_text(encoding="utf-8"))
+        document = read_record(folder / "plan.json", _PlanDocument)
         tensors = load_file(folder / "plan.safetensors")
         integers = {w.tensor: IntegerWeight(tensors[w.tensor], tensors[f"{w.tensor}:scale"]) for w in document.weights}
         bias_shifts = {name: tensors[f"{name}:bias_shift"] for name in document.bias_shifts}
         equalizers = read_equalizers(tensors, document.equalized)
-    except (OSError, ValidationError, SafetensorError, UnicodeDecodeError, KeyError) as error:
+    except (OSError, ValueError, SafetensorError, KeyError) as error:
         raise InputError(f"{folder}: no readable plan ({error.__class__.__name__}); run `quant run` again") from error
     return QuantPlan(
         document.model,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from eval.exhibits import Exhibits, load_exhibits
 from eval.gate import JudgedRow, SkippedRow
@@ -18,7 +18,9 @@ from quant.job import TWINS
 from quant.ladder import Rung, SearchScore
 from quant.manifest import EXHIBITS, MANIFEST_FILE, Manifest, load_manifest, newest_run, newest_runs
 from quant.plan import QuantPlan, load_plan
+from quant.record import read_record
 from quant.sensitivity_report import Sensitivity, load_sensitivity
+from quant.target import TargetName
 
 FOLDER = "report"
 """Below the results; the page and its Markdown lie there."""
@@ -36,7 +38,7 @@ class SearchPoint:
 
     name: str
     score: SearchScore | None
-    latency: FiniteFloat
+    latency: float
     front: bool
     chosen: bool
 
@@ -144,7 +146,6 @@ def _manifest(folder: Path) -> Manifest:
     manifest = load_manifest(folder)
     try:
         recipe = TypeAdapter(_Recipe).validate_python(manifest.recipe)
-        TypeAdapter(dict[str, list[Rung]]).validate_python(manifest.ladder)
         TypeAdapter(str).validate_python(manifest.processor.get("name"))
     except ValidationError as error:
         raise _damaged(folder, error) from error
@@ -173,14 +174,16 @@ def _runs(results: Path, models: Sequence[str]) -> list[Path]:
     return found
 
 
-def _target(folder: Path, manifest: Manifest, target: str, rows: Sequence[JudgedRow | SkippedRow]) -> TargetReport:
+def _target(
+    folder: Path, manifest: Manifest, target: TargetName, rows: Sequence[JudgedRow | SkippedRow]
+) -> TargetReport:
     plans, pictures = folder / "plans" / target, folder / EXHIBITS / target
     sensitivity = folder.parent / "sensitivity" / f"{target}.json"
     return TargetReport(
         target=target,
         rows=[row for row in rows if row.target == target],
         plan=load_plan(plans),
-        rungs=TypeAdapter(list[Rung]).validate_python(manifest.ladder.get(target, [])),
+        rungs=manifest.ladder.get(target, []),
         points=_points(plans / "search.json"),
         ranges=load_ranges(plans / RANGES) if (plans / RANGES).is_file() else [],
         sensitivity=_sensitivity(sensitivity),
@@ -193,7 +196,7 @@ def _points(file: Path) -> list[SearchPoint]:
     if not file.is_file():
         return []
     try:
-        return TypeAdapter(list[SearchPoint]).validate_json(file.read_bytes())
+        return read_record(file, list[SearchPoint])
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: damaged; delete the run's folder and run again") from error
 

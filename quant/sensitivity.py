@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from quant.simulation import simulated_session
 
 MOST_SCORED = 12
 PATIENCE = 3
+_FARTHEST = 1e9
 Outputs = Sequence[list[np.ndarray]]
 
 
@@ -31,7 +33,7 @@ class OutputError:
         damage: mean over pictures of sum|int8 - fp32| / sum|fp32| over all outputs, 0 = none; for token ids the share
             of tokens that differ.
         snr_db: 10 * log10(sum fp32^2 / sum (int8 - fp32)^2), sums over all outputs of all pictures; None where the
-            outputs are equal, or zero.
+            outputs are equal, zero, or no numbers.
     """
 
     damage: float
@@ -76,8 +78,9 @@ def compare_outputs(found: Outputs, exact: Outputs) -> OutputError:
         for array, output in side_by_side(arrays, outputs):
             signal += float(np.square(output).sum())
             noise += float(np.square(array - output).sum())
-    ratio = 10 * float(np.log10(signal / noise)) if signal and noise else None
-    return OutputError(float(np.mean(relative_errors(found, exact))), ratio)
+    ratio = signal / noise if noise else 0.0
+    decibels = 10 * math.log10(ratio) if 0 < ratio < math.inf else None
+    return OutputError(float(np.mean(relative_errors(found, exact))), decibels)
 
 
 def output_error(session: Session, feeds: Sequence[Feed], exact: Outputs) -> float:
@@ -86,12 +89,13 @@ def output_error(session: Session, feeds: Sequence[Feed], exact: Outputs) -> flo
 
 
 def relative_errors(found: Outputs, exact: Outputs) -> list[float]:
-    """sum|found - exact| / sum|exact| over all outputs, for each picture."""
+    """sum|found - exact| / sum|exact| over all outputs, for each picture; outputs that are no numbers are far off."""
     errors = []
     for arrays, outputs in zip(found, exact, strict=True):
         pairs = side_by_side(arrays, outputs)
         moved = sum(float(np.abs(a - b).sum()) for a, b in pairs)
-        errors.append(moved / max(sum(float(np.abs(b).sum()) for _, b in pairs), 1e-12))
+        error = moved / max(sum(float(np.abs(b).sum()) for _, b in pairs), 1e-12)
+        errors.append(error if error < _FARTHEST else _FARTHEST)
     return errors
 
 

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from quant.advice import GroupImpact, OperatorImpact, advise
 from quant.archive import staged
 from quant.graph import Graph
@@ -18,6 +16,7 @@ from quant.job import Job, counted, first_feeds, labels_digest, prepared_graph, 
 from quant.ladder import SearchScore
 from quant.plan import QuantPlan, load_plan
 from quant.planning import SearchJudge, alone_errors, alone_stage, least_coverage
+from quant.record import read_record
 from quant.sensitivity import (
     OutputError,
     kernel_groups,
@@ -64,7 +63,7 @@ class Sensitivity:
 
 def load_sensitivity(file: Path) -> Sensitivity:
     """Read what `Sensitivity.to_json` wrote."""
-    return TypeAdapter(Sensitivity).validate_json(file.read_bytes())
+    return read_record(file, Sensitivity)
 
 
 def report_sensitivity(job: Job, target: TargetName) -> tuple[Sensitivity, list[Path]]:

@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from quant.archive import file_sha256
 from quant.errors import InputError
 from quant.manifest import CARD, MANIFEST_FILE, load_manifest
+from quant.record import read_record
 
 Kind = Literal["run", "artifact", "export"]
-_LARGEST = 64 << 20
 
 
 class ExportManifest(BaseModel):
@@ -105,12 +105,10 @@ def _verify_artifact(folder: Path) -> Verification:
 
 
 def _export_manifest(file: Path) -> ExportManifest | None:
-    """The manifest of an exported folder, None where it is another kind's, or damaged."""
-    if file.stat().st_size > _LARGEST:
-        raise InputError(f"{file}: not a manifest of this program: it has more than {_LARGEST >> 20} MiB")
+    """The manifest of an exported folder, None where it is another kind's, or cannot be read."""
     try:
-        return ExportManifest.model_validate_json(file.read_bytes())
-    except ValidationError:
+        return read_record(file, ExportManifest)
+    except (OSError, ValueError):
         return None
 
 

@@ -51,4 +51,6 @@ def _write(place: Path, samples: Sequence[Sample], found: Sequence[Any], predict
         np.array([metric.score(pair[side], s.label) for pair, s in zip(found, samples, strict=True)]) for side in (0, 1)
     )
     outcomes = Outcomes([s.id for s in samples], [s.dataset for s in samples], fp32, int8, [])
-    write_exhibits(place, "text_recognition", metric, outcomes, samples, lambda sample: predict[sample.id])
+    write_exhibits(
+        place, "text_recognition", metric, outcomes, samples, lambda sample: predict[sample.id], lambda w, h: (w, 48)
+    )

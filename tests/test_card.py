@@ -94,7 +94,7 @@ def test_names_from_files_make_no_markup(tiny: TinyRun) -> None:
     assert "<script" not in card and "\n# heading" not in card
     facts = {"run": hostile, "recipe_sha256": hostile, "code_sha256": hostile, "versions": {hostile: hostile}}
     facts["model_sha256"] = {hostile: hostile}
-    facts["ladder"] = {"onnxruntime": [{**rung, "name": hostile} for rung in manifest.ladder["onnxruntime"]]}
+    facts["ladder"] = {"onnxruntime": [replace(rung, name=hostile) for rung in manifest.ladder["onnxruntime"]]}
     rows = [row.model_copy(update={"dataset": hostile}) for row in read_report(tiny.folder).rows]
     everywhere = model_card(subject(tiny.folder, "onnxruntime", manifest=manifest.model_copy(update=facts), rows=rows))
     assert "<script" not in everywhere and "\n# heading" not in everywhere

@@ -10,14 +10,16 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from eval import exhibits
-from eval.dataset import IGNORE, Box, Label, Sample
+from eval.dataset import IGNORE, Box, Label, Sample, read_sample
 from eval.evaluation import Outcomes
-from eval.exhibits import Exhibits, load_exhibits, script_of, write_exhibits
+from eval.exhibits import Exhibits, Finding, Shape, load_exhibits, script_of, write_exhibits
 from eval.layouts import Layout, LayoutRegion
 from eval.metric import make_metric
 from quant.errors import InputError
+from quant.recipe import Angle
 from quant.task import (
     BoxPrediction,
     ClassPrediction,
@@ -44,14 +46,19 @@ def made(
     samples: Sequence[Sample],
     fp32: Sequence[Any],
     int8: Sequence[Any],
+    scale: float = 1.0,
     **more: Any,
 ) -> Exhibits:
-    """The record of predictions, scored as an evaluation scores them."""
+    """The record of predictions, scored as an evaluation scores them; the model sees pictures enlarged by `scale`."""
     judge = make_metric(metric)
     scores = [np.array([judge.score(p, s.label) for p, s in zip(ps, samples, strict=True)]) for ps in (fp32, int8)]
     outcomes = Outcomes([s.id for s in samples], [s.dataset for s in samples], *scores, [])
     found = {sample.id: pair for sample, *pair in zip(samples, fp32, int8, strict=True)}
-    write_exhibits(folder, task, judge, outcomes, samples, lambda sample: tuple(found[sample.id]), **more)
+
+    def input_size(width: int, height: int) -> tuple[int, int]:
+        return round(width * scale), round(height * scale)
+
+    write_exhibits(folder, task, judge, outcomes, samples, lambda sample: tuple(found[sample.id]), input_size, **more)
     return load_exhibits(folder)
 
 
@@ -64,7 +71,7 @@ def test_lines_that_differ_are_kept_the_worst_first(tmp_path: Path) -> None:
     samples = pictures(tmp_path, labels)
     fp32 = texts("abcd", "12345678", "中文", "abd", "a very long line of text", "same")
     int8 = texts("abce", "99999999", "中文", "abc", "a very long line of text", "same")
-    record = made(tmp_path / "kept", "text_recognition", "line_accuracy", samples, fp32, int8)
+    record = made(tmp_path / "kept", "text_recognition", "line_accuracy", samples, fp32, int8, scale=2.4)
     assert (record.samples, record.differing) == (6, 3)
     assert [row.id[-1] for row in record.rows] == ["1", "0", "3"], "by score, then by similarity; what INT8 won is last"
     assert [(row.fp32, row.int8) for row in record.rows] == [(100, 0), (100, 0), (0, 100)]
@@ -82,7 +89,7 @@ def test_lines_that_differ_are_kept_the_worst_first(tmp_path: Path) -> None:
         "6 to 10 characters",
         "21 to 40 characters",
     ]
-    assert parts["size of text", "17 to 24 pixels high"].samples == 6
+    assert parts["size of text", "up to 50 % of the model's 48 pixels"].samples == 6
     for axis in ("data set", "text length", "script"):
         assert sum(part.samples for part in record.slices if part.axis == axis) == 6
 
@@ -115,12 +122,54 @@ def test_boxes_that_only_one_has_are_marked(tmp_path: Path) -> None:
     label = (label_box(10, 10, "one"), label_box(200, 10, "zwei"), label_box(400, 10, IGNORE))
     samples = pictures(tmp_path, [label], height=100)
     fp32, int8 = boxes((10, 10), (200, 10)), boxes((12, 11), (600, 50))
-    record = made(tmp_path / "kept", "text_detection", "hmean", samples, [fp32], [int8])
+    record = made(tmp_path / "kept", "text_detection", "hmean", samples, [fp32], [int8], scale=0.5)
     (shown,) = record.exhibits
     assert [shape.alone for shape in shown.fp32_found.shapes] == [False, True]
     assert [shape.alone for shape in shown.int8_found.shapes] == [False, True]
     assert [shape.name for shape in shown.label.shapes] == ["one", "zwei", IGNORE]
-    assert {part.axis: part.name for part in record.slices}["size of text"] == "33 to 48 pixels high"
+    assert {part.axis: part.name for part in record.slices}[
+        "size of text"
+    ] == "17 to 24 pixels high as the model sees it"
+
+
+def test_boxes_of_another_name_or_without_area_are_no_partners() -> None:
+    square = [(0.0, 0.0), (9.0, 0.0), (9.0, 9.0), (0.0, 9.0)]
+    crossed = [square[0], square[2], square[1], square[3]]
+    first = Finding(shapes=[Shape(points=square, name=name) for name in "ab"] + [Shape(points=crossed, name="a")])
+    second = Finding(shapes=[Shape(points=square, name="a"), Shape(points=crossed, name="b")])
+    marked = exhibits._told_apart(first, second)
+    assert [[shape.alone for shape in finding.shapes] for finding in marked] == [[False, True, True], [False, True]]
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turn", "height"), [(1, 0, 30), (6, 0, 90), (1, 90, 90), (8, 270, 30), (3, 180, 30)]
+)
+def test_the_size_of_a_line_is_that_of_the_picture_as_it_is_read(
+    orientation: int, turn: Angle, height: int, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (90, 30)).save(tmp_path / "line.jpg", exif=exif)
+    sample = Sample("a", "set", tmp_path / "line.jpg", "text", turn)
+    assert read_sample(sample).shape[0] == height
+    name = {30: "51 to 75 % of the model's 48 pixels", 90: "over 150 % of the model's 48 pixels"}[height]
+    assert exhibits._slices_of(sample, "text_recognition", lambda w, h: (w, 48), ())["size of text"][1] == name
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((400, 200), "25 to 32 pixels"), ((200, 100), "up to 16 pixels"), ((400, 100), "17 to 24 pixels")],
+)
+def test_the_size_of_text_in_a_page_is_that_which_the_model_sees(
+    size: tuple[int, int], expected: str, tmp_path: Path
+) -> None:
+    """A line of 100 x 30 pixels at 45 degrees, in a page that is resized."""
+    Image.new("RGB", (400, 200)).save(tmp_path / "page.png")
+    along, across = np.array([100, 100]) / np.sqrt(2), np.array([-30, 30]) / np.sqrt(2)
+    corners = np.array([[150, 50], [150, 50] + along, [150, 50] + along + across, [150, 50] + across])
+    sample = Sample("a", "set", tmp_path / "page.png", (Box(tuple(map(tuple, corners.tolist())), "text"),))
+    name = exhibits._slices_of(sample, "text_detection", lambda w, h: size, ())["size of text"][1]
+    assert name == f"{expected} high as the model sees it"
 
 
 def layout(*classes: int) -> LayoutPrediction:

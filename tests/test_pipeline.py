@@ -253,7 +253,7 @@ def test_the_manifest_says_what_made_the_run(place: Place, first: First) -> None
     assert sum(r.calibration + r.search + r.report for r in manifest.data.values()) == LINES * len(SETS)
     assert manifest.proof["max_difference"] <= place.recipe.tolerance
     assert set(manifest.ladder) == set(EXPORTED)
-    assert all(rungs[-1]["passed"] for rungs in manifest.ladder.values())
+    assert all(rungs[-1].passed for rungs in manifest.ladder.values())
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -122,7 +122,7 @@ def test_the_page_shows_what_the_run_says(tiny: TinyRun, tmp_path: Path) -> None
     assert kinds.count("article") == 3 and kinds.count("symbol") == 3 and kinds.count("details") == 4
     assert "3 of 35 pictures came out differently" in re.sub(r"\d+ pictures came", "35 pictures came", found.text)
     for rung in run.manifest.ladder["openvino"]:
-        assert rung["name"] in found.text
+        assert rung.name in found.text
     for chart in load_ranges(folder / "plans" / "openvino" / "ranges.json"):
         assert chart.tensor in found.text
     assert "it keeps no histograms" in found.text, "PaddleSlim's targets"

@@ -7,7 +7,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -215,9 +214,8 @@ def test_seconds_are_kept_apart_from_what_is_hashed(tmp_path: Path) -> None:
 
 def test_the_table_shows_what_each_rung_gave_and_cost() -> None:
     scored = Rung("qat", 1.0, 0, 0.0123, SearchScore(0.5, 0.8, 2.25, 400), True)
-    documents: list[dict[str, Any]] = [Rung("ptq", 1.0, 0, 0.05, None, False).document()]
-    documents.append({**scored.document(), "seconds": 61.7})
-    assert rung_rows("openvino", documents) == [
+    rungs = [Rung("ptq", 1.0, 0, 0.05, None, False), replace(scored, seconds=61.7)]
+    assert rung_rows("openvino", rungs) == [
         ["openvino", "ptq", "1.000", "0.0500", "", "", "", "no"],
         ["openvino", "qat", "1.000", "0.0123", "0.50", "2.2 %", "62", "yes"],
     ]

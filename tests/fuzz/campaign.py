@@ -251,6 +251,7 @@ def _attempt(subject: Any, files: dict[str, bytes], place: Path, sentinel: _Sent
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     before = _fresh_peak()
     sentinel.seen, sentinel.armed = "", True

@@ -48,6 +48,25 @@ VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 1e308, float("inf"), float("nan"), 1 << 70, 10**400, "", "x" * 5000, "../../outside", "\0"),
     *([], {}, [[]], {"": None}, [None] * 100, "/etc/passwd", "\ud800", [1, [2, [3]]], {"a": {"b": {}}}),
 )
+ODD: dict[type, tuple[Any, ...]] = {
+    bool: (True, False),
+    str: (
+        "",
+        "x" * 3000,
+        "../../outside",
+        "/etc/passwd",
+        "\0",
+        "\x1b[2J",
+        "<b>|`",
+        "\u202e",
+        "0",
+        "[bold]",
+        "{}",
+        "%s",
+    ),
+    int: (0, -1, 1, (1 << 63) - 1, -(1 << 63) + 1, 1 << 31, 10**400),
+    float: (0.0, -0.0, -1.0, 1e100, -1e100, 1e-320, 1e308, float("nan"), float("inf"), 5),
+}
 NAMES = (
     "../outside",
     "/tmp/outside",
@@ -152,6 +171,22 @@ def json_node(data: bytes, rng: Generator) -> bytes:
     return json.dumps(document).encode("utf-8", "replace")
 
 
+def json_leaf(data: bytes, rng: Generator) -> bytes:
+    """A number or text of a JSON document replaced by an odd one of its kind."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return flip(data, rng)
+    leaves = [(place, key) for place in _containers(document) for key in _keys(place)]
+    leaves = [(place, key) for place, key in leaves if isinstance(place[key], str | int | float)]
+    if not leaves:
+        return data
+    place, key = leaves[rng.integers(len(leaves))]
+    odd = next(values for kind, values in ODD.items() if isinstance(place[key], kind))
+    place[key] = odd[rng.integers(len(odd))]
+    return json.dumps(document).encode()
+
+
 def json_line(data: bytes, rng: Generator) -> bytes:
     """`json_node` on the JSON of one line, behind a tab or alone."""
     listed = data.split(b"\n")
@@ -174,6 +209,7 @@ def archive_entries(data: bytes, rng: Generator) -> bytes:
 BYTES: Sequence[Mutator] = (flip, extreme, cut, remove, double, noise, payload)
 YAML: Sequence[Mutator] = (number, word, value_of_key, value_of_key, lines, flip, cut, deep)
 JSON: Sequence[Mutator] = (json_node, json_node, json_node, number, flip, cut, deep, word)
+RECORDS: Sequence[Mutator] = (*[json_leaf] * len(JSON), *JSON)
 LINES: Sequence[Mutator] = (json_line, json_line, lines, number, word, flip, cut, deep)
 ARCHIVE: Sequence[Mutator] = (archive_entries, archive_entries, *BYTES)
 

@@ -6,9 +6,7 @@ import io
 import json
 import shutil
 import sys
-import tarfile
 import tempfile
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import yaml
-from mutation import ARCHIVE, BYTES, JSON, LINES, YAML, Mutator
+from mutation import ARCHIVE, BYTES, JSON, LINES, RECORDS, YAML, Mutator
+
+from quant.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -81,7 +81,6 @@ def _recipe(name: str) -> Any:
 
 def _descriptions() -> list[Files]:
     """The recipes' own inference.yml, of those whose is complete."""
-    from quant.errors import InputError
     from quant.recipe import recipe_names
     from quant.source import _described
     from quant.task import make_task
@@ -186,21 +185,11 @@ def _layouts() -> list[Files]:
 
 
 def _archives() -> list[Files]:
+    from test_archive import tar_of, zip_of
+
     entries = {"model/inference.pdmodel": b"program" * 50, "model/inference.yml": b"Global: {}", "model/deep/er/x": b""}
-    found = []
-    for mode in ("w", "w:gz", "w:bz2", "w:xz"):
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode=mode) as tar:  # type: ignore[call-overload]
-            for name, content in entries.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-        found.append({"archive": buffer.getvalue()})
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, content in entries.items():
-            file.writestr(name, content)
-    return [*found, {"archive": buffer.getvalue()}]
+    found = [{"archive": tar_of(entries, mode)} for mode in ("w", "w:gz", "w:bz2", "w:xz")]
+    return [*found, {"archive": zip_of(entries)}]
 
 
 def _unpack(folder: Path) -> None:
@@ -222,6 +211,53 @@ def _verify(folder: Path) -> None:
     from quant.verification import verify
 
     verify(folder)
+
+
+@cache
+def _runs() -> list[Files]:
+    from small_run import write_small_run
+
+    with tempfile.TemporaryDirectory() as place:
+        write_small_run(Path(place))
+        paths = (path for path in Path(place).rglob("*") if path.is_file())
+        return [{path.relative_to(place).as_posix(): path.read_bytes() for path in paths}]
+
+
+def _read_run(folder: Path) -> None:
+    """As `quant report`, `quant verify`, and whatever looks for the newest run or finds one finished."""
+    from small_run import MODEL, RUN, TARGET
+
+    from eval.report import print_report, read_reports, results_readme
+    from quant.cli import _print_ladder
+    from quant.manifest import load_manifest, make_newest, newest_runs
+    from quant.pipeline import read_report
+    from quant.plan import load_plan
+    from quant.report import write_report
+    from quant.verification import verify
+
+    run = folder / MODEL / RUN
+    asked = (
+        lambda: write_report(folder, [], folder / "report"),
+        lambda: [verify(place) for place in (run, run / TARGET)],
+        lambda: load_manifest(run).intact(run),
+        lambda: _print_ladder(run),
+        lambda: print_report(read_report(run).rows),
+        lambda: read_report(run).to_json(),
+        lambda: results_readme(read_reports(newest_runs(folder))),
+        lambda: load_plan(run / "plans" / TARGET).document(),
+        lambda: make_newest(run),
+    )
+    refused = [error for one in asked if (error := _refused(one))]
+    if refused:
+        raise refused[0]
+
+
+def _refused(one: Callable[[], object]) -> InputError | None:
+    try:
+        one()
+    except InputError as error:
+        return error
+    return None
 
 
 # --- models ----------------------------------------------------------------------------------------
@@ -284,6 +320,12 @@ def _open_onnx(folder: Path) -> None:
     ask("onnx_reader", {"folder": str(folder)}, folder, Limits(60, 2 << 30), "inference.onnx")
 
 
+RUN_FILES = (
+    *("m/0123456789ab/manifest.json", "m/0123456789ab/metrics.json", "m/sensitivity/onnxruntime.json"),
+    *(f"m/0123456789ab/plans/onnxruntime/{name}" for name in ("plan.json", "plan.safetensors", "ranges.json")),
+    *("m/0123456789ab/plans/onnxruntime/search.json", "m/0123456789ab/exhibits/onnxruntime/exhibits.json"),
+)
+
 SUBJECTS: dict[str, Subject] = {
     "recipe": Subject(_recipes, ["recipe.yaml"], YAML, _read_recipe, share=0.1),
     "override": Subject(_overrides, ["override"], YAML, _override, share=0.1),
@@ -310,6 +352,7 @@ SUBJECTS: dict[str, Subject] = {
     "layouts": Subject(_layouts, ["instances.json"], JSON, _dataset("layout_detection", "instances.json")),
     "archive": Subject(_archives, ["archive"], ARCHIVE, _unpack),
     "manifest": Subject(_exports, ["manifest.json"], JSON, _verify),
+    "run": Subject(_runs, RUN_FILES, RECORDS, _read_run),
     "program": Subject(lambda: [_old_ir_model()], ["inference.pdmodel"], BYTES, _read_model),
     "pir": Subject(lambda: [_pir_model()], ["inference.json"], JSON, _read_model),
     "weights": Subject(lambda: [_old_ir_model(), _pir_model()], ["inference.pdiparams"], BYTES, _read_model),
