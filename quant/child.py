@@ -125,8 +125,9 @@ def raise_answer(folder: Path, code: int) -> None:
         return
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # there was no room for the sentence either
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+    except (OSError, ValueError) as error:  # there was no room for the sentence either, or its folder was cleared away
+        number = errno.ENOSPC if folder.is_dir() else errno.ENOENT
+        raise OSError(number, os.strerror(number), str(folder)) from error
     raise _said(said)
 
 

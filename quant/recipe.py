@@ -514,7 +514,7 @@ def _misfits(recipe: Recipe) -> Iterator[Misfit]:
 
 
 def _not_json(key: str, value: Any) -> Iterator[Misfit]:
-    """YAML knows values that JSON does not: .inf is infinity, a key may be a number."""
+    """What YAML's plain values have and JSON's have not: .inf, .nan, and keys that are no text."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from _not_json(f"{key}.{name}", item)
@@ -523,8 +523,8 @@ def _not_json(key: str, value: Any) -> Iterator[Misfit]:
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _not_json(f"{key}.{index}", item)
-    elif not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
-        yield key, value, "must be text, a finite number, true, false, null, a list or a mapping; write text in quotes"
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield key, value, "must be a finite number; write text in quotes"
 
 
 def _not_computed(targets: dict[TargetName, TargetChoice]) -> Iterator[Misfit]:

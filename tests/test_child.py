@@ -24,6 +24,7 @@ from quant.child import (
     child_command,
     child_environment,
     model_limits,
+    raise_answer,
     run_child,
 )
 from quant.errors import InputError, Unavailable
@@ -160,6 +161,16 @@ def test_a_disk_too_full_for_the_sentence_is_named(
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
         ask("module", {}, folder, ROOMY, "subject")
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(folder))
+
+
+def test_a_folder_that_is_cleared_under_a_child_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    with pytest.raises(SystemExit) as left:
+        answer(folder, _full)
+    assert left.value.code == os.EX_IOERR
+    with pytest.raises(FileNotFoundError) as caught:
+        raise_answer(folder, os.EX_IOERR)
+    assert caught.value.filename == str(folder)
 
 
 def test_memory_follows_the_size_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

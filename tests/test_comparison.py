@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant.comparison import largest_difference, side_by_side
-from quant.sensitivity import relative_errors
+from quant.sensitivity import compare_outputs, relative_errors
 
 
 @settings(deadline=None)
@@ -50,3 +51,9 @@ def test_one_row_of_a_long_list_may_be_another_but_must_be_finite() -> None:
     assert largest_difference([other[-5:]], [boxes[-5:]]) > 1
     other[-1] = np.nan
     assert largest_difference([other], [boxes]) == np.inf
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_outputs_that_are_no_numbers_are_far_off_and_can_be_written(value: float) -> None:
+    error = compare_outputs([[np.array([[value, 1.0]])]], [[np.ones((1, 2))]])
+    assert (error.damage, error.snr_db) == (1e9, None)

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from quant.errors import InputError
+from quant.judging import _input_size
 from quant.recipe import load_recipe
 from quant.runtime import open_session
 from quant.task import BoxPrediction, ClassPrediction, Prediction, TaskAdapter, TextPrediction, make_task
@@ -81,6 +82,11 @@ def test_pages_are_resized_as_the_predictor_does(height: int, width: int, expect
     assert list(prepared.inputs) == ["x"]
     assert prepared.inputs["x"].shape == (1, 3, *expected)
     assert prepared.inputs["x"].dtype == np.float32
+
+
+def test_the_size_in_which_a_model_sees_a_picture() -> None:
+    assert _input_size(adapter(DET))(1000, 700) == (960, 672)
+    assert _input_size(adapter(REC))(400, 44) == (436, 48)
 
 
 def test_pages_are_normalized_in_bgr_order() -> None:
