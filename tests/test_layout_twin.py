@@ -1,4 +1,4 @@
-"""The twin of PP-DocLayout-S: places that learn a region, the official graph's operators, training and its result."""
+"""The twin of PP-DocLayout-S: places that learn a region, the official graph's operators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 
 from calib_data.registry import resolve_dataset
 from eval.dataset import in_model_words, read_dataset, read_sample
-from eval.metric import make_metric
 from quant.conversion import import_model
 from quant.recipe import class_labels, load_recipe
 from quant.runtime import onnx_session
@@ -88,20 +87,3 @@ def test_a_twin_of_a_moment_has_the_official_inputs_outputs_and_operators(tmp_pa
     assert boxes.shape[1] == 6 and number.dtype == np.int32 and number.tolist() == [len(boxes)] and len(boxes) <= 100
     converted = onnx_session(imported.onnx, 2).run(feeds[0])
     assert [array.shape for array in converted] == [array.shape for array in imported.reference[0]]
-
-
-@pytest.mark.family
-def test_a_trained_twin_finds_the_regions_of_its_world(tmp_path: Path) -> None:
-    train(tmp_path / "twin", seed=0, minutes=12.0)
-    recipe = load_recipe(MODEL)
-    files = read_model(recipe, tmp_path / "twin", "the test")
-    write_world(tmp_path / "world", 40, seed=1000)
-    adapter, metric = make_task(recipe.task, files.inference_yml, MODEL), make_metric("map50")
-    dataset = in_model_words(read_dataset(resolve_dataset(tmp_path / "world", recipe.task)), class_labels(recipe))
-    prepared = [adapter.preprocess(read_sample(sample)) for sample in dataset.samples]
-    outputs = import_model(files, [one.inputs for one in prepared], tmp_path / "import").reference
-    rows = [
-        metric.score(adapter.postprocess(found, one.context), sample.label)
-        for found, one, sample in zip(outputs, prepared, dataset.samples, strict=True)
-    ]
-    assert metric.value(np.array(rows)) >= 50

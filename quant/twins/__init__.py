@@ -30,6 +30,7 @@ MODULES = {
     "PP-LCNet_x1_0_doc_ori": "orientation",
     "PP-OCRv4_server_det": "detection",
     "PP-OCRv4_server_rec": "recognition",
+    "PP-DocLayout-L": "deformable",
     "PP-DocLayout-S": "layout",
     "SLANet_plus": "table",
     "PP-FormulaNet-S": "formula",
