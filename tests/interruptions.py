@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from quant.manifest import CARD
 from quant.verification import verify
 
 _QUANT = [sys.executable, "-c", "from quant.cli import main; main()"]
-_SECONDS = 240
+_SECONDS = 900
 _TIMED = ("manifest.json", "metrics.json", CARD)  # what a clock said stands in them
 
 
@@ -48,6 +49,16 @@ class TinyJob:
     def run(self, cache: Path, results: Path) -> tuple[int, str]:
         """Exit code, and what was said on standard error."""
         process = self.started(cache, results)
+        _, said = process.communicate(timeout=_SECONDS)
+        return process.returncode, said
+
+    def disturbed(self, cache: Path, results: Path, steps: int, how: Callable[[], object]) -> tuple[int, str]:
+        """A run in the middle of which something is done, when so many steps have ended and another has begun."""
+        process = self.started(cache, results)
+        stages = cache / "stages"
+        while process.poll() is None and not (len(_complete(stages)) >= steps and list(stages.glob(".*.part"))):
+            time.sleep(0.01)
+        how()
         _, said = process.communicate(timeout=_SECONDS)
         return process.returncode, said
 
@@ -111,13 +122,14 @@ class Killed:
 def kill_and_resume(job: TinyJob, work: Path, kills: int, seed: int) -> Killed:
     """Kill runs with SIGKILL at random moments and start them again, until there were that many kills.
 
-    Every run that got through is compared with one that nobody disturbed; then the next one starts afresh.
+    Every run that got through is compared with one that nobody disturbed; then the next one starts afresh. Moments are
+    told by the processor's time: by the clock, all would be early ones where the machine has become busy.
     """
     moments = random.Random(seed)
-    start = time.monotonic()
+    start = _ended_children()
     code, said = job.run(work / "calm-cache", work / "calm")
     assert code == 0, said
-    seconds, calm = time.monotonic() - start, content(work / "calm")
+    seconds, calm = _ended_children() - start, content(work / "calm")
     steps: list[int] = []
     runs = different = damaged = survivors = 0
     while len(steps) < kills:
@@ -139,19 +151,42 @@ def kill_and_resume(job: TinyJob, work: Path, kills: int, seed: int) -> Killed:
 
 
 def _survivors(job: TinyJob, cache: Path, results: Path, after: float) -> int | None:
-    """Kill a run after so many seconds, and count its children that live on; None where it had ended before."""
+    """Kill a run when it and its children took so many seconds of the processor's time, and count who lives on.
+
+    None where it had ended before.
+    """
     process = job.started(cache, results)
+    family = psutil.Process(process.pid)
+    while process.poll() is None:
+        children = family.children(recursive=True)
+        if sum(map(_taken, [family, *children])) > after:
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+            return _alive(children)
+        time.sleep(0.02)
+    process.communicate()
+    return None
+
+
+def _alive(processes: Sequence[psutil.Process]) -> int:
+    end = time.monotonic() + 10
+    while (count := sum(map(_lives, processes))) and time.monotonic() < end:
+        time.sleep(0.05)
+    return count
+
+
+def _ended_children() -> float:
+    """Seconds of the processor's time that all children took which have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _taken(process: psutil.Process) -> float:
+    """Seconds of the processor's time that a process took, and those of its children that have ended."""
     try:
-        process.communicate(timeout=after)
-        return None
-    except subprocess.TimeoutExpired:
-        children = psutil.Process(process.pid).children(recursive=True)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        end = time.monotonic() + 10
-        while (alive := sum(map(_lives, children))) and time.monotonic() < end:
-            time.sleep(0.05)
-        return alive
+        return sum(process.cpu_times()[:4])
+    except psutil.NoSuchProcess:
+        return 0.0
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_killed_runs_go_on_and_end_with_the_same_bytes(job: TinyJob, tmp_path: P
 @pytest.mark.xdist_group("interruption")
 def test_two_runs_at_once_do_not_disturb_each_other(job: TinyJob, calm: Path, tmp_path: Path) -> None:
     runs = [job.started(tmp_path / "cache", tmp_path / "results") for _ in range(2)]
-    ends = [process.communicate(timeout=240) for process in runs]
+    ends = [process.communicate(timeout=900) for process in runs]
     assert [process.returncode for process in runs] == [0, 0], [said for _, said in ends]
     assert content(tmp_path / "results") == content(calm)
     assert verify(run_folder(tmp_path / "results")).good
@@ -88,6 +89,34 @@ def test_a_read_only_folder_is_named(job: TinyJob, calm: Path, small_disk: Path)
     code, said = job.run(calm / "cache", small_disk / "results")
     (sentence,) = [line for line in said.splitlines() if line.startswith("quant: ")]
     assert code == 2 and str(small_disk) in sentence and os.strerror(errno.EROFS) in sentence, said
+
+
+@slow
+@pytest.mark.xdist_group("interruption")
+def test_a_model_that_changes_under_a_run_is_named(job: TinyJob, calm: Path, tmp_path: Path) -> None:
+    weights = job.root / "model" / "inference.pdiparams"
+    kept = weights.read_bytes()
+    code, said = job.disturbed(tmp_path / "cache", tmp_path / "results", 0, lambda: weights.write_bytes(kept + b"0"))
+    weights.write_bytes(kept)
+    assert code == 2 and f"{weights} changed while it was being read" in said and "Traceback" not in said, said
+    assert not list((tmp_path / "results").rglob("manifest.json"))
+    code, said = job.run(tmp_path / "cache", tmp_path / "results")
+    assert code == 0, said
+    assert content(tmp_path / "results") == content(calm)
+
+
+@slow
+@pytest.mark.xdist_group("interruption")
+@pytest.mark.parametrize("steps", [1, 7])
+def test_a_cache_that_is_cleared_under_a_run_is_named(job: TinyJob, calm: Path, steps: int, tmp_path: Path) -> None:
+    """Unless the run needs nothing of it any more; in both cases what stands in the results is whole."""
+    cache = tmp_path / "cache"
+    code, said = job.disturbed(cache, tmp_path / "results", steps, lambda: shutil.rmtree(cache, ignore_errors=True))
+    assert code in (0, 2) and "Traceback" not in said, said
+    assert code == 0 or str(cache) in said, said
+    code, said = job.run(cache, tmp_path / "results")
+    assert code == 0, said
+    assert content(tmp_path / "results") == content(calm)
 
 
 def test_what_a_killed_process_left_is_swept_up(tmp_path: Path) -> None:

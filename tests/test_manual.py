@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = typer.main.get_command(app)
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
+TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 MESSAGE = re.compile(r"`([^`]+)`")
 
 
@@ -68,6 +69,13 @@ def test_quoted_messages_stand_in_the_program() -> None:
     messages = [message for row in rows for message in MESSAGE.findall(row)]
     assert len(messages) > 15
     assert [message for message in messages if message not in program] == []
+
+
+def test_named_tests_are_tests() -> None:
+    named = [found for page in PAGES for found in TEST.findall(page.read_text(encoding="utf-8"))]
+    assert len(named) > 5
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -9,7 +9,6 @@ import json
 import pickle
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +26,8 @@ def _outside(folder: Path) -> None:
 
 
 def _hang(folder: Path) -> None:
-    time.sleep(60)
+    while True:
+        pass
 
 
 def _memory(folder: Path) -> None:

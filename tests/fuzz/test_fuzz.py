@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import campaign
 import pytest
@@ -66,13 +67,19 @@ def test_what_must_not_be_is_found(misdeed: str, tmp_path: Path) -> None:
         assert (outcome, MISDEEDS[misdeed][1] in what) == ("finding", True), what
 
 
+def whole_campaign() -> Any:
+    """The module `benchmarks/fuzz.py`."""
+    spec = importlib.util.spec_from_file_location("whole_campaign", campaign.ROOT / "benchmarks" / "fuzz.py")
+    assert spec and spec.loader
+    spec.loader.exec_module(whole := importlib.util.module_from_spec(spec))
+    return whole
+
+
 @pytest.mark.parametrize(("done", "code"), [(1.0, 0), (0.5, 1)])
 def test_seconds_follow_the_shares_and_missing_cases_are_told(
     done: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = importlib.util.spec_from_file_location("whole_campaign", campaign.ROOT / "benchmarks" / "fuzz.py")
-    assert spec and spec.loader
-    spec.loader.exec_module(whole := importlib.util.module_from_spec(spec))
+    whole = whole_campaign()
     allowed: dict[str, float] = {}
 
     def run_at_once(kind: str, seed: int, count: int, seconds: float, place: Path) -> campaign.Tried:
@@ -89,6 +96,16 @@ def test_seconds_follow_the_shares_and_missing_cases_are_told(
     said = capsys.readouterr().out
     told = re.search(r"fell short: no time for 50\d of archive, 5\d of recipe, \d of onnx; give more --seconds", said)
     assert bool(told) == bool(code), said
+
+
+def test_the_whole_campaign_was_run_and_found_nothing() -> None:
+    """What `benchmarks/fuzz.py` wrote last: of every kind, 20,000 cases in all."""
+    results = campaign.ROOT / "results" / "fuzz.json"
+    document = json.loads(results.read_text(encoding="utf-8"))
+    assert sorted(document["kinds"]) == sorted(SUBJECTS)
+    assert document["cases"] == sum(tried["cases"] for tried in document["kinds"].values()) >= 20_000
+    assert [tried["findings"] for tried in document["kinds"].values()] == [[]] * len(SUBJECTS)
+    assert results.with_suffix(".md").read_text(encoding="utf-8") == whole_campaign().page(document)
 
 
 def test_a_worker_that_crashes_is_named(tmp_path: Path) -> None:
