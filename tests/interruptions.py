@@ -25,6 +25,9 @@ from quant.manifest import CARD
 from quant.verification import verify
 
 _QUANT = [sys.executable, "-c", "from quant.cli import main; main()"]
+MOST_STEPS = 3
+"""That end between a start and the kill."""
+
 _SECONDS = 900
 _TIMED = ("manifest.json", "metrics.json", CARD)  # what a clock said stands in them
 
@@ -119,23 +122,34 @@ class Killed:
     survivors: int
 
 
+@dataclass(frozen=True)
+class Moment:
+    """So many seconds of the processor's time after so many more steps have ended."""
+
+    steps: int
+    seconds: float
+
+
 def kill_and_resume(job: TinyJob, work: Path, kills: int, seed: int) -> Killed:
     """Kill runs with SIGKILL at random moments and start them again, until there were that many kills.
 
-    Every run that got through is compared with one that nobody disturbed; then the next one starts afresh. Moments are
-    told by the processor's time: by the clock, all would be early ones where the machine has become busy.
+    Every run that got through is compared with one that nobody disturbed; then the next one starts afresh. A moment is
+    a number of steps that end first, and then a part of a step by the processor's time: by time alone nearly all kills
+    would hit what every start does before its first step.
     """
     moments = random.Random(seed)
     start = _ended_children()
     code, said = job.run(work / "calm-cache", work / "calm")
     assert code == 0, said
-    seconds, calm = _ended_children() - start, content(work / "calm")
+    calm = content(work / "calm")
+    each = (_ended_children() - start) / len(_complete(work / "calm-cache" / "stages"))
     steps: list[int] = []
     runs = different = damaged = survivors = 0
     while len(steps) < kills:
         cache, results = work / f"cache{runs}", work / f"results{runs}"
         while len(steps) < kills:
-            left = _survivors(job, cache, results, moments.uniform(0.05, 1) * seconds)
+            moment = Moment(moments.randint(0, MOST_STEPS), moments.uniform(0, 1) * each)
+            left = _survivors(job, cache, results, moment)
             if left is None:
                 break
             survivors += left
@@ -150,16 +164,19 @@ def kill_and_resume(job: TinyJob, work: Path, kills: int, seed: int) -> Killed:
     return Killed(len(steps), steps.count(0), max(steps), runs, different, damaged, survivors)
 
 
-def _survivors(job: TinyJob, cache: Path, results: Path, after: float) -> int | None:
-    """Kill a run when it and its children took so many seconds of the processor's time, and count who lives on.
-
-    None where it had ended before.
-    """
+def _survivors(job: TinyJob, cache: Path, results: Path, moment: Moment) -> int | None:
+    """Kill a run at a moment, and count which of its children live on; None where it had ended before."""
+    stages = cache / "stages"
+    wanted = len(_complete(stages)) + moment.steps
     process = job.started(cache, results)
     family = psutil.Process(process.pid)
+    begun: float | None = None
     while process.poll() is None:
         children = family.children(recursive=True)
-        if sum(map(_taken, [family, *children])) > after:
+        taken = sum(map(_taken, [family, *children]))
+        if begun is None and len(_complete(stages)) >= wanted:
+            begun = taken
+        if begun is not None and taken >= begun + moment.seconds:
             os.kill(process.pid, signal.SIGKILL)
             process.communicate()
             return _alive(children)
