@@ -33,7 +33,7 @@ from quant.job import (
     runs_folder,
     sample_ids,
 )
-from quant.manifest import Manifest, artifact_digests, load_manifest, newest_run, processor, versions
+from quant.manifest import Manifest, artifact_digests, load_manifest, newest_run, processor
 from quant.plan import QuantPlan, load_plan
 from quant.recipe import Recipe, class_labels
 from quant.runtime import model_bytes, open_session, streams
@@ -186,7 +186,7 @@ def offer_evaluations(job: Job, artifacts: Mapping[TargetName, Path], samples: S
 def judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path, samples: Sequence[Sample]) -> Path:
     """Stage: outcomes of every sample, the folder `exhibits`, latencies, and what the runtime executes in integers."""
     recipe = job.recipe
-    judged = _judged_key(job, target, artifact, samples)
+    judged, classes = _judged_key(job, target, artifact, samples), class_labels(recipe)
 
     def judge_all(folder: Path) -> None:
         advance = counted(job.options.progress, f"{recipe.name}: evaluating {target}", len(samples))
@@ -195,32 +195,35 @@ def judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path, 
     def build(folder: Path) -> None:
         shutil.copyfile(job.store.result(_OUTCOMES, judged, judge_all) / OUTCOMES, folder / OUTCOMES)
         outcomes = load_outcomes(folder / OUTCOMES)
-        classes, metric = class_labels(recipe), make_metric(recipe.metric)
+        metric, size = make_metric(recipe.metric), _input_size(job.adapter)
         predict = _predictor(job, _share(job, target, artifact, samples))
-        size = _input_size(job.adapter)
         write_exhibits(folder / "exhibits", recipe.task, metric, outcomes, samples, predict, size, classes)
         latency = _latency(job, target, artifact)
         (folder / "latency.json").write_text(json.dumps(latency), encoding="utf-8")
         execution = {"executed_coverage": executed_coverage(target, artifact, plan)}
         (folder / "execution.json").write_text(json.dumps(execution), encoding="utf-8")
 
-    key = {**judged, "latency": recipe.latency.model_dump(exclude={"shapes"}), "seed": recipe.seed}
+    key = {
+        **judged,
+        "classes": classes,
+        "latency": recipe.latency.model_dump(exclude={"shapes"}),
+        "seed": recipe.seed,
+    }
     return job.store.result("evaluation", key, build)
 
 
 def _judged_key(job: Job, target: TargetName, artifact: Path, samples: Sequence[Sample]) -> dict[str, Any]:
     """What the outcomes of all samples depend on."""
     return {
+        **job.key,
         "artifact": artifact_digests(artifact),
-        "fp32": job.files.sha256,
         "target": target,
         "samples": sample_ids(samples),
         "labels": labels_digest(samples),
         "metric": job.recipe.metric,
         "datasets": [s.dataset for s in samples],
-        "threads": job.options.threads,
+        "judged_in": job.recipe.targets[target].judged_in,
         "processor": processor(),
-        "versions": versions(),
     }
 
 

@@ -18,7 +18,7 @@ from quant.judging import Evaluation, find_evaluation, judge_target, offer_evalu
 from quant.plan import load_plan
 from quant.shards import Offer, as_bytes, cut, for_others, joined, machine, offered, take_outcomes
 from quant.shares import Share
-from quant.stage import code_digest
+from quant.stage import code_digest, digest
 from quant.target import TargetName
 
 SIZE = 9
@@ -104,3 +104,11 @@ def test_small_evaluations_and_those_judged_before_are_not_offered(evaluation: E
     take_outcomes({offer.stage: b""})
     offer_evaluations(job, artifacts, samples)  # type: ignore[arg-type]
     assert job.options.offers and len(list(job.options.offers.iterdir())) == 1
+
+
+def test_another_description_of_the_model_is_another_evaluation(evaluation: Evaluation) -> None:
+    """With the same weights: pictures go into the model in another way."""
+    job, artifact, samples = evaluation.job, evaluation.folder / "onnxruntime", evaluation.job.selection.report
+    described = {**job.files.inference_yml, "PreProcess": {}}
+    other = replace(job, files=replace(job.files, inference_yml=described))
+    assert len({digest(judging._judged_key(j, "onnxruntime", artifact, samples)) for j in (job, other)}) == 2
