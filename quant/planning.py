@@ -109,6 +109,7 @@ def planned_stage(job: Job, target: TargetName) -> Path:
         **_judged_by(job),
         "target": target,
         "plans": [file_digests(laddered), file_digests(full_stage(job, job.recipe.targets[target]))],
+        "min_coverage": least_coverage(job.recipe, job.recipe.targets[target]),
         "minutes": minutes,
         "latency": latency,
         "processor": processor(),
