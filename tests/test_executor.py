@@ -417,7 +417,7 @@ def test_what_was_asked_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_rows_of_all_models_in_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One is skipped, one is broken, one crashes: the others' rows stand, and the code tells."""
+    """One is skipped, one is broken, one crashes: the others' rows stand, and the code tells. One is named twice."""
     row = {"model": "x", "task": "t", "target": "paddle", "status": "skipped", "reason": "none", "fix": "get it"}
     names = ["PP-OCRv4_mobile_det", "PP-OCRv4_mobile_rec", "PP-OCRv4_server_det"]
     ends = [
@@ -430,7 +430,7 @@ def test_rows_of_all_models_in_their_order(
         yield from reversed(list(zip(jobs, ends, strict=True)))
 
     monkeypatch.setattr(executor, "spread", spread)
-    command = ["eval", *names, "--jobs", "2", "--json", "--quiet", "--out", str(tmp_path)]
+    command = ["eval", *names, names[0], "--jobs", "2", "--json", "--quiet", "--out", str(tmp_path)]
     assert _guarded(command) == cli.INTERNAL_ERROR
     rows = json.loads(capfd.readouterr().out)["rows"]
     assert rows[0]["model"] == "x" and {r["reason"] for r in rows if r["model"] == names[1]} == {"broken"}
