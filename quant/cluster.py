@@ -78,9 +78,10 @@ class RayPool:
         self._waiting: dict[Any, Task] = {}
         self._models: dict[str, Any] = {}
         self._failed: list[tuple[Task, Ended]] = []
+        self._asked: dict[tuple[str, str], Needs] = {}
         try:
             nodes = self._nodes()
-            if small := [said for job in jobs if (said := too_large(job.model, self._needs(job, nodes), nodes))]:
+            if small := [said for job in jobs if (said := too_large(job.model, self._needs(job), nodes))]:
                 raise InputError(small[0])
         except BaseException:
             self.__exit__(None, None, None)
@@ -97,7 +98,7 @@ class RayPool:
             self._ray.shutdown()
 
     def submit(self, task: Task) -> None:
-        needs = self._needs(task, self._nodes())
+        needs = self._needs(task)
         options: dict[str, Any] = {"num_cpus": needs.cores, "memory": needs.memory, "max_retries": RETRIES}
         if isinstance(task, Shard):
             reference = self._perform_shard.options(**options).remote(*self._shard_arguments(task))
@@ -138,10 +139,17 @@ class RayPool:
         except errors.RayError as error:
             return failed(f"{task.model}: its node was lost, and {RETRIES} times another one ({type(error).__name__})")
 
-    def _needs(self, task: Task | ModelJob, nodes: Sequence[Needs]) -> Needs:
-        """Its threads and its measured peak; what is only assumed is no more than the largest node has."""
-        usual = min(USUAL_PEAK, max((node.memory for node in nodes if node.cores >= task.threads), default=USUAL_PEAK))
-        return Needs(task.threads, known_peak(task, self._results) or usual)
+    def _needs(self, task: Task | ModelJob) -> Needs:
+        """Its threads and its measured peak; what is only assumed is no more than the largest node has.
+
+        What is measured meanwhile counts the next time: what has begun on a node may go on there.
+        """
+        asked = self._asked.get((task.model, task.kind))
+        if asked is None:
+            large = max((node.memory for node in self._nodes() if node.cores >= task.threads), default=USUAL_PEAK)
+            asked = Needs(task.threads, known_peak(task, self._results) or min(USUAL_PEAK, large))
+            self._asked[task.model, task.kind] = asked
+        return asked
 
     def _nodes(self) -> list[Needs]:
         """What the nodes that live have in all."""
@@ -152,7 +160,7 @@ class RayPool:
         """Tasks that wait for a node that was lost, when no other one is large enough."""
         nodes = self._nodes()
         for reference, task in list(self._waiting.items()):
-            if said := too_large(task.model, self._needs(task, nodes), nodes):
+            if said := too_large(task.model, self._needs(task), nodes):
                 self._ray.cancel(reference, force=True)
                 del self._waiting[reference]
                 self._failed.append((task, failed(said)))

@@ -117,10 +117,11 @@ def spread(
 
 def finish(jobs: Sequence[ModelJob], results: Path, pool: Pool, shard_samples: int) -> Finished:
     """Do all jobs in a pool; each is given as it ends, its runs having arrived in the results."""
-    left = len(jobs)
+    different = dict.fromkeys(jobs)
+    left = len(different)
     gathering: dict[ModelJob, _Gathering] = {}
     with pool:
-        for job in jobs:
+        for job in different:
             pool.submit(Attempt(job, shard_samples))
         while left:
             task, ended = pool.next_ended()

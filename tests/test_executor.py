@@ -343,6 +343,20 @@ def test_what_is_only_assumed_keeps_no_small_node_from_working(tmp_path: Path, m
     assert [asked["memory"] for asked in stand_in.asked] == [GIB] and USUAL_PEAK > GIB
 
 
+def test_what_a_job_took_keeps_it_from_no_node_that_it_has_begun_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = Cluster({"m": ended()})
+    monkeypatch.setitem(sys.modules, "ray", stand_in)  # type: ignore[arg-type]
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with RayPool([job()], tmp_path, None) as pool:
+        for _ in range(2):
+            pool.submit(Attempt(job()))
+            task, end = pool.next_ended()
+            note_peak(task, tmp_path, replace(end, peak=9 * GIB))
+    assert [asked["memory"] for asked in stand_in.asked] == [USUAL_PEAK, USUAL_PEAK]
+
+
 def test_the_largest_node_is_named() -> None:
     nodes = [Needs(2, 8 * GIB), Needs(4, 2 * GIB)]
     assert too_large("m", Needs(4, GIB), nodes) == too_large("m", Needs(1, 8 * GIB), nodes) == ""
