@@ -56,6 +56,16 @@ def test_the_decoder_joins_a_formula_again(tmp_path: Path) -> None:
         assert latex_tokens(found.latex) == words
 
 
+@pytest.mark.parametrize(("top", "bottom"), [(100, 150), (0, 20), (300, 384)])
+def test_batches_of_formulas_are_cut_to_their_rows(top: int, bottom: int) -> None:
+    pictures = np.zeros((2, 1, 384, 384), np.float32)
+    pictures[0, 0, top : top + 10, 5] = pictures[1, 0, bottom - 10 : bottom, 380] = 1
+    cut = formula.drawn_rows(pictures)
+    assert cut.sum() == pictures.sum() and cut.shape[2] <= bottom - top + 64
+    first = int(np.flatnonzero((pictures == 1).any(axis=(0, 1, 3)))[0] - np.flatnonzero(cut.any(axis=(0, 1, 3)))[0])
+    assert first % 32 == 0, "the encoder sees each row at the place in its stride where it is in the whole picture"
+
+
 @pytest.mark.family
 @pytest.mark.parametrize("twin", [table, formula])
 def test_a_twin_is_right_on_every_runtime(twin: Any, tmp_path: Path) -> None:
