@@ -42,6 +42,9 @@ LEAST = {
 }
 """What FP32 reaches at least on the twin's own world, in percent, by one of its task's measures."""
 
+SLOW_TOO = ("PP-LCNet_x1_0_doc_ori", "SLANet_plus")
+"""Continuous integration takes the smallest and one with a loop; the others are for `make families` alone."""
+
 TARGETS = ["onnxruntime", "openvino"]
 LEAST_COVERAGE = 0.8
 PICTURES = 6
@@ -93,7 +96,9 @@ def test_every_twin_is_tried() -> None:
     assert sorted(LEAST) == twin_names()
 
 
-@pytest.mark.parametrize("model", LEAST)
+@pytest.mark.parametrize(
+    "model", [pytest.param(model, marks=pytest.mark.slow if model in SLOW_TOO else ()) for model in LEAST]
+)
 def test_a_twin_passes_on_every_runtime_and_loads_in_paddlex(model: str, tmp_path: Path) -> None:
     measure, least = LEAST[model]
     cache = {"QUANT_CACHE": str(tmp_path / "cache")}
