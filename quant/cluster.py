@@ -171,10 +171,11 @@ def too_large(model: str, needs: Needs, nodes: Sequence[Needs]) -> str:
     if any(needs.within(node) for node in nodes):
         return ""
     largest = max(nodes, key=lambda node: (node.cores, node.memory), default=Needs(0, 0))
-    start = f"ray start --num-cpus {needs.cores} --memory {needs.memory}"
+    start = f"start a node with `ray start --num-cpus {needs.cores} --memory {needs.memory}`"
+    if needs.cores > largest.cores:
+        start = f"give --threads {max(1, largest.cores)} or fewer, or {start}"
     return (
-        f"{model}: no node of the cluster is large enough: it asks for {needs}, the largest node has {largest}. "
-        f"Give --threads {max(1, largest.cores)} or fewer, or start a node with `{start}`"
+        f"{model}: no node of the cluster is large enough: it asks for {needs}, the largest node has {largest}; {start}"
     )
 
 

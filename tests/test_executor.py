@@ -322,7 +322,7 @@ def test_a_job_that_no_node_can_do_is_named_before_anything_starts(
     )
     with pytest.raises(InputError, match=said):
         on_cluster(stand_in, [job()], tmp_path, monkeypatch)
-    with pytest.raises(InputError, match="asks for 3 cores.*Give --threads 2"):
+    with pytest.raises(InputError, match="asks for 3 cores.*give --threads 2"):
         on_cluster(stand_in, [job("n", threads=3)], tmp_path, monkeypatch)
     assert stand_in.asked == [] and stand_in.over
 
@@ -359,6 +359,7 @@ def test_what_a_job_took_keeps_it_from_no_node_that_it_has_begun_on(
 
 def test_the_largest_node_is_named() -> None:
     nodes = [Needs(2, 8 * GIB), Needs(4, 2 * GIB)]
+    assert "--threads" not in too_large("m", Needs(1, 9 * GIB), nodes), "memory is what lacks"
     assert too_large("m", Needs(4, GIB), nodes) == too_large("m", Needs(1, 8 * GIB), nodes) == ""
     assert "the largest node has 4 cores and 2.0 GiB" in too_large("m", Needs(4, 3 * GIB), nodes)
     assert "the largest node has 0 cores" in too_large("m", Needs(1, 1), [])
