@@ -61,7 +61,8 @@ class Outcomes:
         return Outcomes(ids, datasets, self.fp32[chosen], self.int8[chosen], self.broken)
 
     def save(self, file: Path | IO[bytes]) -> None:
-        texts = {"ids": self.ids, "datasets": self.datasets, "broken": self.broken}
+        """Write a file whose bytes do not depend on which process judged which sample."""
+        texts = {"ids": self.ids, "datasets": self.datasets, "broken": sorted(self.broken)}
         arrays = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
         np.savez(file, fp32=self.fp32, int8=self.int8, **arrays)
 

@@ -6,11 +6,13 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_pipeline import write_lines
 from tiny_run import TinyRun
 
 from eval.dataset import Sample
+from eval.evaluation import Outcomes
 from quant import judging
 from quant.cluster import perform_shard
 from quant.errors import HandedOver
@@ -88,6 +90,11 @@ def test_a_shard_brings_its_files_along(evaluation: Evaluation, tmp_path: Path) 
     ended = perform_shard(moved, given.models, given.pictures[number], code_digest(), machine())
     assert ended.code == 0, ended.stderr
     assert ended.checked_parcel() == expected and b"broken.png" in expected.replace(b"\0", b"")
+
+
+def test_the_order_in_which_pictures_were_found_broken_leaves_no_trace() -> None:
+    one, other = (Outcomes(["a"], ["set"], np.ones((1, 1)), np.ones((1, 1)), list(order)) for order in ("xy", "yx"))
+    assert as_bytes(one) == as_bytes(other)
 
 
 def test_another_kind_of_machine_judges_nothing(evaluation: Evaluation) -> None:
