@@ -7,6 +7,7 @@ said at once what is asked for and what there is.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import socket
@@ -14,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,9 +25,9 @@ from quant.errors import InputError, Unavailable
 from quant.job import TWINS
 from quant.manifest import newest_run
 from quant.parcel import packed_runs, run_folders, sha256_of, unpacked
+from quant.recipe import recipes_dir
 from quant.shards import arrived, for_others, machine, named_as_there
 from quant.shares import Share
-from quant.stage import code_digest
 from quant.work import USUAL_PEAK, Attempt, Ended, ModelJob, Shard, Task, attempt_job, failed, judge_shard, known_peak
 
 RETRIES = 3
@@ -103,12 +105,12 @@ class RayPool:
         if isinstance(task, Shard):
             reference = self._perform_shard.options(**options).remote(*self._shard_arguments(task))
         else:
-            if task.node:  # where its finished steps lie, if that node lives and has room
+            if task.node:  # where its finished steps lie, if that node lives
                 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
                 options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(task.node, soft=True)
             known = newest_runs_of(task.job, self._results) if task.job.action == "eval" else b""
-            reference = self._perform.options(**options).remote(task, known, code_digest())
+            reference = self._perform.options(**options).remote(task, known, program_digest())
         self._waiting[reference] = task
 
     def next_ended(self) -> tuple[Task, Ended]:
@@ -127,7 +129,7 @@ class RayPool:
         if offer.stage not in self._models:
             self._models[offer.stage] = self._ray.put(offer.models)
         pictures = self._ray.put(offer.pictures[task.number])
-        return task.share, self._models[offer.stage], pictures, code_digest(), offer.machine
+        return task.share, self._models[offer.stage], pictures, program_digest(), offer.machine
 
     def _ended(self, task: Task, reference: Any) -> Ended:
         errors = self._ray.exceptions
@@ -228,8 +230,22 @@ def perform_shard(share: Share, models: bytes, pictures: bytes, code: str, wante
     return replace(ended, parcel=parcel, sha256=sha256_of(parcel))
 
 
+@cache
+def program_digest() -> str:
+    """Hex sha256 of what a job follows from on any machine: the code, also of twins and of data, and the recipes."""
+    root = Path(__file__).parents[1]
+    code = [root / "quant", root / "quant" / "twins", root / "eval", root / "calib_data"]
+    files = [path for folder in code for path in folder.iterdir() if path.suffix in (".py", ".yaml")]
+    files += recipes_dir().rglob("*.yaml")
+    content = hashlib.sha256()
+    # An installed package has its recipes in `_recipes`.
+    for name, file in sorted((f"{path.parent.name.removeprefix('_')}/{path.name}", path) for path in files):
+        content.update(name.encode() + b"\0" + file.read_bytes())
+    return content.hexdigest()
+
+
 def _check_code(code: str) -> None:
-    if code != code_digest():
+    if code != program_digest():
         raise RuntimeError("it has another version of paddle-quant; install the same one on all nodes")
 
 

@@ -21,14 +21,14 @@ from eval.dataset import Sample
 from eval.evaluation import Outcomes
 from quant import cli, cluster, executor
 from quant.cli import _guarded
-from quant.cluster import Needs, RayPool, perform, too_large
+from quant.cluster import Needs, RayPool, perform, program_digest, too_large
 from quant.errors import HANDED_OVER, InputError
 from quant.executor import finish, spread
 from quant.manifest import newest_run
 from quant.parcel import packed_runs, receive_runs, run_folders, sha256_of
 from quant.shards import Offer, as_bytes, cut
 from quant.shares import Share
-from quant.stage import code_digest, file_digests
+from quant.stage import file_digests
 from quant.verification import verify
 from quant.work import USUAL_PEAK, Attempt, Ended, ModelJob, Shard, Task, note_peak, peak_of
 
@@ -390,9 +390,20 @@ def test_a_node_with_another_version_does_nothing() -> None:
         perform(Attempt(job()), b"", "other code")
 
 
+def test_other_recipes_are_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever they are installed."""
+    digests = []
+    for folder, text in (("recipes", "a: 1"), ("_recipes", "a: 1"), ("recipes", "a: 2")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "m.yaml").write_text(text, encoding="utf-8")
+        monkeypatch.setattr(cluster, "recipes_dir", lambda place=tmp_path / folder: place)
+        digests.append(program_digest.__wrapped__())
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_a_job_is_the_command_of_its_model(tmp_path: Path) -> None:
     evaluation = ModelJob("eval", "m", ("PP-OCRv4_mobile_det", "--dry-run"), 1)
-    found = perform(Attempt(evaluation), b"", code_digest())
+    found = perform(Attempt(evaluation), b"", program_digest())
     assert (found.code, found.parcel) == (2, b"")
     with pytest.raises(InputError, match="not quantized yet"):
         found.rows()

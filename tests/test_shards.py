@@ -14,13 +14,13 @@ from tiny_run import TinyRun
 from eval.dataset import Sample
 from eval.evaluation import Outcomes
 from quant import judging
-from quant.cluster import perform_shard
+from quant.cluster import perform_shard, program_digest
 from quant.errors import HandedOver
 from quant.judging import Evaluation, find_evaluation, judge_target, offer_evaluations
 from quant.plan import load_plan
 from quant.shards import Offer, as_bytes, cut, for_others, joined, machine, offered, take_outcomes
 from quant.shares import Share
-from quant.stage import code_digest, digest
+from quant.stage import digest
 from quant.target import TargetName
 
 SIZE = 9
@@ -87,7 +87,7 @@ def test_a_shard_brings_its_files_along(evaluation: Evaluation, tmp_path: Path) 
     number = next(n for n, piece in enumerate(given.pieces) if any("broken" in s.image.name for s in piece.samples))
     expected = as_bytes(offer.pieces[number].judged(lambda: None))
     moved = replace(given.pieces[number], fp32=Path("no"), int8=Path("no"))
-    ended = perform_shard(moved, given.models, given.pictures[number], code_digest(), machine())
+    ended = perform_shard(moved, given.models, given.pictures[number], program_digest(), machine())
     assert ended.code == 0, ended.stderr
     assert ended.checked_parcel() == expected and b"broken.png" in expected.replace(b"\0", b"")
 
@@ -100,7 +100,7 @@ def test_the_order_in_which_pictures_were_found_broken_leaves_no_trace() -> None
 def test_another_kind_of_machine_judges_nothing(evaluation: Evaluation) -> None:
     (offer,) = handed_over(evaluation, "onnxruntime")
     with pytest.raises(RuntimeError, match="another processor"):
-        perform_shard(offer.pieces[0], b"", b"", code_digest(), "another machine")
+        perform_shard(offer.pieces[0], b"", b"", program_digest(), "another machine")
 
 
 def test_small_evaluations_and_those_judged_before_are_not_offered(evaluation: Evaluation) -> None:
