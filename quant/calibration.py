@@ -53,9 +53,9 @@ def collect_statistics(
     count = 0
     for count, feed in enumerate(feeds, start=1):
         for name, values in zip(tensors, session.run(feed, places), strict=True):
-            step = values.size * pictures // COUNTED | 1  # odd: columns of feature maps are even in number, mostly
+            step = max(1, values.size * pictures // COUNTED)
             try:
-                statistics[name].update(values, step)
+                statistics[name].update(values, step, count % step)  # a width may be a multiple of the step
             except ValueError as error:
                 place = f"calibration picture {count}, tensor '{name}'"
                 raise InputError(f"{place}: {error}; the model is damaged") from error

@@ -208,7 +208,8 @@ def _most_valuable(values: Sequence[float], limits: Sequence[_Limit], number: in
     if (spare < 0).any():
         return []
     gains = np.array(values) / max(values)
-    found = milp(-gains, constraints=LinearConstraint(rows, ub=spare), integrality=1, bounds=Bounds(0, 1))
+    limited = LinearConstraint(rows, ub=spare)
+    found = milp(-gains, constraints=limited, integrality=1, bounds=Bounds(0, 1), options={"mip_rel_gap": 0})
     chosen = np.flatnonzero(found.x > 0.5)
     # The solver keeps limits to a millionth; floors of coverage are kept exactly.
     while (rows[:, chosen].sum(axis=1) > spare + 1e-12).any():

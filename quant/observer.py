@@ -45,11 +45,12 @@ class Histogram:
     maximum: float = -np.inf
     average: MovingRange = field(default_factory=MovingRange)
 
-    def update(self, values: np.ndarray, step: int = 1) -> None:
+    def update(self, values: np.ndarray, step: int = 1, start: int = 0) -> None:
         """Count the values of one picture, a float array of any shape; raises ValueError on NaN or infinity.
 
         Args:
             step: one value of so many is counted; the extremes are those of all.
+            start: the first that is counted.
         """
         low, high = float(values.min()), float(values.max())
         if not np.isfinite(low) or not np.isfinite(high):
@@ -60,7 +61,7 @@ class Histogram:
         while high >= self.limit or -low > self.limit:  # bins are open at their upper end
             self._double(merge)
         # Scaling by a power of two is exact, so every index lies inside; clipping would cost most of the time.
-        index = np.multiply(values.ravel()[::step], np.float32(HALF_BINS / self.limit), dtype=np.float32)
+        index = np.multiply(values.ravel()[start::step], np.float32(HALF_BINS / self.limit), dtype=np.float32)
         np.floor(index, out=index)
         index += HALF_BINS
         self.counts += np.bincount(index.astype(np.intp), minlength=2 * HALF_BINS)
