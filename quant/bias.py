@@ -9,20 +9,23 @@ of all pictures are kept, and a new bias only shifts them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import takewhile
 
 import numpy as np
 import onnx
-from onnx import NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 from onnx.helper import make_tensor_value_info, np_dtype_to_tensor_dtype
 
 from quant.conversion import OPSET
 from quant.graph import Graph, reads
-from quant.placement import written_chains
-from quant.plan import QuantPlan, corrected_graph
-from quant.runtime import Feed, onnx_session
-from quant.simulation import simulated_model
+from quant.placement import place, written_chains
+from quant.plan import Operator, QuantPlan, corrected_graph
+from quant.runtime import Feed, Session, onnx_session
+from quant.simulation import FloatWriter
 
 Array = np.ndarray
 IR_VERSION = 8
@@ -45,30 +48,130 @@ def sequential_biases(
     Returns:
         float32[C] by operator name.
     """
-    names = [op.name for op in plan.operators if op.quantized and op.op_type != "MatMul" and op.weight is not None]
+    names = _with_biases(op for op in plan.operators if op.quantized)
     if not names:
         return {}
     exact = _channel_means(graph, names, feeds, threads)
-    plain = replace(plan, bias_shifts={})
-    factors = {
-        chain.writer: chain.factor
-        for chain in written_chains(corrected_graph(graph, plain), plain)
-        if chain.factor is not None
-    }
-    simulated = Graph(simulated_model(graph, plain))
+    simulated = _Simulated.of(graph, plan, exact)
     shifts = {}
     values = [dict(feed) for feed in feeds]
-    for name, segment in _segments(simulated, names):
-        segment.run(values, threads)
-        factor = factors.get(name, np.ones(1, dtype=np.float32))
-        found = np.mean([_means(kept[name]) for kept in values], axis=0)
-        shift = exact[name] * factor - found
+    for segment in _segments(simulated.graph, names):
+        if segment.end is not None:
+            segment.run(values, partial(_session, threads))
+            shifts[segment.end] = simulated.put_right(values, segment.end, exact[segment.end], len(feeds))
+            advance()
+    return shifts
+
+
+class Parts:
+    """Runs parts of a plan, everything else in FP32, with the biases behind them corrected.
+
+    So it is in the whole plan: what a part does to the mean of a channel farther on is no damage, since biases make up
+    for it there. What comes before a part is computed once for the parts behind it, so that they are best asked for
+    from front to back.
+
+    Args:
+        calibration: pictures from which biases are corrected, in the place of the plan's own; with none, those stay.
+        feeds: pictures whose outputs are asked for.
+    """
+
+    def __init__(
+        self, graph: Graph, plan: QuantPlan, calibration: Sequence[Feed], feeds: Sequence[Feed], threads: int
+    ) -> None:
+        self._graph, self._threads = graph, threads
+        self._plan = plan
+        self._names = _with_biases(plan.operators) if calibration else []
+        self._exact = _channel_means(graph, self._names, calibration, threads)
+        self._calibration, self._feeds = calibration, feeds
+        self._sessions: dict[bytes, Session] = {}
+        self._fp32 = list(_segments(self._simulated(set()).graph, self._names))
+        self._done, self._values = 0, self._inputs()
+
+    def outputs(self, names: Collection[str]) -> list[list[Array]]:
+        """The model's outputs for each picture of `feeds`, with the operators of these names in INT8."""
+        simulated = self._simulated(set(names))
+        segments = list(_segments(simulated.graph, self._names))
+        same = takewhile(lambda pair: pair[0].digest == pair[1].digest, zip(segments, self._fp32, strict=True))
+        begin = min(sum(1 for _ in same), len(segments) - 1)
+        values = self._before(begin)
+        for segment in segments[begin:]:
+            segment.run(values, self._session)
+            if segment.end is not None:
+                simulated.put_right(values, segment.end, self._exact[segment.end], len(self._calibration))
+        return [[kept[name] for name in self._graph.outputs] for kept in values[len(self._calibration) :]]
+
+    def _simulated(self, names: set[str]) -> _Simulated:
+        return _Simulated.of(self._graph, self._plan.with_only(names, ""), self._exact)
+
+    def _before(self, begin: int) -> list[dict[str, Array]]:
+        """The values in FP32 that the segments from `begin` on read."""
+        if begin < self._done:
+            self._done, self._values = 0, self._inputs()
+        for segment in self._fp32[self._done : begin]:
+            segment.run(self._values, self._session)
+        self._done = begin
+        return [dict(kept) for kept in self._values]
+
+    def _inputs(self) -> list[dict[str, Array]]:
+        return [dict(feed) for feed in (*self._calibration, *self._feeds)]
+
+    def _session(self, model: ModelProto) -> Session:
+        """The parts of a graph that stay in FP32 are the same for all."""
+        key = hashlib.sha256(model.SerializeToString(deterministic=True)).digest()
+        if key not in self._sessions:
+            self._sessions[key] = _session(self._threads, model)
+        return self._sessions[key]
+
+
+def _with_biases(operators: Iterable[Operator]) -> list[str]:
+    return [op.name for op in operators if op.op_type != "MatMul" and op.weight is not None]
+
+
+@dataclass(frozen=True)
+class _Simulated:
+    """The simulation of a plan.
+
+    Attributes:
+        factors: of convolutions that do not write their natural values.
+        steps: of biases that are stored as integers, in what the convolution writes.
+    """
+
+    graph: Graph
+    factors: dict[str, Array]
+    steps: dict[str, Array]
+
+    @classmethod
+    def of(cls, graph: Graph, plan: QuantPlan, exact: Mapping[str, Array]) -> _Simulated:
+        """With uncorrected biases for all convolutions whose exact means are given."""
+        shifts = {name: np.zeros(len(means), dtype=np.float32) for name, means in exact.items()}
+        plain = replace(plan, bias_shifts=plan.bias_shifts | shifts)
+        chains = written_chains(corrected_graph(graph, plain), plain)
+        factors = {chain.writer: chain.factor for chain in chains if chain.factor is not None}
+        writer = FloatWriter()
+        return cls(Graph(place(graph, plain, writer).to_model()), factors, writer.bias_steps)
+
+    def put_right(self, values: Sequence[dict[str, Array]], name: str, exact: Array, count: int) -> Array:
+        """Shift what a convolution writes so that its channels' means over the first pictures are the exact ones.
+
+        Args:
+            count: how many pictures count.
+
+        Returns:
+            The shift of natural values, float32[C]; a whole number of the steps of an integer bias.
+        """
+        factor = self.factors.get(name, np.ones(1, dtype=np.float32))
+        shift = exact * factor - np.mean([_means(kept[name]) for kept in values[:count]], axis=0)
+        if name in self.steps:
+            step = self.steps[name].astype(np.float64)
+            shift = np.rint(shift / step) * step
         for kept in values:
             places = (1,) * (kept[name].ndim - 2)
             kept[name] = kept[name] + shift.reshape(1, -1, *places).astype(np.float32)
-        shifts[name] = (shift / factor).astype(np.float32)
-        advance()
-    return shifts
+        return (shift / factor).astype(np.float32)
+
+
+def _session(threads: int, model: ModelProto) -> Session:
+    return onnx_session(model, threads, integers=False)
 
 
 @dataclass(frozen=True)
@@ -76,17 +179,30 @@ class _Segment:
     """Some consecutive nodes of a graph.
 
     Attributes:
+        end: the convolution behind which it is cut, None for the rest of the graph.
         reads: tensors that they read and do not write.
         leaves: tensors that later nodes, or the caller, read: written here or before.
     """
 
+    end: str | None
     nodes: list[NodeProto]
     constants: dict[str, Array]
     reads: list[str]
     leaves: list[str]
 
-    def run(self, values: list[dict[str, Array]], threads: int) -> None:
+    @cached_property
+    def digest(self) -> bytes:
+        """Of what it computes."""
+        parts = [node.SerializeToString(deterministic=True) for node in self.nodes]
+        parts += [
+            f"{name} {value.dtype} {value.shape}".encode() + value.tobytes() for name, value in self.constants.items()
+        ]
+        return hashlib.sha256(b"\0".join([*parts, *(name.encode() for name in self.leaves)])).digest()
+
+    def run(self, values: list[dict[str, Array]], session_of: Callable[[ModelProto], Session]) -> None:
         """Put what later nodes read in the place of what earlier nodes left, picture by picture to spare memory."""
+        if not self.nodes:
+            return
         written = {name for node in self.nodes for name in node.output}
         computed = [name for name in self.leaves if name in written]
         inputs = [make_tensor_value_info(n, np_dtype_to_tensor_dtype(values[0][n].dtype), None) for n in self.reads]
@@ -95,7 +211,7 @@ class _Segment:
         body = helper.make_graph(self.nodes, "segment", inputs, outputs, constants)
         model = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)])
         model.ir_version = IR_VERSION
-        session = onnx_session(model, threads, integers=False)
+        session = session_of(model)
         for index, kept in enumerate(values):
             found = dict(zip(computed, session.run({n: kept[n] for n in self.reads}, computed), strict=True))
             values[index] = {name: found[name] if name in found else kept[name] for name in self.leaves}
@@ -112,26 +228,25 @@ def _channel_means(graph: Graph, names: list[str], feeds: Sequence[Feed], thread
 
 def _means(value: Array) -> Array:
     """Mean of every channel, over batch and places, float64[C]."""
-    return np.asarray(np.moveaxis(value, 1, -1).reshape(-1, value.shape[1]).mean(axis=0, dtype=np.float64))
+    return np.asarray(value.mean(axis=(0, *range(2, value.ndim)), dtype=np.float64))
 
 
-def _segments(graph: Graph, names: list[str]) -> Iterator[tuple[str, _Segment]]:
-    """The graph cut behind each named tensor."""
+def _segments(graph: Graph, names: Collection[str]) -> Iterator[_Segment]:
+    """The graph cut behind each named tensor, and what is left behind the last one."""
     ends = {name: index for index, node in enumerate(graph.nodes, start=1) for name in node.output}
     start, available = 0, set(graph.inputs)
-    for name in sorted(names, key=lambda name: ends[name]):
-        nodes, later = graph.nodes[start : ends[name]], graph.nodes[ends[name] :]
+    for name in (*sorted(names, key=lambda name: ends[name]), None):
+        end = len(graph.nodes) if name is None else ends[name]
+        nodes, later = graph.nodes[start:end], graph.nodes[end:]
         written = {output for node in nodes for output in node.output}
         read = dict.fromkeys(key for node in nodes for key in reads(node) if key)
-        wanted = {key for node in later for key in reads(node)} | {name}
+        wanted = {key for node in later for key in reads(node)} | {*graph.outputs, *([name] if name else [])}
         available |= written
-        yield (
+        yield _Segment(
             name,
-            _Segment(
-                nodes,
-                {key: graph.constants[key] for key in read if graph.is_constant(key)},
-                [key for key in read if key in available - written],
-                sorted(wanted & available),
-            ),
+            nodes,
+            {key: graph.constants[key] for key in read if graph.is_constant(key)},
+            [key for key in read if key in available - written],
+            sorted(wanted & available),
         )
-        start = ends[name]
+        start = end

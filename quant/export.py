@@ -20,7 +20,7 @@ from quant.placement import place
 from quant.plan import IntegerWeight, QuantPlan, corrected_graph
 from quant.runtime import Feed, onnx_session, open_session, target_format
 from quant.sensitivity import relative_errors
-from quant.simulation import rounded_constant, simulated_session
+from quant.simulation import integer_bias, rounded_constant, simulated_session
 from quant.target import TARGETS, TargetName
 from quant.tensorrt_rules import explicit_quantization_problems
 
@@ -203,9 +203,7 @@ class QdqWriter:
         return self._read(graph, before, stored, weight.scale, np.zeros(weight.scale.shape, dtype=np.int8), axis)
 
     def bias(self, graph: Graph, before: NodeProto, name: str, scale: np.ndarray) -> str:
-        limits = np.iinfo(np.int32)
-        integers = np.clip(np.rint(graph.constants[name] / scale.astype(np.float64)), limits.min, limits.max)
-        stored = graph.add_constant(f"{name}_int32", integers.astype(np.int32))
+        stored = graph.add_constant(f"{name}_int32", integer_bias(graph.constants[name], scale))
         return self._read(graph, before, stored, scale, np.zeros(scale.shape, dtype=np.int32), 0)
 
     def _quantize(self, graph: Graph, before: NodeProto, tensor: str, scale: float, zero_point: int, dtype: str) -> str:

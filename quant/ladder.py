@@ -18,12 +18,15 @@ from quant.recipe import Gate, Ladder
 
 _REASON = "it is among those that do most damage on the search split for what they cost in FP32"
 
-NEGLIGIBLE = 1e-4
-"""Share of all squared damage below which an operator stays in INT8: FP32 would cost size and gain nothing."""
+FAINT = (0.2, 0.6)
+"""Shares of the largest damage below which an operator stays in INT8. What goes back costs size and interrupts the flow
+of integers, and errors may also cancel one another; so a choice of more and one of fewer operators are compared."""
 
 _REVERTS = 250
 """Most reverted operators for all of the coverage: one for each 0.4 % that is given up."""
 
+_ROUNDING = 1e-12
+"""Of sums of shares."""
 
 CLOCK = "clock"
 """Folder beside `ladder.json` with what was measured in seconds; files in it are no part of any hash."""
@@ -124,12 +127,16 @@ def climb(
     for limit in (1.0, *(step for step in ladder.coverage_steps if min_coverage < step < 1), min_coverage):
         if limit < 1 and len(tried) == 1:
             plan = damaged(plan)
-        candidate = revert_to(plan, limit, ladder.min_weights)
-        if tried and candidate.quantized().keys() == tried[-1][0].quantized().keys():
+        seen = [before.quantized().keys() for before, _ in tried]
+        choices = [less for less in _choices(plan, limit, ladder) if less.quantized().keys() not in seen]
+        if not choices:
             continue
+        refined = [refine(less) for less in choices] if tried else choices
+        errors = [judge.error(less) for less in refined]
+        candidate = refined[errors.index(min(errors))]
         reverted = len(plan.quantized()) - len(candidate.quantized())
-        candidate = refine(candidate) if reverted else candidate
-        rung = try_plan("ptq" if not reverted else f"revert {reverted}", candidate, reverted, ladder, gate, judge)
+        name = f"revert {reverted}" if reverted else "ptq"
+        rung = _rung(name, candidate, reverted, min(errors), ladder, gate, judge)
         tried.append((candidate, rung))
         if rung.passed:
             break
@@ -156,65 +163,80 @@ def trains(ladder: Ladder, best: Rung) -> bool:
 
 def try_plan(name: str, candidate: QuantPlan, reverted: int, ladder: Ladder, gate: Gate, judge: Judge) -> Rung:
     """Measure a plan on the search split; one whose error is too large gets no score."""
-    error = judge.error(candidate)
+    return _rung(name, candidate, reverted, judge.error(candidate), ladder, gate, judge)
+
+
+def _rung(
+    name: str, candidate: QuantPlan, reverted: int, error: float, ladder: Ladder, gate: Gate, judge: Judge
+) -> Rung:
     score = judge.score(candidate) if error <= ladder.max_error else None
     passed = score is not None and _passes(score, ladder, gate)
     return Rung(name, candidate.coverage(), reverted, error, score, passed)
 
 
-def revert_to(plan: QuantPlan, min_coverage: float, min_weights: float) -> QuantPlan:
+def _choices(plan: QuantPlan, min_coverage: float, ladder: Ladder) -> list[QuantPlan]:
+    """Different plans with at least this coverage."""
+    found = [revert_to(plan, min_coverage, ladder.min_weights, faint) for faint in FAINT]
+    return [
+        less for i, less in enumerate(found) if less.quantized().keys() not in [f.quantized().keys() for f in found[:i]]
+    ]
+
+
+def revert_to(plan: QuantPlan, min_coverage: float, min_weights: float, faint: float) -> QuantPlan:
     """Revert the operators that together do most squared damage, while enough work and enough weights stay in INT8.
 
     A knapsack with three limits: multiply-accumulates, weights, and the number of operators, since each one in FP32
     interrupts the flow of integers. So few operators with much damage go, not many with little.
+
+    Args:
+        faint: share of the largest damage of what may go below which an operator stays.
     """
-    quantized = plan.quantized()
-    damages = {name: (op.damage or 0) ** 2 for name, op in quantized.items()}
-    least = NEGLIGIBLE * sum(damages.values())
-    damaging = [op for name, op in quantized.items() if damages[name] and damages[name] >= least]
     number = round(_REVERTS * (1 - min_coverage))
-    if not damaging or not number:
-        return plan.with_only(set(quantized), _REASON)
-    macs = _Limit.of(plan.operators, damaging, min_coverage, lambda op: op.macs)
-    parameters = _Limit.of(plan.operators, damaging, min_weights, lambda op: op.parameters)
-    chosen = _most_valuable([damages[op.name] for op in damaging], [macs, parameters], number)
-    return plan.with_only(set(quantized) - {damaging[index].name for index in chosen}, _REASON)
+    limits = [
+        _Limit.of(plan.operators, min_coverage, lambda op: op.macs),
+        _Limit.of(plan.operators, min_weights, lambda op: op.parameters),
+    ]
+    possible = [op for op in plan.quantized().values() if op.damage and all(limit.allows(op) for limit in limits)]
+    least = faint * max((op.damage or 0.0 for op in possible), default=0.0)
+    damaging = [op for op in possible if (op.damage or 0.0) >= least]
+    gone = _most_damaging(damaging, limits, number) if damaging and number else set()
+    return plan.with_only(set(plan.quantized()) - gone, _REASON)
 
 
 @dataclass(frozen=True)
 class _Limit:
-    """What operators cost, as shares of that of all, and how much may be spent."""
+    """How much of what operators cost may be spent, as shares of that of all operators."""
 
-    costs: list[float]
+    cost: Callable[[Operator], float]
     spare: float
 
     @classmethod
-    def of(
-        cls, operators: Sequence[Operator], damaging: Sequence[Operator], floor: float, cost: Callable[[Operator], int]
-    ) -> _Limit:
-        """With a share of the costs of all operators that has to stay in INT8."""
-        total = sum(map(cost, operators)) or 1
-        quantized = sum(cost(op) for op in operators if op.quantized)
-        return cls([cost(op) / total for op in damaging], quantized / total - floor)
+    def of(cls, operators: Sequence[Operator], floor: float, amount: Callable[[Operator], int]) -> _Limit:
+        """With a share of the amounts of all operators that has to stay in INT8."""
+        total = sum(map(amount, operators)) or 1
+        quantized = sum(amount(op) for op in operators if op.quantized)
+        return cls(lambda op: amount(op) / total, quantized / total - floor)
+
+    def allows(self, operator: Operator) -> bool:
+        return self.cost(operator) <= self.spare + _ROUNDING
 
 
-def _most_valuable(values: Sequence[float], limits: Sequence[_Limit], number: int) -> list[int]:
-    """Indices of at most `number` items with the largest sum of values whose costs keep every limit."""
+def _most_damaging(operators: Sequence[Operator], limits: Sequence[_Limit], number: int) -> set[str]:
+    """At most `number` operators with the largest sum of squared damages whose costs keep every limit."""
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    rows = np.array([*(limit.costs for limit in limits), np.ones(len(values))])
+    damages = np.array([op.damage for op in operators], dtype=np.float64)
+    gains = np.square(damages / damages.max())
+    rows = np.array([*([limit.cost(op) for op in operators] for limit in limits), np.ones(len(operators))])
     spare = np.array([*(limit.spare for limit in limits), number])
-    if (spare < 0).any():
-        return []
-    gains = np.array(values) / max(values)
     limited = LinearConstraint(rows, ub=spare)
     found = milp(-gains, constraints=limited, integrality=1, bounds=Bounds(0, 1), options={"mip_rel_gap": 0})
     chosen = np.flatnonzero(found.x > 0.5)
     # The solver keeps limits to a millionth; floors of coverage are kept exactly.
-    while (rows[:, chosen].sum(axis=1) > spare + 1e-12).any():
+    while (rows[:, chosen].sum(axis=1) > spare + _ROUNDING).any():
         chosen = np.delete(chosen, np.argmin(gains[chosen]))
-    return [int(index) for index in chosen]
+    return {operators[index].name for index in chosen}
 
 
 def _passes(score: SearchScore, ladder: Ladder, gate: Gate) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -244,7 +245,7 @@ def full_stage(job: Job, choice: TargetChoice) -> Path:
 
 
 def alone_stage(job: Job, choice: TargetChoice) -> Path:
-    """Stage: the full plan with biases that suit operators of which one alone, or one kind, is in INT8."""
+    """Stage: the full plan with biases for scores of the metric with one operator alone, or one kind, in INT8."""
     everything = full_stage(job, choice)
     if job.recipe.calibration.bias_correction != "full":
         return everything
@@ -399,19 +400,28 @@ def _calibrated(job: Job, graph: Graph, tensors: list[str], choice: TargetChoice
 
 def alone_errors(job: Job, choice: TargetChoice) -> dict[str, OutputError]:
     """Stage: how far the outputs move when one operator of the full plan is in INT8, for each of them."""
-    recipe, everything = job.recipe, alone_stage(job, choice)
-    count = recipe.ladder.damage_samples
+    everything, count = full_stage(job, choice), job.recipe.ladder.damage_samples
 
     def build(folder: Path) -> None:
         plan = load_plan(everything)
         parts = {name: {name} for name in plan.quantized()}
-        feeds = first_feeds(job, job.selection.search, count)
-        advance = counted(job.options.progress, f"{recipe.name}: damage per operator", len(parts))
-        errors = measure_errors(prepared_graph(job), plan, parts, feeds, job.options.threads, advance)
-        save_errors(errors, folder / "errors.json")
+        advance = counted(job.options.progress, f"{job.recipe.name}: damage per operator", len(parts))
+        save_errors(part_errors(job, plan, parts, advance), folder / "errors.json")
 
-    key = {**job.key, "plan": file_digests(everything), "samples": sample_ids(job.selection.search), "count": count}
+    samples = [sample_ids(job.selection.calibration), sample_ids(job.selection.search)]
+    key = {**job.key, "plan": file_digests(everything), "samples": samples, "count": count}
     return load_errors(job.store.result("damage", key, build) / "errors.json")
+
+
+def part_errors(
+    job: Job, plan: QuantPlan, parts: Mapping[str, set[str]], advance: Callable[[], None]
+) -> dict[str, OutputError]:
+    """How far the outputs move for each part of a plan, measured on a few pictures of the search split."""
+    count = job.recipe.ladder.damage_samples
+    corrected = job.recipe.calibration.bias_correction == "full"
+    calibration = first_feeds(job, job.selection.calibration, count) if corrected else []
+    feeds = first_feeds(job, job.selection.search, count)
+    return measure_errors(prepared_graph(job), plan, parts, calibration, feeds, job.options.threads, advance)
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from quant.bias import Parts
 from quant.bodies import find_node
 from quant.comparison import side_by_side
 from quant.graph import Graph, attribute
 from quant.ladder import SearchScore
 from quant.plan import Operator, QuantPlan, weight_axis
 from quant.runtime import Feed, Session, onnx_session
-from quant.simulation import simulated_session
 
 MOST_SCORED = 12
 PATIENCE = 3
@@ -44,30 +43,25 @@ def measure_errors(
     graph: Graph,
     plan: QuantPlan,
     parts: Mapping[str, set[str]],
+    calibration: Sequence[Feed],
     feeds: Sequence[Feed],
     threads: int,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, OutputError]:
-    """The outputs' error for each part of the plan, everything else in FP32.
+    """The outputs' error for each part of the plan, everything else in FP32, biases behind it corrected.
 
     Args:
         parts: names of the operators that are in INT8 together, by any key.
+        calibration: pictures that biases are corrected on.
         feeds: pictures of the search split.
-        threads: parts measured at the same time.
         advance: called after each part.
     """
     reference = onnx_session(graph.to_model(), threads)
     exact = [reference.run(feed) for feed in feeds]
-
-    def measured(names: set[str]) -> OutputError:
-        session = simulated_session(graph, plan.with_only(names, "measured without it"), 1)
-        return compare_outputs([session.run(feed) for feed in feeds], exact)
-
-    errors = {}
-    with ThreadPoolExecutor(threads) as pool:
-        for key, error in zip(parts, pool.map(measured, parts.values()), strict=True):
-            errors[key] = error
-            advance()
+    runs, errors = Parts(graph, plan, calibration, feeds, threads), {}
+    for key, names in parts.items():
+        errors[key] = compare_outputs(runs.outputs(names), exact)
+        advance()
     return errors
 
 

@@ -12,16 +12,15 @@ from typing import Any
 from quant.advice import GroupImpact, OperatorImpact, advise
 from quant.archive import staged
 from quant.graph import Graph
-from quant.job import Job, counted, first_feeds, labels_digest, prepared_graph, runs_folder, sample_ids
+from quant.job import Job, counted, labels_digest, prepared_graph, runs_folder, sample_ids
 from quant.ladder import SearchScore
 from quant.plan import QuantPlan, load_plan
-from quant.planning import SearchJudge, alone_errors, alone_stage, least_coverage
+from quant.planning import SearchJudge, alone_errors, alone_stage, least_coverage, part_errors
 from quant.record import read_record
 from quant.sensitivity import (
     OutputError,
     kernel_groups,
     kernel_kind,
-    measure_errors,
     output_channels,
     score_worst,
     worst_first,
@@ -123,9 +122,8 @@ def _measure(
 
     scores = score_worst(errors, lambda name: score({name}))
     groups = kernel_groups(graph, operators.values())
-    feeds = first_feeds(job, job.selection.search, job.recipe.ladder.damage_samples)
     advance = counted(job.options.progress, f"{job.recipe.name}: damage per kind", len(groups))
-    group_errors = measure_errors(graph, plan, groups, feeds, job.options.threads, advance)
+    group_errors = part_errors(job, plan, groups, advance)
     return (
         [
             OperatorImpact(

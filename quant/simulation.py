@@ -5,6 +5,8 @@ Independent of integer kernels and of what runtimes fuse; exports are compared w
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
@@ -26,11 +28,17 @@ def simulated_model(prepared: Graph, plan: QuantPlan) -> ModelProto:
     return place(prepared, plan, FloatWriter()).to_model()
 
 
+@dataclass
 class FloatWriter:
-    """Quantization of float tensors in place (see `quant.placement.Writer`). Biases stay as they are.
+    """Quantization of float tensors in place (see `quant.placement.Writer`).
 
     Q and DQ stand side by side, so that whatever reads the tensor reads floats; weights are floats from the start.
+
+    Attributes:
+        bias_steps: of the integer biases written so far, float32[C] by what the convolution writes.
     """
+
+    bias_steps: dict[str, np.ndarray] = field(default_factory=dict)
 
     def rounded(self, graph: Graph, before: NodeProto, tensor: str, scale: float, zero_point: int, dtype: str) -> str:
         return _rounded(graph, before, tensor, (scale, zero_point, dtype), (scale, zero_point))
@@ -46,7 +54,16 @@ class FloatWriter:
         return graph.add_constant(f"{name}_simulated", dequantize_weight(weight, axis))
 
     def bias(self, graph: Graph, before: NodeProto, name: str, scale: np.ndarray) -> str:
-        return name
+        # Backgrounds are flat: next to a boundary of the following quantizer half a step moves all of one.
+        self.bias_steps[before.output[0]] = scale
+        rounded = integer_bias(graph.constants[name], scale).astype(np.float32) * scale.astype(np.float32)
+        return graph.add_constant(f"{name}_simulated", rounded)
+
+
+def integer_bias(bias: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """A bias in S32 on a scale for each channel."""
+    limits = np.iinfo(np.int32)
+    return np.clip(np.rint(bias / scale.astype(np.float64)), limits.min, limits.max).astype(np.int32)
 
 
 def rounded_constant(values: np.ndarray) -> tuple[np.ndarray, float, int]:

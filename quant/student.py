@@ -40,8 +40,13 @@ _REACH = (
 
 @dataclass
 class _TrainableWriter(FloatWriter):
-    """Leaves quantizers whole; placement hands over numbers, so a quantizer's scale is its place in a list."""
+    """Leaves quantizers whole; placement hands over numbers, so a quantizer's scale is its place in a list.
 
+    Attributes:
+        plan_steps: steps of integer biases by the scales of the plan.
+    """
+
+    plan_steps: dict[str, Array] = field(default_factory=dict)
     weights: dict[str, IntegerWeight] = field(default_factory=dict)
 
     def rounded(self, graph: Graph, before: NodeProto, tensor: str, scale: float, zero_point: int, dtype: str) -> str:
@@ -59,6 +64,9 @@ class _TrainableWriter(FloatWriter):
         read = graph.fresh_name(f"{name}_trained")
         graph.insert_before(before, helper.make_node(_WEIGHT, [], [read], name=read, weight=name, axis=axis))
         return read
+
+    def bias(self, graph: Graph, before: NodeProto, name: str, scale: Array) -> str:
+        return super().bias(graph, before, name, self.plan_steps[before.output[0]])
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,9 @@ def trace(prepared: Graph, plan: QuantPlan) -> Traced:
     numbered = replace(plan, activations=dict(plan.activations), outputs=dict(plan.outputs))
     for number, (part, name, quantizer) in enumerate(quantizers, start=1):
         getattr(numbered, part)[name] = quantizer.model_copy(update={"scale": float(number)})
-    writer = _TrainableWriter()
+    simulated = FloatWriter()
+    place(prepared, plan, simulated)
+    writer = _TrainableWriter(plan_steps=simulated.bias_steps)
     graph = place(prepared, numbered, writer)
     plain = corrected_graph(prepared, plan)
     chains = [chain for chain in written_chains(plain, plan) if chain.factor is not None]

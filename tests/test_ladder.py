@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import operator, plan_with
 
-from quant.ladder import SearchScore, climb, revert_to
+from quant.ladder import FAINT, SearchScore, climb, revert_to
 from quant.plan import QuantPlan
 from quant.recipe import Gate, Ladder
 
@@ -70,7 +70,7 @@ class Scripted:
 
 
 def test_the_most_damaging_operators_go_first() -> None:
-    plan = revert_to(ten_operators(), 0.7, 0.0)
+    plan = revert_to(ten_operators(), 0.7, 0.0, FAINT[0])
     assert list(plan.quantized()) == [f"op{i}" for i in range(3, 10)]
     assert all("damage" in op.reason for op in plan.operators if not op.quantized)
 
@@ -78,15 +78,15 @@ def test_the_most_damaging_operators_go_first() -> None:
 def test_two_that_do_more_damage_together_go_before_one_that_does_most() -> None:
     halves = [operator(name, 5, damage=0.15) for name in ("one", "other")]
     plan = plan_with(operator("worst", 10, damage=0.2), *halves, operator("body", 80))
-    assert list(revert_to(plan, 0.9, 0.0).quantized()) == ["worst", "body"]
+    assert list(revert_to(plan, 0.9, 0.0, FAINT[0]).quantized()) == ["worst", "body"]
     heavy = [operator(name, 1, damage=0.15, parameters=5) for name in ("one", "other")]
     plan = plan_with(operator("worst", 1, damage=0.2, parameters=10), *heavy, operator("body", 80, parameters=80))
-    assert list(revert_to(plan, 0.5, 0.9).quantized()) == ["worst", "body"]
+    assert list(revert_to(plan, 0.5, 0.9, FAINT[0]).quantized()) == ["worst", "body"]
 
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 100), st.integers(0, 99), st.integers(1, 99)), min_size=1, max_size=7),
+    st.lists(st.tuples(st.integers(1, 100), st.integers(20, 99), st.integers(1, 99)), min_size=1, max_size=7),
     st.floats(0.5, 0.95),
     st.floats(0.5, 0.95),
 )
@@ -103,7 +103,9 @@ def test_no_other_choice_within_the_limits_would_take_away_more_damage(
         and share_of_weights(left) >= weights_floor
         and len(gone) <= round(250 * (1 - floor))
     )
-    assert remaining(revert_to(plan, floor, weights_floor)) <= min(map(remaining, allowed)) + 1e-3 * remaining(plan)
+    assert remaining(revert_to(plan, floor, weights_floor, FAINT[0])) <= min(
+        map(remaining, allowed)
+    ) + 1e-3 * remaining(plan)
 
 
 def remaining(plan: QuantPlan) -> float:
@@ -112,43 +114,53 @@ def remaining(plan: QuantPlan) -> float:
 
 def test_few_operators_are_reverted_for_little_coverage() -> None:
     plan = plan_with(operator("body", 9000), *(operator(f"op{i}", 1, damage=0.1) for i in range(90)))
-    assert len(plan.quantized()) - len(revert_to(plan, 0.99, 0.0).quantized()) == 3
-    assert len(plan.quantized()) - len(revert_to(plan, 0.9, 0.0).quantized()) == 25
+    assert len(plan.quantized()) - len(revert_to(plan, 0.99, 0.0, FAINT[0]).quantized()) == 3
+    assert len(plan.quantized()) - len(revert_to(plan, 0.9, 0.0, FAINT[0]).quantized()) == 25
+
+
+def test_of_more_and_fewer_operators_those_are_reverted_that_leave_the_smaller_error() -> None:
+    for errors, kept in (([0.5, 0.2, 0.3], 5), ([0.5, 0.3, 0.2], 9)):
+        judge = Scripted(score(9.0), score(0.0), errors=errors)
+        plan, rungs = climb(ten_operators(), ladder(), GATE, 0.0, judge)
+        assert len(plan.quantized()) == kept
+        assert [rung.error for rung in rungs] == [0.5, 0.2]
 
 
 def test_what_does_no_damage_stays_small() -> None:
     plan = plan_with(
         operator("bad", 1, damage=0.3), operator("good", 1, damage=0.001), operator("body", 98, damage=0.1)
     )
-    assert list(revert_to(plan, 0.9, 0.0).quantized()) == ["good", "body"]
+    assert list(revert_to(plan, 0.9, 0.0, FAINT[0]).quantized()) == ["good", "body"]
 
 
 def test_one_too_large_for_the_floor_is_stepped_over() -> None:
     plan = plan_with(
         operator("large", 60, damage=9), operator("middle", 30, damage=1), operator("small", 10, damage=0.5)
     )
-    assert list(revert_to(plan, 0.65, 0.0).quantized()) == ["large", "small"]
-    assert list(revert_to(plan, 0.9, 0.0).quantized()) == ["large", "middle"]
+    assert list(revert_to(plan, 0.65, 0.0, FAINT[0]).quantized()) == ["large", "small"]
+    assert list(revert_to(plan, 0.9, 0.0, FAINT[0]).quantized()) == ["large", "middle"]
 
 
 def test_weights_that_bound_the_file_size_stay_in_int8() -> None:
     plan = plan_with(operator("heavy", 1, damage=9, parameters=60), operator("light", 1, damage=0.5, parameters=40))
-    assert list(revert_to(plan, 0.0, 0.5).quantized()) == ["heavy"]
-    assert list(revert_to(plan, 0.0, 0.7).quantized()) == ["heavy", "light"]
+    assert list(revert_to(plan, 0.0, 0.5, FAINT[0]).quantized()) == ["heavy"]
+    assert list(revert_to(plan, 0.0, 0.7, FAINT[0]).quantized()) == ["heavy", "light"]
     _, rungs = climb(plan, ladder(min_weights=0.5), GATE, 0.0, Scripted(score(2.0), score(2.0)))
     assert [rung.reverted for rung in rungs] == [0, 1]
 
 
 def test_full_coverage_reverts_nothing() -> None:
-    assert len(revert_to(ten_operators(), 1.0, 0.0).quantized()) == 10
+    assert len(revert_to(ten_operators(), 1.0, 0.0, FAINT[0]).quantized()) == 10
 
 
 def test_operators_that_are_in_fp32_already_stay_there_and_count() -> None:
     plan = plan_with(operator("a", 50, damage=1), operator("b", 20, quantized=False), operator("c", 30, damage=2))
-    less = revert_to(plan, 0.5, 0.0)
+    less = revert_to(plan, 0.5, 0.0, FAINT[0])
     assert list(less.quantized()) == ["a"]
     assert less.coverage() == 0.5
-    assert list(revert_to(plan, 0.81, 0.0).quantized()) == ["a", "c"], "below the floor already: nothing more goes"
+    assert list(revert_to(plan, 0.81, 0.0, FAINT[0]).quantized()) == ["a", "c"], (
+        "below the floor already: nothing more goes"
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -161,7 +173,7 @@ def test_no_floor_is_ever_crossed(
     facts: list[tuple[int, float, bool, int]], floor: float, weights_floor: float
 ) -> None:
     plan = plan_with(*(operator(f"op{i}", m, q, d, p) for i, (m, d, q, p) in enumerate(facts)))
-    less = revert_to(plan, floor, weights_floor)
+    less = revert_to(plan, floor, weights_floor, FAINT[0])
     assert less.coverage() >= min(floor, plan.coverage()) - 1e-12
     assert share_of_weights(less) >= min(weights_floor, share_of_weights(plan)) - 1e-12
     assert set(less.quantized()) <= set(plan.quantized())
@@ -243,7 +255,9 @@ def test_without_any_score_the_smallest_error_is_taken() -> None:
 
 
 def test_a_rung_with_a_score_beats_those_that_the_error_ruled_out() -> None:
-    plan, _ = climb(ten_operators(), ladder(max_error=0.01), GATE, 0.8, Scripted(score(9.0), errors=[0.02, 0.005]))
+    plan, _ = climb(
+        ten_operators(), ladder(max_error=0.01), GATE, 0.8, Scripted(score(9.0), errors=[0.02, 0.005, 0.006])
+    )
     assert plan.coverage() == 0.8
 
 

@@ -42,7 +42,7 @@ def alone(net: TinyNet, count: int = 1, **changes: Any) -> dict[str, OutputError
     """Errors of every operator alone."""
     plan = plan_of(net, **changes)
     parts = {name: {name} for name in plan.quantized()}
-    return measure_errors(net.graph(), plan, parts, [net.feed(seed) for seed in range(count)], 1)
+    return measure_errors(net.graph(), plan, parts, [], [net.feed(seed) for seed in range(count)], 1)
 
 
 # --- errors of the outputs -------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def test_a_part_of_several_operators_is_in_int8_at_once() -> None:
     names = [op.name for op in plan.operators]
     steps: list[int] = []
     parts = {"two": set(names[:2]), "all": set(names), "none": set()}
-    errors = measure_errors(graph, plan, parts, [net.feed()], 2, lambda: steps.append(1))
+    errors = measure_errors(graph, plan, parts, [], [net.feed()], 2, lambda: steps.append(1))
     assert len(steps) == 3
     session = simulated_session(graph, plan.with_only(set(names[:2]), ""), 1)
     exact = [run(graph.to_model(), net.feed())]
