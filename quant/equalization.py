@@ -20,6 +20,7 @@ from onnx import NodeProto, helper
 
 from quant.errors import InputError
 from quant.flow import HARD_SWISH_END, LARGEST_STEP, Chain
+from quant.fold import evened_writer, is_depthwise
 from quant.graph import Graph, attribute
 from quant.runtime import Feed, onnx_session
 from quant.target import EqualizationScope
@@ -55,7 +56,11 @@ class _Reach:
 
 
 def make_equalizers(
-    graph: Graph, scope: EqualizationScope, feeds: Iterable[Feed], threads: int, chains: Collection[Chain] = ()
+    graph: Graph,
+    scope: EqualizationScope,
+    feeds: Iterable[Feed],
+    threads: int,
+    chains: Collection[Chain] | None = None,
 ) -> dict[str, Equalizer]:
     """Equalizers, by operator name, for the convolutions of a scope that read an inner tensor.
 
@@ -63,11 +68,14 @@ def make_equalizers(
         graph: the prepared graph.
         feeds: calibration pictures, one at a time; a channel's reach is that of the rarest of them, so all count (with
             a quarter of 128 lines the error of recognition in INT8 rose by half).
-        chains: those that are to flow in integers. There what has to fit one scale is the output of the convolution
-            before, not what hard-swish leaves of it.
+        chains: where outputs are stored, those that are to flow in integers. There what has to fit one scale is the
+            output of the convolution before, not what hard-swish leaves of it; and a depthwise convolution that reads
+            another one's output needs no equalizer beside what `quant.fold` did for both.
     """
     nodes = [node for node in graph.nodes if _in_scope(graph, node, scope)]
-    writers = {chain.reader: chain.writer for chain in chains}
+    if chains is not None:
+        nodes = [node for node in nodes if evened_writer(graph, node) is None]
+    writers = {chain.reader: chain.writer for chain in chains or ()}
     source = {node.output[0]: writers.get(node.output[0], node.input[0]) for node in nodes}
     if not source:
         return {}
@@ -137,7 +145,7 @@ def _rewrite(graph: Graph, node: NodeProto, equalizer: Equalizer) -> None:
     step = helper.make_node("Mul", [source, inverse], [f"{name}_equalized"], name=f"{name}_equalized")
     graph.insert_before(node, step)
     node.input[0] = step.output[0]
-    along = (-1, 1, 1, 1) if _is_depthwise(graph, node) else (1, -1, 1, 1)
+    along = (-1, 1, 1, 1) if is_depthwise(graph, node) else (1, -1, 1, 1)
     node.input[1] = f"{name}_equalized_weight"  # plans name it: no running number
     graph.constants[node.input[1]] = (weight * factor.reshape(along)).astype(np.float32)
 
@@ -149,7 +157,7 @@ def _equalizer(graph: Graph, node: NodeProto, reach: _Reach) -> Equalizer | None
     if largest.max() <= 0:
         return None
     factor = largest = np.maximum(largest, FLOOR * largest.max())
-    if not _is_depthwise(graph, node):
+    if not is_depthwise(graph, node):
         weights = np.abs(weight).max(axis=(0, 2, 3))
         weights = np.maximum(weights, FLOOR * max(float(weights.max()), _SMALLEST))
         factor = largest**STRENGTH / weights ** (1 - STRENGTH)
@@ -172,14 +180,9 @@ def _in_scope(graph: Graph, node: NodeProto, scope: EqualizationScope) -> bool:
         return False
     if len(node.input) > 2 and not graph.is_constant(node.input[2]):
         return False
-    depthwise = _is_depthwise(graph, node)
+    depthwise = is_depthwise(graph, node)
     dense = graph.constants[node.input[1]].ndim == 4 and attribute(node, "group", 1) == 1
     return scope != "none" and (depthwise or (dense and scope == "all"))
-
-
-def _is_depthwise(graph: Graph, node: NodeProto) -> bool:
-    shape = graph.constants[node.input[1]].shape
-    return bool(len(shape) == 4 and shape[1] == 1 and 1 < attribute(node, "group", 1) == shape[0])
 
 
 def _is_pointwise(graph: Graph, node: NodeProto) -> bool:

@@ -279,7 +279,7 @@ def _equalizers(job: Job, graph: Graph, choice: TargetChoice) -> dict[str, Equal
     """Stage: the equalizers that fit a scope and a placement."""
 
     def build(folder: Path) -> None:
-        chains = find_chains(graph) if choice.placement == "outputs" else []
+        chains = find_chains(graph) if choice.placement == "outputs" else None
         feeds = calibration_feeds(job, "equalizing channels")
         save_equalizers(make_equalizers(graph, choice.equalization, feeds, job.options.threads, chains), folder)
 

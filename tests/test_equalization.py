@@ -134,3 +134,12 @@ def test_equalizers_survive_the_disk(tmp_path: Path) -> None:
     for name, equalizer in stored.items():
         np.testing.assert_array_equal(again[name].factor, equalizer.factor)
         np.testing.assert_array_equal(again[name].centre, equalizer.centre)
+
+
+def test_where_outputs_are_stored_a_pair_that_folding_evens_out_needs_no_equalizer() -> None:
+    net = TinyNet((1, 3, 8, 8))
+    between = net.conv("x", 3, 6)
+    net.op("Conv", between, net.const(net.weights(6, 1, 3, 3)), pads=[1] * 4, group=6, name="deep")
+    graph = net.graph()
+    assert set(make_equalizers(graph, "depthwise", feeds(net, 2), 1)) == {"deep"}
+    assert not make_equalizers(graph, "depthwise", feeds(net, 2), 1, chains=[])

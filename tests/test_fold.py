@@ -575,3 +575,53 @@ def test_random_chains_keep_their_values(steps: list[Step], seed: int) -> None:
         source = producers.get(node.input[0]) if node.op_type == "BatchNormalization" else None
         alone = source is not None and len(readers[node.input[0]]) == 1 and node.input[0] not in after.outputs
         assert not (alone and source is not None and source.op_type in ("Conv", "ConvTranspose"))
+
+
+# --- channels of one reach -------------------------------------------------------------------------
+
+
+def _pair(net: TinyNet, gains: np.ndarray, bias: bool = True) -> str:
+    """A Conv whose channels have very different sizes, and a depthwise Conv behind it; the tensor between them."""
+    weight = net.weights(6, 3, 3, 3) * gains.reshape(-1, 1, 1, 1)
+    between = net.op(
+        "Conv", "x", net.const(weight), *([net.const(net.weights(6) * gains)] if bias else []), pads=[1] * 4
+    )
+    net.op("Conv", between, net.const(net.weights(6, 1, 3, 3)), net.const(net.weights(6)), pads=[1] * 4, group=6)
+    return between
+
+
+GAINS = np.float32([1, 30, 0.1, 4, 0.5, 9])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_channels_before_a_depthwise_convolution_get_one_reach(bias: bool) -> None:
+    net = TinyNet((2, 3, 8, 8))
+    _pair(net, GAINS, bias)
+    graph = folded(net)
+    writer = graph.nodes[0]
+    parts = [graph.constants[name].reshape(6, -1) for name in writer.input[1:]]
+    reach = np.abs(np.concatenate(parts, axis=1)).sum(axis=1)
+    np.testing.assert_allclose(reach, reach[0], rtol=1e-4)
+    assert [node.op_type for node in graph.nodes] == ["Conv", "Conv"]
+
+
+@pytest.mark.parametrize("gains", [GAINS * np.float32([1, 0, 1, 1, 1, 1]), 0 * GAINS])
+def test_channels_that_are_always_zero_stay_so(gains: np.ndarray) -> None:
+    net = TinyNet((1, 3, 8, 8))
+    between = _pair(net, gains)
+    assert (between in written(folded(net))) == (not gains.any())
+
+
+@pytest.mark.parametrize("kind", ["dense", "read twice", "output"])
+def test_only_a_depthwise_convolution_that_reads_alone_is_evened_out(kind: str) -> None:
+    net = TinyNet((1, 3, 8, 8))
+    if kind == "dense":
+        between = net.op("Conv", "x", net.const(net.weights(6, 3, 1, 1) * GAINS.reshape(-1, 1, 1, 1)))
+        last = net.op("Conv", between, net.const(net.weights(6, 6, 1, 1)))
+    else:
+        between = _pair(net, GAINS)
+        last = net.nodes[-1].output[0]
+    if kind == "read twice":
+        last = net.op("Add", last, net.op("Relu", between))
+    graph = folded(net, last, between) if kind == "output" else folded(net, last)
+    assert between in written(graph)
