@@ -13,7 +13,7 @@ from textwrap import shorten
 
 from eval.gate import JudgedRow, SkippedRow, speed_advice, verdict_text
 from quant import __version__
-from quant.clients import Shapes, Snippet, snippets
+from quant.clients import PICTURE, Shapes, Snippet, snippets
 from quant.manifest import CARD, Manifest
 from quant.plan import QuantPlan
 from quant.runtime import target_format
@@ -173,7 +173,10 @@ def _costs(subject: Subject, judged: Sequence[JudgedRow]) -> list[str]:
 
 
 def _loading(subject: Subject) -> list[str]:
-    words = "Run these inside this folder, with a picture `picture.png` beside the model."
+    words = (
+        f"Run these inside this folder. They read the picture `{PICTURE}`: put yours there, or write its path instead, "
+        "but keep it out of this folder, where `quant verify` would name it as added."
+    )
     if target_format(subject.target) == "onnx":
         words += f" The figures above are of {_RUNTIMES[subject.target]}; other runtimes read the file as well."
     parts = [words]

@@ -1,7 +1,7 @@
 """The clients that load an artifact, each with the few lines of Python that do it.
 
-The lines stand in model cards (see `quant.card`) and run inside the artifact's folder, with a picture `picture.png`
-beside the model; tests execute them.
+The lines stand in model cards (see `quant.card`) and run inside the artifact's folder; tests execute them. The picture
+that they read lies outside, since `quant verify` names every file that was added.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from quant.target import TargetName
 
 Shapes = Mapping[str, Sequence[int]]
 """Names of a model's inputs and the shape of each; all hold float32."""
+
+PICTURE = "../../picture.png"
+"""What the lines read: two folders up is outside of an exported folder, and of the run that an artifact lies in."""
 
 _RESULTS = {
     "text_detection": "dt_polys",
@@ -68,7 +71,7 @@ def _paddlex(task: str, model_name: str, engine: str) -> Snippet:
         f"""from paddlex import create_model
 
 model = create_model("{model_name}", model_dir=".", device="cpu", engine="{engine}")
-for result in model.predict("picture.png", batch_size=1):
+for result in model.predict("{PICTURE}", batch_size=1):
     print(result["{_RESULTS[task]}"])
 """,
     )
@@ -82,7 +85,7 @@ def _paddleocr(task: str, model_name: str, engine: str) -> list[Snippet]:
     code = f"""from paddleocr import {name}
 
 model = {name}(model_name="{model_name}", model_dir=".", device="cpu", engine="{engine}")
-for result in model.predict("picture.png", batch_size=1):
+for result in model.predict("{PICTURE}", batch_size=1):
     print(result["{_RESULTS[task]}"])
 """
     return [Snippet("PaddleOCR", code)]
@@ -144,25 +147,25 @@ def _rapidocr(task: str) -> list[Snippet]:
     """RapidOCR has stages for detection and recognition; its classifier prepares lines otherwise than PP-LCNet's."""
     note = "RapidOCR pads, enlarges and rounds pictures its own way: results differ a little from PaddleX's."
     if task == "text_detection":
-        code = """from rapidocr import RapidOCR
+        code = f"""from rapidocr import RapidOCR
 
-settings = {
+settings = {{
     "Det.model_path": "inference.onnx",
     "Det.mean": [0.485, 0.456, 0.406],
     "Det.std": [0.229, 0.224, 0.225],
     "Det.box_thresh": 0.6,
     "Det.unclip_ratio": 1.5,
     "Det.use_dilation": False,
-}
-result = RapidOCR(params=settings)("picture.png", use_det=True, use_cls=False, use_rec=False)
+}}
+result = RapidOCR(params=settings)("{PICTURE}", use_det=True, use_cls=False, use_rec=False)
 print(result.boxes)
 """
         return [Snippet("RapidOCR", code, note)]
     if task == "text_recognition":
-        code = """from rapidocr import RapidOCR
+        code = f"""from rapidocr import RapidOCR
 
-engine = RapidOCR(params={"Rec.model_path": "inference.onnx"})
-result = engine("picture.png", use_det=False, use_cls=False, use_rec=True)
+engine = RapidOCR(params={{"Rec.model_path": "inference.onnx"}})
+result = engine("{PICTURE}", use_det=False, use_cls=False, use_rec=True)
 print(result.txts)
 """
         return [Snippet("RapidOCR", code, note)]

@@ -126,6 +126,16 @@ def test_clients_of_each_task(task: str, name: str, clients: list[str]) -> None:
         compile(snippet.code, snippet.client, "exec")
 
 
+@pytest.mark.parametrize("target", EXPORTED)
+def test_no_picture_has_to_lie_in_what_is_verified(tiny: TinyRun, target: str) -> None:
+    card = card_of(tiny.folder, target)
+    read = re.findall(r'"([^"\s]*picture\.png)"', "".join(code_of(card).values()))
+    assert read and f"`{read[0]}`" in card
+    for path in read:
+        place = (tiny.folder / target / path).resolve()
+        assert not place.is_relative_to(tiny.folder.resolve()), "a run is verified with all that lies in it"
+
+
 def test_a_loop_is_minded() -> None:
     inputs = {"x": (1, 1, 384, 384)}
     (openvino,) = [

@@ -14,12 +14,13 @@ from main_jobs import THREADS, MainJobs, together
 from test_card import card_of, code_of, run_snippet
 
 from eval.dataset import Sample, read_image
+from quant.clients import PICTURE
 from quant.job import Job, Options, start
 from quant.manifest import load_manifest
 from quant.recipe import load_recipe
 from quant.runtime import open_session
 from quant.task import BoxPrediction, TextPrediction
-from quant.verification import seal
+from quant.verification import seal, verify
 
 pytestmark = pytest.mark.slow
 
@@ -145,9 +146,9 @@ def without_partner(some: list[np.ndarray], others: list[np.ndarray]) -> int:
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "paddle"])
 def test_the_code_in_the_card_runs(exported: Exported, target: str, tmp_path: Path) -> None:
-    """Every snippet in a folder of its own, as `quant export` makes it; PaddleX reads what our eval path reads."""
-    folder = Path(shutil.copytree(exported.folder / target, tmp_path / "artifact"))
-    assert cv2.imwrite(str(folder / "picture.png"), read_image(exported.samples[0].image))
+    """Every snippet in a folder as `quant export` makes it, which stays whole; PaddleX reads what our eval path reads."""
+    folder = Path(shutil.copytree(exported.folder / target, tmp_path / "deploy" / "artifact"))
+    assert cv2.imwrite(str(folder / PICTURE), read_image(exported.samples[0].image))
     snippets = code_of(card_of(exported.folder, target))
     said = {client: run_snippet(code, folder).rstrip("\n").rsplit("\n", 1)[-1] for client, code in snippets.items()}
     clients = {"PaddleX", "PaddleOCR"}
@@ -156,3 +157,4 @@ def test_the_code_in_the_card_runs(exported: Exported, target: str, tmp_path: Pa
     if exported.job.recipe.name == REC and target != "openvino":  # another runtime than PaddleX's
         assert said["PaddleX"] == exported.ours(target)[0].text
     assert said["PaddleX"] == said["PaddleOCR"]
+    assert verify(folder).good
