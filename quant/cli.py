@@ -498,22 +498,27 @@ def _export_fp32(recipe: Recipe, place: Path, out: Path | None, model_dir: Path 
 
 @app.command("verify")
 def verify_folders(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Of runs, artifacts, or exported ones.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Runs, artifacts, exported folders, or folders of these.")
+    ],
     as_json: AsJson = False,
 ) -> int:
     """Compare folders with their manifests; name every file that is missing, changed or added.
 
-    Example: quant verify deploy/PP-OCRv4_mobile_det_onnxruntime_int8
-    """
-    from quant.verification import verify
+    Examples:
 
-    found = [verify(folder) for folder in folders]
+      quant verify deploy/PP-OCRv4_mobile_det_onnxruntime_int8
+
+      quant verify deploy results
+    """
+    from quant.verification import verify_all
+
+    found = [one for folder in folders for one in verify_all(folder)]
     if as_json:
         _print_json([one.document() for one in found])
     else:
         for one in found:
-            verdict = "good" if one.good else "not what was written"
-            print(f"{one.folder}: {verdict}, {one.checked} files of run {one.run} of {one.model}")
+            print(f"{one.folder}: {one.verdict}")
             for problem in one.problems:
                 print(f"  {problem}")
     return 0 if all(one.good for one in found) else INPUT_ERROR

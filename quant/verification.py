@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -14,7 +15,9 @@ from quant.errors import InputError
 from quant.manifest import CARD, MANIFEST_FILE, load_manifest
 from quant.record import read_record
 
-Kind = Literal["run", "artifact", "export"]
+Kind = Literal["run", "artifact", "export", "unknown"]
+
+_MODEL_FILE = "inference.yml"  # that every artifact has, whatever its format
 
 
 class ExportManifest(BaseModel):
@@ -37,6 +40,7 @@ class Verification:
         checked: how many files the manifest lists.
         missing, changed: files that it lists.
         added: files that it does not list.
+        damage: why there is nothing to compare with, in a sentence; the kind is unknown then.
     """
 
     folder: str
@@ -47,6 +51,7 @@ class Verification:
     missing: list[str]
     changed: list[str]
     added: list[str]
+    damage: str = ""
 
     @property
     def good(self) -> bool:
@@ -55,7 +60,14 @@ class Verification:
     @property
     def problems(self) -> list[str]:
         groups = {"missing": self.missing, "changed": self.changed, "added": self.added}
-        return [f"{what}: {name}" for what, names in groups.items() for name in names]
+        named = [f"{what}: {name}" for what, names in groups.items() for name in names]
+        return [self.damage, *named] if self.damage else named
+
+    @property
+    def verdict(self) -> str:
+        """In a line."""
+        said = "good" if self.good else "not what was written"
+        return said if self.damage else f"{said}, {self.checked} files of run {self.run} of {self.model}"
 
     def document(self) -> dict[str, Any]:
         return {"schema": 1, "good": self.good, **asdict(self)}
@@ -66,6 +78,16 @@ def seal(folder: Path, model: str, run: str, target: str) -> None:
     files = {name: file_sha256(path) for name, path in _files(folder).items() if _hashed(name)}
     manifest = ExportManifest(model=model, run=run, target=target, files=files)
     (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
+
+
+def verify_all(folder: Path) -> list[Verification]:
+    """Compare a folder with its manifest, or, if it holds runs or exported folders instead, each of those with its own.
+
+    Raises:
+        InputError: it is or holds none of these, or its own manifest is damaged.
+    """
+    below = [] if (folder / MANIFEST_FILE).is_file() else _models_below(folder)
+    return [_verified(place) for place in below] or [verify(folder)]
 
 
 def verify(folder: Path) -> Verification:
@@ -92,11 +114,31 @@ def verify(folder: Path) -> Verification:
     return Verification(**{**asdict(found), "added": added})
 
 
+def _models_below(folder: Path) -> list[Path]:
+    """Folders with a manifest, or with a model that should have one; none inside of another, none that is hidden."""
+    found = []
+    for name, folders, files in os.walk(folder):
+        place = Path(name)
+        if place != folder and {MANIFEST_FILE, _MODEL_FILE}.intersection(files):
+            found.append(place)
+            folders.clear()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    return found
+
+
+def _verified(folder: Path) -> Verification:
+    """One folder of several, where a damaged manifest is a finding and hides nothing of the others."""
+    try:
+        return verify(folder)
+    except InputError as error:
+        return Verification(str(folder.resolve()), "unknown", "", "", 0, [], [], [], str(error))
+
+
 def _verify_artifact(folder: Path) -> Verification:
     if not (folder.parent / MANIFEST_FILE).is_file():
         raise InputError(
-            f"{folder}: there is no {MANIFEST_FILE} in it or above it; give the folder of a run, or one that "
-            "`quant export` wrote"
+            f"{folder}: there is no {MANIFEST_FILE} in it or above it; give the folder of a run, one that "
+            "`quant export` wrote, or one that holds such folders"
         )
     manifest = load_manifest(folder.parent)
     if folder.name not in manifest.artifacts:

@@ -12,7 +12,7 @@ from test_manifest import manifest
 from quant.cli import _guarded
 from quant.errors import InputError
 from quant.stage import file_digests
-from quant.verification import seal, verify
+from quant.verification import seal, verify, verify_all
 
 
 @pytest.fixture
@@ -82,6 +82,25 @@ def test_folders_that_are_none(run: Path, tmp_path: Path) -> None:
             verify(folder)
 
 
+def test_a_folder_of_several_is_each_of_them(run: Path, exported: Path, tmp_path: Path) -> None:
+    """A line each, also for what lost its manifest; what is inside of a run, hidden, or no model is none of them."""
+    (run / "paddle" / "inference.yml").write_bytes(b"")
+    (tmp_path / ".half.part" / "run").mkdir(parents=True)
+    (tmp_path / ".half.part" / "run" / "manifest.json").write_bytes(b"")
+    (tmp_path / "report").mkdir()
+    whole, changed = verify_all(tmp_path)
+    assert (whole.kind, whole.folder, whole.good) == ("export", str(exported), True)
+    assert (changed.kind, changed.folder, changed.problems) == ("run", str(run), ["added: paddle/inference.yml"])
+    (run / "manifest.json").write_bytes(b"{")
+    (exported / "manifest.json").unlink()
+    lost, damaged = verify_all(tmp_path)
+    assert (lost.kind, damaged.kind) == ("unknown", "unknown")
+    assert "there is no manifest.json" in lost.problems[0] and "not a manifest of this program" in damaged.problems[0]
+    for folder, said in ((tmp_path / "report", "no manifest.json in it or above it"), (run, "not a manifest")):
+        with pytest.raises(InputError, match=said):
+            verify_all(folder)
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", ""])
 def test_a_manifest_cannot_point_out_of_its_folder(exported: Path, name: str) -> None:
     document = json.loads((exported / "manifest.json").read_text(encoding="utf-8"))
@@ -96,6 +115,21 @@ def test_a_damaged_manifest_is_an_input_error(exported: Path, content: bytes) ->
     (exported / "manifest.json").write_bytes(content)
     with pytest.raises(InputError, match="not a manifest of this program"):
         verify(exported)
+
+
+def test_the_worst_of_several_decides(exported: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    above = exported.parent
+    assert _guarded(["verify", str(above)]) == 0
+    assert [line.partition(": ")[2][:12] for line in capsys.readouterr().out.splitlines()] == [
+        "good, 2 file",
+        "good, 1 file",
+    ]
+    (exported / "manifest.json").unlink()
+    assert _guarded(["verify", str(above), "--json"]) == 2
+    assert [found["good"] for found in json.loads(capsys.readouterr().out)] == [False, True]
+    assert _guarded(["verify", str(above)]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{exported}: not what was written" and lines[2].startswith(f"{run}: good")
 
 
 def test_the_command(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
