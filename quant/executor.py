@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol
@@ -57,7 +58,7 @@ class _Gathering:
     node: str
     parts: dict[tuple[str, int], Ended] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def shards(self) -> list[Shard]:
         job = self.attempt.job
         return [Shard(job, offer, number) for offer in self.offers for number in range(len(offer.pieces))]
