@@ -884,11 +884,11 @@ class _Spread:
             ModelJob(self.action, recipe.name, (*arguments, "--threads", str(threads), "--quiet"), threads, twin)
             for recipe, arguments, twin in zip(recipes, given, twins, strict=True)
         ]
-        asked = dict(zip(jobs, recipes, strict=True))  # a model that is named twice is worked on once
+        asked = dict(zip(jobs, recipes, strict=True))  # a model that is named twice ends once
         ended = {}
         options.progress(f"quant {self.action}: models", 0, len(asked))
         where = (self.executor, self._count(), self.address, self.shard_samples or SHARD_SAMPLES)
-        for job, how in spread(list(asked), options.results, *where):  # type: ignore[arg-type]
+        for job, how in spread(jobs, options.results, *where):  # type: ignore[arg-type]
             ended[job] = how
             options.progress(f"quant {self.action}: models", len(ended), len(asked))
         return self._report(asked, ended, options, as_json, stdout)
