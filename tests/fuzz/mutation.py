@@ -151,10 +151,9 @@ def lines(data: bytes, rng: Generator) -> bytes:
 def json_node(data: bytes, rng: Generator) -> bytes:
     """A node of a JSON document replaced, taken out, or said twice; bytes flipped where it is no document."""
     try:
-        document = json.loads(data)
+        document, places = _parsed(data)
     except (ValueError, RecursionError):
         return flip(data, rng)
-    places = [(place, key) for place in _containers(document) for key in _keys(place)]
     if not places:
         return json.dumps(VALUES[rng.integers(len(VALUES))]).encode()
     place, key = places[rng.integers(len(places))]
@@ -174,11 +173,10 @@ def json_node(data: bytes, rng: Generator) -> bytes:
 def json_leaf(data: bytes, rng: Generator) -> bytes:
     """A number or text of a JSON document replaced by an odd one of its kind."""
     try:
-        document = json.loads(data)
+        document, places = _parsed(data)
     except (ValueError, RecursionError):
         return flip(data, rng)
-    leaves = [(place, key) for place in _containers(document) for key in _keys(place)]
-    leaves = [(place, key) for place, key in leaves if isinstance(place[key], str | int | float)]
+    leaves = [(place, key) for place, key in places if isinstance(place[key], str | int | float)]
     if not leaves:
         return data
     place, key = leaves[rng.integers(len(leaves))]
@@ -231,6 +229,12 @@ def _token(pattern: bytes, others: Sequence[str], data: bytes, rng: Generator) -
         return noise(data, rng)
     chosen = found[rng.integers(len(found))]
     return data[: chosen.start()] + others[rng.integers(len(others))].encode() + data[chosen.end() :]
+
+
+def _parsed(data: bytes) -> tuple[Any, list[tuple[Any, Any]]]:
+    """A JSON document, and every place in it: the container and its key or index."""
+    document = json.loads(data)
+    return document, [(place, key) for place in _containers(document) for key in _keys(place)]
 
 
 def _containers(value: Any) -> list[Any]:
