@@ -197,7 +197,7 @@ def scripted(offer: Offer, shard: Callable[[Shard], Ended]) -> Callable[[Task], 
 def test_outcomes_of_shards_come_together_in_their_order(tmp_path: Path) -> None:
     offer = offer_of(10, 3)
     pool = Script(scripted(offer, lambda task: judged(list(task.share.samples))))
-    ((done, end),) = finish([job()], tmp_path, pool, 3)
+    ((done, end),) = finish([job(), job()], tmp_path, pool, 3)  # named twice, it is one job
     assert (done, end.code) == (job(), 0)
     first, second = pool.attempts
     assert (first.outcomes, second.node) == ({}, "n")
