@@ -21,6 +21,7 @@ import typer
 
 from quant import __version__
 from quant.errors import HANDED_OVER, INPUT_ERROR, HandedOver, InputError, Unavailable
+from quant.target import TARGETS
 
 if TYPE_CHECKING:
     from eval.gate import JudgedRow, SkippedRow
@@ -67,7 +68,10 @@ DataNames = Annotated[
 ]
 ModelDir = Annotated[Path | None, typer.Option("--model-dir", help="Folder of the FP32 inference model.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of results; `results` by default.")]
-Targets = Annotated[list[str] | None, typer.Option("--target", help="onnxruntime, openvino or paddle; repeatable.")]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option("--target", help=f"{', '.join(TARGETS)}; repeatable. All of the recipe's by default."),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of a runtime; all cores by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Only JSON on standard output.")]

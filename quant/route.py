@@ -8,14 +8,15 @@ from quant.document import MOST_JSON, parse_json, read_bounded
 from quant.lowering import unknown_kinds
 from quant.recipe import Recipe, TargetChoice
 from quant.source import local_format, local_program, local_source, without_places
+from quant.target import TARGETS, TargetName
 
 _IMPORTS = {
     "paddle": "old-IR program (inference.pdmodel): paddle2onnx imports it, Paddle Inference runs the original as proof",
     "pir": "PIR program (inference.json): paddle2onnx imports it, Paddle Inference runs the original as proof",
 }
 _SLIM = {
-    "paddle": "PaddleSlim PTQ on the folded graph, written back as an old-IR program",
-    "pir": "PaddleSlim PTQ, which knows no PIR, on the folded graph, written back as an old-IR program",
+    "paddle": "PaddleSlim PTQ on an old-IR program of the folded graph",
+    "pir": "PaddleSlim PTQ, which knows no PIR, on an old-IR program of the folded graph",
 }
 _BRIDGE = (
     "rebuilt as an equal old-IR program for PaddleSlim's training and for what the Paddle artifact leaves as it is"
@@ -30,7 +31,7 @@ class Route:
         source: where the model is, or would come from.
         format: of its files, and how they are imported.
         bridge: whether a PIR model gets an old-IR form, and why not; empty for old-IR models.
-        targets: how each target's plan is made.
+        targets: how each target's plan is made, and what becomes of it.
     """
 
     source: str
@@ -48,7 +49,9 @@ def route_of(recipe: Recipe) -> Route:
         kind = first.format if first else "paddle"
     else:
         source, kind = without_places(here), local_format(recipe) or "paddle"
-    targets = {str(target): _method(choice, kind) for target, choice in recipe.targets.items()}
+    targets = {
+        str(target): f"{_method(choice, kind)}; {_artifact(target)}" for target, choice in recipe.targets.items()
+    }
     return Route(source, _IMPORTS[kind], _bridge(recipe) if kind == "pir" else "", targets)
 
 
@@ -68,3 +71,8 @@ def _bridge(recipe: Recipe) -> str:
 def _method(choice: TargetChoice, kind: str) -> str:
     own = f"own PTQ ({choice.activations} activations) on the folded graph"
     return _SLIM[kind] if choice.method == "paddleslim" else own
+
+
+def _artifact(target: TargetName) -> str:
+    known = TARGETS[target]
+    return f"{known.format} artifact, {'run and judged' if known.executed else 'its structure checked, not run'}"

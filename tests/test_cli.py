@@ -20,6 +20,7 @@ from quant.doctor import Check
 from quant.errors import InputError, Unavailable
 from quant.recipe import load_recipe, recipe_names
 from quant.source import local_source
+from quant.target import TARGETS
 
 REC = "PP-OCRv4_mobile_rec"
 
@@ -56,7 +57,9 @@ def test_version_and_help(capfd: Text) -> None:
     assert capfd.readouterr().out == f"{__version__}\n"
     for command in ([], ["run"], ["eval"], ["export"], ["models"], ["data"]):
         assert cli._guarded([*command, "--help"]) == 0
-    assert "Usage" in capfd.readouterr().out
+        out = capfd.readouterr().out
+        assert "Usage" in out
+        assert all(target in out for target in TARGETS) == (command in (["run"], ["eval"], ["export"]))
     assert cli._guarded([]) == 2
 
 
@@ -77,6 +80,9 @@ def test_describe_says_the_route(tmp_path: Path, capfd: Text, monkeypatch: pytes
     assert "# source: not on this machine; first address: https://" in out
     assert "# input: PIR program (inference.json)" in out
     assert "# target paddle: PaddleSlim PTQ, which knows no PIR" in out
+    ends = {line.split()[2].strip(":"): line.rpartition("; ")[2] for line in out.splitlines() if "# target" in line}
+    checked = {target for target, end in ends.items() if end == "onnx artifact, its structure checked, not run"}
+    assert set(ends) == set(TARGETS) and checked == {name for name, target in TARGETS.items() if not target.executed}
     (tmp_path / "home" / model).mkdir(parents=True)
     for name in ("inference.pdmodel", "inference.pdiparams"):
         (tmp_path / "home" / model / name).write_text("x")
