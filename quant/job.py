@@ -61,13 +61,23 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a run starts from."""
+    """Everything a run starts from.
+
+    Attributes:
+        targets: that the work is for, which its progress says; none: for all of the recipe.
+    """
 
     recipe: Recipe
     options: Options
     files: ModelFiles
     selection: Selection
     store: StageStore
+    targets: tuple[TargetName, ...] = ()
+
+    def title(self, step: str) -> str:
+        """How progress names a step."""
+        served = f" for {', '.join(self.targets)}" if self.targets else ""
+        return f"{self.recipe.name}: {step}{served}"
 
     @property
     def key(self) -> dict[str, Any]:
@@ -182,10 +192,10 @@ def noise(recipe: Recipe, shape: Sequence[int]) -> np.ndarray:
     return np.random.default_rng(recipe.seed).uniform(-1, 1, shape).astype(np.float32)
 
 
-def calibration_feeds(job: Job, what: str, limit: int | None = None) -> Iterator[Feed]:
+def calibration_feeds(job: Job, step: str, limit: int | None = None) -> Iterator[Feed]:
     samples = job.selection.calibration[:limit]
     pictures = readable(samples, job.adapter, [])
-    for _, prepared in tracked(pictures, job.options.progress, f"{job.recipe.name}: {what}", len(samples)):
+    for _, prepared in tracked(pictures, job.options.progress, job.title(step), len(samples)):
         yield prepared.inputs
 
 

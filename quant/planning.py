@@ -86,7 +86,7 @@ def planned_stage(job: Job, target: TargetName) -> Path:
 
     Targets with equal choices share their plan, unless its latency was measured.
     """
-    laddered = _laddered_stage(job, job.recipe.targets[target])
+    laddered = _laddered_stage(replace(job, targets=_sharing(job.recipe, target)), job.recipe.targets[target])
     minutes, latency = job.recipe.search.minutes, job.recipe.latency.model_dump(exclude={"shapes"})
     if not minutes or not TARGETS[target].executed:
         return laddered
@@ -97,7 +97,7 @@ def planned_stage(job: Job, target: TargetName) -> Path:
         for name in TRAINING_FILES:
             if (laddered / name).is_file():
                 shutil.copyfile(laddered / name, folder / name)
-        points = _explored(job, target, laddered, time.monotonic() + 60 * minutes)
+        points = _explored(replace(job, targets=(target,)), target, laddered, time.monotonic() + 60 * minutes)
         plan = chosen(points).plan
         plan.method = plan.method if chosen(points) is points[0] else f"{plan.method}+search"
         plan.save(folder)
@@ -116,6 +116,12 @@ def planned_stage(job: Job, target: TargetName) -> Path:
         "processor": processor(),
     }
     return job.store.result("explored", key, build)
+
+
+def _sharing(recipe: Recipe, target: TargetName) -> tuple[TargetName, ...]:
+    """Targets whose plan is that of a target."""
+    choices = {name: choice.model_dump(exclude={"judged_in"}) for name, choice in recipe.targets.items()}
+    return tuple(name for name, choice in choices.items() if choice == choices[target])
 
 
 def _judged_by(job: Job) -> dict[str, Any]:
@@ -271,7 +277,7 @@ def _with_full_biases(job: Job, graph: Graph, plan: QuantPlan) -> QuantPlan:
     if job.recipe.calibration.bias_correction != "full":
         return plan
     feeds = first_feeds(job, job.selection.calibration, job.recipe.calibration.bias_samples)
-    advance = counted(job.options.progress, f"{job.recipe.name}: correcting biases", len(plan.quantized()))
+    advance = counted(job.options.progress, job.title("correcting biases"), len(plan.quantized()))
     return replace(plan, bias_shifts=sequential_biases(graph, plan, feeds, job.options.threads, advance))
 
 
@@ -308,8 +314,7 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
 
         def build(folder: Path) -> None:
             feeds = (prepared.inputs for _, prepared in readable(samples, job.adapter, []))
-            what = f"{recipe.name}: PaddleSlim PTQ"
-            advance = partial(job.options.progress, what)
+            advance = partial(job.options.progress, job.title("PaddleSlim PTQ"))
             slim_scales(graph, feeds, recipe.paddleslim, folder, advance).save(folder)
 
         scales = load_scales(job.store.result("slim", key, build))
@@ -405,7 +410,7 @@ def alone_errors(job: Job, choice: TargetChoice) -> dict[str, OutputError]:
     def build(folder: Path) -> None:
         plan = load_plan(everything)
         parts = {name: {name} for name in plan.quantized()}
-        advance = counted(job.options.progress, f"{job.recipe.name}: damage per operator", len(parts))
+        advance = counted(job.options.progress, job.title("damage per operator"), len(parts))
         save_errors(part_errors(job, plan, parts, advance), folder / "errors.json")
 
     samples = [sample_ids(job.selection.calibration), sample_ids(job.selection.search)]
@@ -437,8 +442,8 @@ class SearchJudge:
 
     def score(self, plan: QuantPlan) -> SearchScore:
         recipe = self.job.recipe
-        what = f"{recipe.name}: search split, coverage {plan.coverage():.3f}"
-        scores = _search_scores(self.job, self._session(plan, 1), what)
+        title = self.job.title(f"search split at coverage {plan.coverage():.3f}")
+        scores = _search_scores(self.job, self._session(plan, 1), title)
         exact = np.load(_exact_search_scores(self.job, self.graph) / "scores.npy", allow_pickle=False)
         estimate = compare_counts(make_metric(recipe.metric), exact, scores)
         return SearchScore(estimate.drop, estimate.relative_drop, estimate.discordance, estimate.samples)
@@ -466,7 +471,7 @@ def _exact_search_scores(job: Job, graph: Graph) -> Path:
     return job.store.result("search", {**key, "tolerance": job.recipe.tolerance}, build)
 
 
-def _search_scores(job: Job, session: Session, what: str) -> np.ndarray:
+def _search_scores(job: Job, session: Session, title: str) -> np.ndarray:
     """Counts of the metric for each readable picture of the search split; the session serves several threads."""
     search, adapter, metric = job.selection.search, job.adapter, make_metric(job.recipe.metric)
 
@@ -475,7 +480,7 @@ def _search_scores(job: Job, session: Session, what: str) -> np.ndarray:
         return [metric.score(adapter.postprocess(session.run(p.inputs), p.context), sample.label) for p in pictures]
 
     with ThreadPoolExecutor(job.options.threads) as pool:
-        scores = tracked(pool.map(score, search), job.options.progress, what, len(search))
+        scores = tracked(pool.map(score, search), job.options.progress, title, len(search))
         return np.array([counts for found in scores for counts in found])
 
 

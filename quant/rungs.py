@@ -124,7 +124,7 @@ def _trained(job: Job, graph: Graph, done: Trained, method: Method, judge: Judge
     if method == "recon":
         end = time.monotonic() + 60 * recipe.reconstruction.minutes
         feeds = first_feeds(job, job.selection.calibration, recipe.reconstruction.samples)
-        advance = counted(job.options.progress, f"{recipe.name}: reconstruction", len(plan.quantized()))
+        advance = counted(job.options.progress, job.title("reconstruction"), len(plan.quantized()))
         candidate, results = reconstruct(
             graph,
             plan,
@@ -139,7 +139,7 @@ def _trained(job: Job, graph: Graph, done: Trained, method: Method, judge: Judge
         note = f"reconstructed in {len(results)} parts, {sum(r.after < r.before for r in results)} of them better"
         return replace(candidate, notes=[*candidate.notes, note])
     feeds = first_feeds(job, job.selection.calibration, recipe.qat.samples)
-    advance = counted(job.options.progress, f"{recipe.name}: QAT", recipe.qat.iterations)
+    advance = counted(job.options.progress, job.title("QAT"), recipe.qat.iterations)
     done.checkpoints.append(_checkpoint(job, plan))
     candidate, curve = distil(
         graph,

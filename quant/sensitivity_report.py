@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def report_sensitivity(job: Job, target: TargetName) -> tuple[Sensitivity, list[
 
 def _sensitivity_stage(job: Job, target: TargetName) -> Path:
     """Stage: `sensitivity.json` and `sensitivity.svg` of a target."""
-    recipe, choice = job.recipe, job.recipe.targets[target]
+    job, recipe, choice = replace(job, targets=(target,)), job.recipe, job.recipe.targets[target]
     full = alone_stage(job, choice)
     minimum = least_coverage(recipe, choice)
     search = job.selection.search
@@ -122,7 +122,7 @@ def _measure(
 
     scores = score_worst(errors, lambda name: score({name}))
     groups = kernel_groups(graph, operators.values())
-    advance = counted(job.options.progress, f"{job.recipe.name}: damage per kind", len(groups))
+    advance = counted(job.options.progress, job.title("damage per kind"), len(groups))
     group_errors = part_errors(job, plan, groups, advance)
     return (
         [

@@ -158,10 +158,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 @dataclass(frozen=True)
 class First:
-    """The first run on all targets, and the stages that it made."""
+    """The first run on all targets, the stages that it made, and the messages of its progress."""
 
     finished: Finished
     built: list[str]
+    said: list[str]
 
     @property
     def folder(self) -> Path:
@@ -171,8 +172,9 @@ class First:
 @pytest.fixture(scope="module")
 def first(place: Place) -> First:
     with pytest.MonkeyPatch.context() as patch:
-        built = noted_stages(patch)
-        return First(run_model(place.recipe, place.options()), built)
+        built, said = noted_stages(patch), list[str]()
+        options = place.options(progress=lambda what, done, total: said.append(what))
+        return First(run_model(place.recipe, options), built, said)
 
 
 @pytest.fixture
@@ -300,11 +302,20 @@ def test_targets_with_equal_choices_share_their_plan(first: First) -> None:
     assert {**plans[0], "target": ""} == {**plans[1], "target": ""}
 
 
+def test_progress_says_for_which_targets_a_step_is(first: First) -> None:
+    """But for the steps that all of them need; PaddleSlim is asked once for two."""
+    of_all = {f"{NAME}: importing and folding", f"{NAME}: FP32 on the search split"}
+    of_some = {title for title in first.said if title not in of_all}
+    assert of_all < set(first.said) and f"{NAME}: PaddleSlim PTQ for paddle, tensorrt" in of_some
+    assert [title for title in of_some if not any(target in title for target in EXPORTED)] == []
+
+
 def test_damage_is_measured_once_where_everything_in_int8_does_not_pass(place: Place, built: list[str]) -> None:
     limits = {"max_error": 1e-9, "coverage_steps": [], "min_coverage": 0.0, "min_weights": 0.0}
     recipe = place.recipe.model_copy(update={"ladder": place.recipe.ladder.model_copy(update=limits)})
     plan = load_plan(planned_stage(start(recipe, place.options()), "onnxruntime"))
     assert built.count("alone") == built.count("damage") == 1
+    assert f"{NAME}: damage per operator for onnxruntime" in place.said
     assert len(plan.quantized()) < len(plan.operators)
     assert any(op.damage for op in plan.operators)
 
