@@ -329,7 +329,7 @@ def staged(target: Path) -> Iterator[Path]:
     meanwhile is left as it is.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
+    sweep(target.parent, target.name)
     with (
         tempfile.TemporaryDirectory(prefix=f".{target.name}-", suffix=".part", dir=target.parent) as folder,
         _locked(Path(folder)),
@@ -357,13 +357,20 @@ def _locked(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _sweep(target: Path) -> None:
-    """Remove what processes left that were killed while they worked on a target."""
-    for folder in target.parent.glob(f".{glob.escape(target.name)}-*.part"):
+def sweep(parent: Path, name: str | None = None) -> None:
+    """Remove what processes left that were killed while they worked on targets in a folder.
+
+    Args:
+        parent: where it may hold files of others, a name has to be given.
+        name: of the target; None: all of them.
+    """
+    for folder in parent.glob(f".{'' if name is None else glob.escape(name) + '-'}*.part"):
         try:
-            young = time.time() - folder.stat().st_mtime < _LOCKED_SECONDS
+            # A young one is not even touched: its process, about to lock it, would find it locked.
+            if time.time() - folder.stat().st_mtime < _LOCKED_SECONDS:
+                continue
             with _locked(folder) as free:
-                if free and not young:
+                if free:
                     shutil.rmtree(folder, ignore_errors=True)
         except OSError:
             continue  # another process was faster, or it is not ours

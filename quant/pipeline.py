@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.gate import EvalReport, JudgedRow, SkippedRow, of_twins
-from quant.archive import file_sha256, staged
+from quant.archive import file_sha256, staged, sweep
 from quant.card import Subject, write_card
 from quant.errors import InputError, Unavailable
 from quant.export import RuntimeDiffers, check_artifact, export_artifact, fitted, misread_operators
@@ -68,6 +68,8 @@ def run_model(recipe: Recipe, options: Options) -> Finished:
     job = start(recipe, options)
     name = _run_name(job)
     folder = runs_folder(recipe, options.results, options.model_dir) / name
+    for place in (folder.parent, job.store.folder):
+        sweep(place)
     if folder.is_dir():
         if load_manifest(folder).intact(folder):
             make_newest(folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from interruptions import TinyJob, content, kill_and_resume, make_job, run_folder
 
-from quant.archive import staged
+from quant.archive import staged, sweep
 from quant.verification import verify
 
 slow = pytest.mark.slow
@@ -120,7 +120,7 @@ def test_a_cache_that_is_cleared_under_a_run_is_named(job: TinyJob, calm: Path, 
 
 
 def test_what_a_killed_process_left_is_swept_up(tmp_path: Path) -> None:
-    """Not what a living one works on, nor what is as young as one that has not locked it yet."""
+    """Not what a living one works on, nor what is as young as one that has not locked it yet, nor of other targets."""
     old, young, other = (tmp_path / f".{name}.part" for name in ("plan-x", "plan-young", "other-x"))
     for folder in (old, young, other):
         (folder / "half").mkdir(parents=True)
@@ -133,3 +133,5 @@ def test_what_a_killed_process_left_is_swept_up(tmp_path: Path) -> None:
         assert alive.parent.is_dir()
         alive.mkdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other-x.part", ".plan-young.part", "plan"]
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".plan-young.part", "plan"]

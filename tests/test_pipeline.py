@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -23,6 +24,7 @@ from tiny_models import TinyNet
 from eval.dataset import Sample, read_image
 from eval.gate import JudgedRow, SkippedRow
 from quant import export, judging, pipeline, shares
+from quant.archive import staged
 from quant.cli import _export_fp32
 from quant.errors import InputError, Unavailable
 from quant.execution import executed_coverage
@@ -293,6 +295,21 @@ def test_the_artifact_reads_pictures_that_nobody_has_seen(
         prepared = adapter.preprocess(read_image(lines / name))
         prediction = adapter.postprocess(session.run(prepared.inputs), prepared.context)
         assert prediction.text == text  # type: ignore[union-attr]
+
+
+def test_what_killed_runs_left_is_swept_up(place: Place, first: First) -> None:
+    """Of other runs of the model too, and of its steps; not what a living process works on."""
+    stages = place.root / "cache" / "stages"
+    dead = [first.folder.parent / ".0123456789ab-x.part", stages / ".plan-0123-x.part"]
+    for folder in dead:
+        (folder / "half").mkdir(parents=True)
+        os.utime(folder, (0, 0))
+    with staged(stages / "another") as alive:
+        os.utime(alive.parent, (0, 0))
+        assert run_model(place.recipe, place.options()).reused
+        assert alive.parent.is_dir() and not any(folder.exists() for folder in dead)
+        alive.mkdir()
+    (stages / "another").rmdir()
 
 
 def test_targets_with_equal_choices_share_their_plan(first: First) -> None:
