@@ -188,11 +188,12 @@ def _loading(subject: Subject) -> list[str]:
 def _making(subject: Subject) -> list[str]:
     manifest, plan = subject.manifest, subject.plan
     quantized = plan.quantized()
-    choice = manifest.recipe["targets"][subject.target]
+    choice, asked = manifest.recipe["targets"][subject.target], manifest.recipe["calibration"]["samples"]
+    few = f" (the recipe asks for {asked})" if len(manifest.calibration_ids) < asked else ""
     facts = [
         f"Method: {plain(plan.method)}; activations {plain(choice['activations'])}, weights int8 per output channel",
         f"In INT8: {len(quantized)} of {len(plan.operators)} operators (Conv, ConvTranspose, MatMul)",
-        f"Pictures: {len(manifest.calibration_ids)} for calibration, {len(manifest.search_ids)} for the search, "
+        f"Pictures: {len(manifest.calibration_ids)} for calibration{few}, {len(manifest.search_ids)} for the search, "
         f"{len(manifest.report_ids)} for the figures, no picture twice",
         f"Seed {manifest.seed}, {manifest.threads} threads",
     ]

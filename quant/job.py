@@ -23,7 +23,7 @@ from quant.manifest import products_saturate, versions
 from quant.prepare import check_outputs, prepare_apart
 from quant.recipe import Recipe
 from quant.runtime import Feed, target_format
-from quant.selection import Selection, select
+from quant.selection import Selection, select, warn_of_few
 from quant.source import SHIPPED_FILES, ModelFiles, cache_dir, is_twin, resolve_model, unchanged
 from quant.stage import StageStore, code_digest, digest
 from quant.target import TargetName
@@ -114,6 +114,7 @@ def start(recipe: Recipe, options: Options) -> Job:
     """Find the model and the data of a run."""
     files = resolve_model(recipe, options.model_dir, options.progress)
     selection = select(recipe, options.data, options.progress)
+    warn_of_few(recipe, selection)
     return Job(recipe, options, files, selection, StageStore(cache_dir() / "stages"))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from calib_data.registry import FORMATS, DatasetFolder, generated_dataset, resolve_dataset
+from calib_data.registry import FORMATS, GENERATED, DatasetFolder, generated_dataset, resolve_dataset
 from eval.dataset import (
     SPLITS,
     Dataset,
@@ -29,6 +30,9 @@ from quant.source import without_places
 
 log = logging.getLogger(__name__)
 NAMED = 5  # broken lines that are named on the terminal; the manifest has all
+
+_SPARE = 1.2  # splits follow from hashes: now and then a share is a little smaller than it should be
+_SHARES_OF_FEW: dict[Split, float] = {"calibration": 0.5, "search": 0.2, "report": 0.3}
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,21 @@ def select(recipe: Recipe, data: Sequence[str], progress: Progress | None) -> Se
         records,
         unavailable,
     )
+
+
+def warn_of_few(recipe: Recipe, selection: Selection) -> None:
+    """Say where fewer samples calibrate than the recipe asks for, and how to have more."""
+    found, asked = len(selection.calibration), recipe.calibration.samples
+    if found >= asked:
+        return
+    mend = "give more by --data"
+    if all(name.startswith(GENERATED) for name in selection.records):
+        enough = math.ceil(_SPARE * recipe.data.generated.samples * asked / found)
+        mend = f"generate more by --set data.generated.samples={enough}"
+    if (share := recipe.data.splits.calibration) < _SHARES_OF_FEW["calibration"]:
+        shares = ", ".join(f"{purpose}: {wide}" for purpose, wide in _SHARES_OF_FEW.items())
+        mend += f", or take a larger share than {share:g} of them by --set 'data.splits={{{shares}}}'"
+    log.warning("%s: %d samples calibrate, the recipe asks for %d; %s", recipe.name, found, asked, mend)
 
 
 def find_datasets(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -10,7 +12,7 @@ import pytest
 
 from quant.errors import InputError
 from quant.recipe import Recipe, RecipeError, load_recipe
-from quant.selection import find_datasets, select, unused
+from quant.selection import find_datasets, select, unused, warn_of_few
 
 LINES, PAGES = "PP-LCNet_x0_25_textline_ori", "PP-LCNet_x1_0_doc_ori"
 
@@ -101,3 +103,30 @@ def test_folders_of_one_name_are_told_apart_and_share_no_sample(
     assert {sample.dataset for sample in chosen.report} == {first, second}
     (said,) = caplog.messages
     assert said.startswith("folder-pooled: 1 broken label lines") and "none.png" in said
+
+
+@pytest.mark.parametrize(
+    ("generated", "change", "said"),
+    [
+        (False, "calibration.samples=64", "asks for 64; give more by --data, or take a larger share than 0.1"),
+        (False, "calibration.samples=1", None),
+        (False, "data.splits={calibration: 0.6, search: 0.2, report: 0.2}", "asks for 192; give more by --data"),
+        (True, "data.generated.samples=40", "generate more by --set data.generated.samples="),
+    ],
+)
+def test_fewer_for_calibration_than_asked_for_are_said(
+    generated: bool, change: str, said: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With what to do about it, which is a setting that recipes take."""
+    recipe = load_recipe(LINES, ["data.sets=[]", change])
+    chosen = select(recipe, [] if generated else [upright_lines(tmp_path / "mine")], None)
+    warn_of_few(recipe, chosen)
+    if said is None:
+        assert caplog.messages == []
+        return
+    (message,) = caplog.messages
+    assert f"{len(chosen.calibration)} samples calibrate" in message and said in message
+    words = shlex.split(message)
+    settings = [setting.strip(",") for word, setting in pairwise(words) if word == "--set"]
+    assert len(settings) == generated + (recipe.data.splits.calibration < 0.5)
+    load_recipe(LINES, settings)
