@@ -19,6 +19,10 @@ from pathlib import Path
 
 import psutil
 
+from quant.recipe import load_recipe
+from quant.selection import find_datasets
+from quant.source import resolve_model
+
 QUANT = Path(sys.executable).parent / "quant"
 LIMITS = {"PP-OCRv4_mobile_rec": 5.0, "PP-OCRv4_mobile_det": 10.0}
 MEMORY_GB = 3.0
@@ -50,10 +54,12 @@ def answer_seconds(arguments: list[str]) -> float:
 def main_job(model: str) -> tuple[float, float, int]:
     """Minutes, peak resident GB of all processes together, and exit code of a run without reused stages."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"QUANT_CACHE": str(Path(folder) / "cache")}
-        subprocess.run([QUANT, "run", model, "--dry-run", "--out", folder], env=environment, check=True)
+        os.environ["QUANT_CACHE"] = str(Path(folder) / "cache")
+        recipe = load_recipe(model)
+        resolve_model(recipe)
+        find_datasets(recipe, (), None)
         start = time.perf_counter()
-        job = psutil.Popen([QUANT, "run", model, "--quiet", "--out", folder], env=environment)
+        job = psutil.Popen([QUANT, "run", model, "--quiet", "--out", folder])
         peak = 0.0
         while job.poll() is None:
             peak = max(peak, resident_gigabytes(job))

@@ -312,6 +312,15 @@ GENERATED_SETS: dict[GeneratedKind, tuple[str, LabelFormat, str]] = {
 """The module that makes each kind of generated set, the format of its labels, and the label file."""
 
 
+def generated_folder(kind: GeneratedKind, samples: int, seed: int) -> Path:
+    """Where in the cache the built-in set lies, once it was made: named by arguments, fonts and generator."""
+    generator = import_module(GENERATED_SETS[kind][0])
+    fonts = generator.fonts_fingerprint(generator.find_fonts())
+    facts = [kind, samples, seed, generator.GENERATOR_VERSION, fonts]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    return cached_dir(f"{GENERATED}{kind}-{digest}")
+
+
 def generated_dataset(kind: GeneratedKind, samples: int, seed: int, progress: Progress | None = None) -> DatasetFolder:
     """The built-in set, from the cache or made now; the same for the same arguments, fonts and generator.
 
@@ -319,13 +328,9 @@ def generated_dataset(kind: GeneratedKind, samples: int, seed: int, progress: Pr
         Unavailable: the cache cannot be written.
     """
     module, label_format, labels = GENERATED_SETS[kind]
-    generator = import_module(module)
-    fonts = generator.fonts_fingerprint(generator.find_fonts())
-    facts = [kind, samples, seed, generator.GENERATOR_VERSION, fonts]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-    folder = cached_dir(f"{GENERATED}{kind}-{digest}")
+    folder = generated_folder(kind, samples, seed)
     if not folder.is_dir():
-        write = getattr(generator, f"write_{kind}")
+        write = getattr(import_module(module), f"write_{kind}")
         what = f"generating {kind.replace('_', ' ')}"
 
         def step(done: int) -> None:

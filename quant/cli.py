@@ -10,7 +10,6 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,8 +25,7 @@ from quant.target import TARGETS
 if TYPE_CHECKING:
     from eval.gate import JudgedRow, SkippedRow
     from quant.archive import Progress
-    from quant.job import Job, Options
-    from quant.judging import Evaluation
+    from quant.job import Options
     from quant.recipe import Recipe
     from quant.sensitivity_report import Sensitivity
 
@@ -93,7 +91,9 @@ Offers = Annotated[Path | None, typer.Option("--offer", hidden=True, help="Folde
 MethodName = Annotated[
     str | None, typer.Option("--method", help="ptq, recon, qat: this alone; auto: trained where PTQ fails.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Find model and data, say what would be done, and stop.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Find model and data, say what would be done; generate and train nothing.")
+]
 
 
 def main() -> None:
@@ -264,7 +264,6 @@ def run(
 
       quant run PP-OCRv4_mobile_rec --target onnxruntime --method qat --set qat.minutes=20
     """
-    from quant.job import start
     from quant.pipeline import run_model
 
     overrides = [*(overrides or []), *([f"ladder.method={method}"] if method else [])]
@@ -275,7 +274,7 @@ def run(
             return _with_twin(recipe, options, train=True) if twins else options
 
         if dry_run:
-            _print_dry_runs([_run_outline(start(recipe, chosen(recipe))) for recipe in recipes], as_json, stdout)
+            _print_dry_runs([_dry_run(recipe, options, twins) for recipe in recipes], as_json, stdout)
             return 0
         outcome = _Outcome()
         work = _Spread("run", executor, jobs, address, threads, shard_samples)
@@ -323,11 +322,12 @@ def evaluate(
       quant eval PP-OCRv4_mobile_rec --data my_lines --data more_lines --json
     """
     from quant.judging import evaluate_model, find_evaluation
+    from quant.outline import eval_outline
 
     recipes = _recipes(models, everything, overrides, seed, targets)
     with _working(out, threads, model_dir, data, quiet, as_json, offers, shard_samples) as (options, stdout):
         if dry_run:
-            _print_dry_runs([_eval_outline(find_evaluation(recipe, options)) for recipe in recipes], as_json, stdout)
+            _print_dry_runs([eval_outline(find_evaluation(recipe, options)) for recipe in recipes], as_json, stdout)
             return 0
         known = _twin_names() if twins else []
         work = _Spread("eval", executor, jobs, address, threads, shard_samples)
@@ -968,55 +968,15 @@ def _print_ladder(folder: Path) -> None:
         _print_table(RUNG_HEADINGS, [row for target, rungs in ladder.items() for row in rung_rows(target, rungs)])
 
 
-def _run_outline(job: Job) -> dict[str, Any]:
+def _dry_run(recipe: Recipe, options: Options, twins: bool) -> dict[str, Any]:
     """What `quant run` would do."""
-    from quant.job import runs_folder
+    from quant.outline import run_outline, twin_outline
 
-    selection = job.selection
-    folder = runs_folder(job.recipe, job.options.results, job.options.model_dir)
-    # What hangs on the clock is part of the run's name.
-    named = None if job.recipe.clocked else folder / job.run_name
-    return {
-        "model": job.recipe.name,
-        "source": job.files.source,
-        "data": {name: record.model_dump(mode="json") for name, record in selection.records.items()},
-        "unavailable": selection.unavailable,
-        "samples": {
-            "calibration": len(selection.calibration),
-            "search": len(selection.search),
-            "report": len(selection.report),
-        },
-        "targets": {
-            target: f"{choice.method}, {choice.activations} activations"
-            for target, choice in job.recipe.targets.items()
-        },
-        "ladder": job.recipe.ladder.method,
-        **_training_outline(job),
-        "folder": str(named or folder),
-        "done": named is not None and named.is_dir(),
-    }
-
-
-def _training_outline(job: Job) -> dict[str, Any]:
-    """At most how many minutes training would take, from one iteration; nothing where none is asked for."""
-    if job.recipe.ladder.method == "ptq":
-        return {}
-    from quant.rungs import estimated_minutes
-
-    return {"training, at most minutes a plan": estimated_minutes(job)}
-
-
-def _eval_outline(found: Evaluation) -> dict[str, Any]:
-    """What `quant eval` would do."""
-    samples = found.job.selection.report
-    return {
-        "model": found.job.recipe.name,
-        "source": found.job.files.source,
-        "data": dict(sorted(Counter(sample.dataset for sample in samples).items())),
-        "samples": {"report": len(samples), "left out, seen before": found.dropped},
-        "targets": {target: "judged" for target in found.job.recipe.targets if target in found.manifest.artifacts},
-        "folder": str(found.folder),
-    }
+    try:
+        chosen = _with_twin(recipe, options, train=False) if twins else options
+    except Unavailable:
+        return twin_outline(recipe, options)
+    return run_outline(recipe, chosen)
 
 
 def _print_dry_runs(outlines: list[dict[str, Any]], as_json: bool, stdout: Any) -> None:

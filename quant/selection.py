@@ -8,7 +8,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from calib_data.registry import FORMATS, GENERATED, DatasetFolder, generated_dataset, resolve_dataset
+from calib_data.registry import (
+    FORMATS,
+    GENERATED,
+    DatasetFolder,
+    generated_dataset,
+    generated_folder,
+    resolve_dataset,
+)
 from eval.dataset import (
     SPLITS,
     Dataset,
@@ -25,7 +32,7 @@ from eval.dataset import (
 from quant.archive import Progress
 from quant.errors import InputError, Unavailable
 from quant.manifest import DataRecord
-from quant.recipe import Recipe, class_labels
+from quant.recipe import Recipe, Task, class_labels
 from quant.source import without_places
 
 log = logging.getLogger(__name__)
@@ -109,22 +116,42 @@ def find_datasets(
 
     Sets that are named in `data` must exist; those of the recipe may be missing.
     """
-    rotations = recipe.data.rotations
-    upright = rotations.of if rotations else None
     if data:
-        given = [_read(resolve_dataset(name, recipe.task, progress, upright), recipe) for name in data]
+        given = [_read(resolve_dataset(name, recipe.task, progress, _upright(recipe)), recipe) for name in data]
         return _named_apart(given), {}
-    found: list[DatasetFolder] = []
-    unavailable = {}
-    for name in recipe.data.sets:
-        try:
-            found.append(resolve_dataset(name, recipe.task, progress, upright))
-        except Unavailable as error:
-            unavailable[name] = without_places(error.reason)
+    found, unavailable = _sets_at_hand(recipe, progress)
     if not found:
         generated = recipe.data.generated
         found = [generated_dataset(generated.kind, generated.samples, generated.seed, progress)]
     return [_read(folder, recipe) for folder in found], unavailable
+
+
+def why_generated(recipe: Recipe, data: Sequence[str], progress: Progress | None) -> dict[str, str] | None:
+    """Why no set can be had, where a run would first make the built-in one; None where all pictures are there."""
+    if data:
+        return None
+    found, unavailable = _sets_at_hand(recipe, progress)
+    generated = recipe.data.generated
+    if found or generated_folder(generated.kind, generated.samples, generated.seed).is_dir():
+        return None
+    return unavailable
+
+
+def _sets_at_hand(recipe: Recipe, progress: Progress | None) -> tuple[list[DatasetFolder], dict[str, str]]:
+    """The recipe's sets that can be had, and why others cannot."""
+    found: list[DatasetFolder] = []
+    unavailable = {}
+    for name in recipe.data.sets:
+        try:
+            found.append(resolve_dataset(name, recipe.task, progress, _upright(recipe)))
+        except Unavailable as error:
+            unavailable[name] = without_places(error.reason)
+    return found, unavailable
+
+
+def _upright(recipe: Recipe) -> Task | None:
+    """The other task whose sets will do, since their pictures are turned."""
+    return recipe.data.rotations.of if recipe.data.rotations else None
 
 
 def _named_apart(datasets: Sequence[Dataset]) -> list[Dataset]:

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
-from quant import __version__, cli, job, judging, pipeline
+from calib_data.registry import generated_dataset
+from quant import __version__, cli, judging, pipeline
 from quant import doctor as doctor_module
+from quant import outline as outline_module
 from quant.doctor import Check
 from quant.errors import InputError, Unavailable
 from quant.recipe import load_recipe, recipe_names
@@ -241,6 +243,31 @@ def test_a_dry_run_says_what_would_be_done(tmp_path: Path, capfd: Text) -> None:
     assert "not quantized yet" in failure(capfd, "eval", REC, "--dry-run", *arguments)
 
 
+def test_a_dry_run_draws_no_pictures(own_cache: Path, tmp_path: Path, capfd: Text) -> None:
+    """It says how many there would be; where they lie in the cache already, it counts them."""
+    settings = ["--set", "data.sets=[]", "--set", "data.generated.samples=40"]
+    command = ["run", REC, "--dry-run", "--json", *settings, "--model-dir", shipped(), "--out", str(tmp_path / "out")]
+    assert cli._guarded(command) == 0
+    (before,) = json.loads(capfd.readouterr().out)
+    expected = before["data"]["generated-text_lines"]
+    assert "would draw 40 pictures" in expected["source"] and "not drawn yet" in before["note"]
+    assert [expected[part] for part in ("calibration", "search", "report")] == [5, 8, 27]
+    assert not (own_cache / "data").exists() and not (tmp_path / "out").exists()
+    generated_dataset("text_lines", 40, 0)
+    assert cli._guarded(command) == 0
+    (after,) = json.loads(capfd.readouterr().out)
+    assert sum(after["data"]["generated-text_lines"][part] for part in ("calibration", "search", "report")) == 40
+    assert {*before} - {*after} == {"note"} and Path(after["folder"]).parent == Path(before["folder"])
+
+
+def test_a_dry_run_trains_no_twin(own_cache: Path, capfd: Text) -> None:
+    assert cli._guarded(["run", "--twins", "PP-OCRv4_server_det", "--dry-run", "--json"]) == 0
+    (outline,) = json.loads(capfd.readouterr().out)
+    assert "would be trained before" in outline["source"] and outline["folder"].endswith("twins/PP-OCRv4_server_det")
+    assert not own_cache.exists()
+    assert f"{REC} has no twin" in failure(capfd, "run", "--twins", REC, "--dry-run")
+
+
 def test_one_broken_input_does_not_hide_what_other_models_gave(
     tmp_path: Path, capfd: Text, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,7 +369,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 def test_an_error_of_ours_has_its_own_code_and_a_log_with_the_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Text
 ) -> None:
-    monkeypatch.setattr(job, "start", raising(ZeroDivisionError("nothing to divide by")))
+    monkeypatch.setattr(outline_module, "run_outline", raising(ZeroDivisionError("nothing to divide by")))
     monkeypatch.setattr(cli.tempfile, "tempdir", str(tmp_path))
     said = failure(capfd, "run", REC, "--quiet", "--out", str(tmp_path / "out"), "--dry-run", code=70)
     assert "ZeroDivisionError: nothing to divide by" in said

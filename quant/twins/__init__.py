@@ -70,9 +70,14 @@ def load_module(model: str) -> TwinModule:
     Raises:
         InputError: the model has none.
     """
+    check_known(model)
+    return cast(TwinModule, importlib.import_module(f"{__name__}.{MODULES[model]}"))
+
+
+def check_known(model: str) -> None:
+    """Raise what `load_module` does, without importing anything."""
     if model not in MODULES:
         raise InputError(f"{model} has no twin; models with one: {', '.join(twin_names())}")
-    return cast(TwinModule, importlib.import_module(f"{__name__}.{MODULES[model]}"))
 
 
 def train_twin(recipe: Recipe, folder: Path, seed: int, minutes: float) -> None:
