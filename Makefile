@@ -47,21 +47,23 @@ clean:
 	find quant eval calib_data tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv where it is installed, plain venv and pip where not; both end with the same versions.
+ifneq ($(shell command -v uv 2>/dev/null),)
+CREATE := uv venv -q --clear $(VENV)
+INSTALL := uv pip install -q --python $(BIN)/python -c constraints.txt
+else
+CREATE := python3 -m venv --clear $(VENV)
+INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+endif
+
 $(READY): pyproject.toml constraints.txt Makefile
-	@echo "setting up $(VENV) (a few minutes the first time)"
-	@if command -v uv >/dev/null 2>&1; then \
-	  uv venv -q --clear $(VENV) && \
-	  uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[$(EXTRAS)]' && \
-	  uv pip install -q --python $(BIN)/python -c constraints.txt --no-deps $(NO_DEPS); \
-	else \
-	  python3 -m venv --clear $(VENV) && \
-	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]' && \
-	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps $(NO_DEPS); \
-	fi
+	@echo "set-up, 1 of 3: creating the environment $(VENV)"
+	@$(CREATE)
+	@echo "set-up, 2 of 3: downloading and installing this program and what it needs ($(EXTRAS)), which takes minutes"
+	@$(INSTALL) -e '.[$(EXTRAS)]'
+	@echo "set-up, 3 of 3: installing $(NO_DEPS)"
+	@$(INSTALL) --no-deps $(NO_DEPS)
 	@touch "$(READY)"
 
 # For the slow tests alone; where it cannot be had, the test that needs it says that it was skipped.
 $(RAY): $(READY)
-	@{ uv pip install -q --python $(BIN)/python -c constraints.txt ray 2>/dev/null || \
-	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt ray; } && touch "$(RAY)" || \
-	  echo "no Ray to be had"
+	@$(INSTALL) ray 2>/dev/null && touch "$(RAY)" || echo "no Ray to be had"
