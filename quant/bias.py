@@ -48,7 +48,7 @@ def sequential_biases(
     Returns:
         float32[C] by operator name.
     """
-    names = _with_biases(op for op in plan.operators if op.quantized)
+    names = corrected_operators(plan)
     if not names:
         return {}
     exact = _channel_means(graph, names, feeds, threads)
@@ -172,6 +172,11 @@ class _Simulated:
 
 def _session(threads: int, model: ModelProto) -> Session:
     return onnx_session(model, threads, integers=False)
+
+
+def corrected_operators(plan: QuantPlan) -> list[str]:
+    """The convolutions whose biases are corrected, in the plan's order."""
+    return _with_biases(op for op in plan.operators if op.quantized)
 
 
 @dataclass(frozen=True)

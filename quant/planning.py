@@ -19,7 +19,7 @@ from eval.dataset import Sample
 from eval.evaluation import readable
 from eval.metric import make_metric
 from eval.statistics import compare_counts
-from quant.bias import sequential_biases
+from quant.bias import corrected_operators, sequential_biases
 from quant.calibration import Statistics, collect_statistics, load_statistics, mean_work, save_statistics
 from quant.equalization import Equalizer, equalize, load_equalizers, make_equalizers, save_equalizers
 from quant.errors import InputError
@@ -277,7 +277,7 @@ def _with_full_biases(job: Job, graph: Graph, plan: QuantPlan) -> QuantPlan:
     if job.recipe.calibration.bias_correction != "full":
         return plan
     feeds = first_feeds(job, job.selection.calibration, job.recipe.calibration.bias_samples)
-    advance = counted(job.options.progress, job.title("correcting biases"), len(plan.quantized()))
+    advance = counted(job.options.progress, job.title("correcting biases"), len(corrected_operators(plan)))
     return replace(plan, bias_shifts=sequential_biases(graph, plan, feeds, job.options.threads, advance))
 
 

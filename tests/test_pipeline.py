@@ -160,11 +160,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 @dataclass(frozen=True)
 class First:
-    """The first run on all targets, the stages that it made, and the messages of its progress."""
+    """The first run on all targets, the stages that it made, and how far each step of its progress came."""
 
     finished: Finished
     built: list[str]
-    said: list[str]
+    said: dict[str, tuple[int, int | None]]
 
     @property
     def folder(self) -> Path:
@@ -174,8 +174,8 @@ class First:
 @pytest.fixture(scope="module")
 def first(place: Place) -> First:
     with pytest.MonkeyPatch.context() as patch:
-        built, said = noted_stages(patch), list[str]()
-        options = place.options(progress=lambda what, done, total: said.append(what))
+        built, said = noted_stages(patch), dict[str, tuple[int, int | None]]()
+        options = place.options(progress=lambda what, done, total: said.update({what: (done, total)}))
         return First(run_model(place.recipe, options), built, said)
 
 
@@ -320,11 +320,12 @@ def test_targets_with_equal_choices_share_their_plan(first: First) -> None:
 
 
 def test_progress_says_for_which_targets_a_step_is(first: First) -> None:
-    """But for the steps that all of them need; PaddleSlim is asked once for two."""
+    """But for the steps that all of them need; PaddleSlim is asked once for two. And each comes to its end."""
     of_all = {f"{NAME}: importing and folding", f"{NAME}: FP32 on the search split"}
     of_some = {title for title in first.said if title not in of_all}
     assert of_all < set(first.said) and f"{NAME}: PaddleSlim PTQ for paddle, tensorrt" in of_some
     assert [title for title in of_some if not any(target in title for target in EXPORTED)] == []
+    assert {title: moved for title, moved in first.said.items() if moved[0] != moved[1]} == {}
 
 
 def test_damage_is_measured_once_where_everything_in_int8_does_not_pass(place: Place, built: list[str]) -> None:
