@@ -10,7 +10,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -274,8 +274,7 @@ def run(
             return _with_twin(recipe, options, train=True) if twins else options
 
         if dry_run:
-            _print_dry_runs([_dry_run(recipe, options, twins) for recipe in recipes], as_json, stdout)
-            return 0
+            return _print_dry_runs(recipes, lambda recipe: _dry_run(recipe, options, twins), as_json, stdout)
         outcome = _Outcome()
         work = _Spread("run", executor, jobs, address, threads, shard_samples)
         if work.wanted(recipes):
@@ -327,8 +326,11 @@ def evaluate(
     recipes = _recipes(models, everything, overrides, seed, targets)
     with _working(out, threads, model_dir, data, quiet, as_json, offers, shard_samples) as (options, stdout):
         if dry_run:
-            _print_dry_runs([eval_outline(find_evaluation(recipe, options)) for recipe in recipes], as_json, stdout)
-            return 0
+
+            def outline(recipe: Recipe) -> dict[str, Any]:
+                return eval_outline(find_evaluation(recipe, options))
+
+            return _print_dry_runs(recipes, outline, as_json, stdout)
         known = _twin_names() if twins else []
         work = _Spread("eval", executor, jobs, address, threads, shard_samples)
         if work.wanted(recipes):
@@ -979,14 +981,26 @@ def _dry_run(recipe: Recipe, options: Options, twins: bool) -> dict[str, Any]:
     return run_outline(recipe, chosen)
 
 
-def _print_dry_runs(outlines: list[dict[str, Any]], as_json: bool, stdout: Any) -> None:
+def _print_dry_runs(
+    recipes: list[Recipe], outline: Callable[[Recipe], dict[str, Any]], as_json: bool, stdout: Any
+) -> int:
+    """What would be done for each model; what cannot be had hides nothing of the others."""
     import yaml
 
+    outlines: list[dict[str, Any]] = []
+    for recipe in recipes:
+        try:
+            outlines.append(outline(recipe))
+        except InputError as error:
+            if len(recipes) == 1:
+                raise
+            outlines.append({"model": recipe.name, "skipped": str(error)})
     if as_json:
         stdout.write(json.dumps(outlines, indent=2, ensure_ascii=False) + "\n")
     else:
         stdout.write(yaml.safe_dump(outlines, sort_keys=False, allow_unicode=True, width=160))
     stdout.flush()
+    return INPUT_ERROR if all("skipped" in one for one in outlines) else 0
 
 
 def _write_results_readme(results: Path) -> None:

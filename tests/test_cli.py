@@ -260,6 +260,15 @@ def test_a_dry_run_draws_no_pictures(own_cache: Path, tmp_path: Path, capfd: Tex
     assert {*before} - {*after} == {"note"} and Path(after["folder"]).parent == Path(before["folder"])
 
 
+def test_a_dry_run_of_several_names_what_cannot_be_had(tmp_path: Path, capfd: Text) -> None:
+    settings = ["--set", "data.sets=[]", "--set", "model.archives=[]", "--out", str(tmp_path)]
+    assert cli._guarded(["run", "PP-OCRv4_server_det", REC, "--dry-run", "--json", *settings]) == 0
+    skipped, found = json.loads(capfd.readouterr().out)
+    assert "PP-OCRv4_server_det cannot be had" in skipped["skipped"] and found["model"] == REC
+    assert cli._guarded(["eval", "PP-OCRv4_server_det", REC, "--dry-run", "--json", *settings]) == 2
+    assert all("not quantized yet" in one["skipped"] for one in json.loads(capfd.readouterr().out))
+
+
 def test_a_dry_run_trains_no_twin(own_cache: Path, capfd: Text) -> None:
     assert cli._guarded(["run", "--twins", "PP-OCRv4_server_det", "--dry-run", "--json"]) == 0
     (outline,) = json.loads(capfd.readouterr().out)
