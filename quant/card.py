@@ -97,9 +97,9 @@ def plain(text: str) -> str:
     return line.replace("&", "&amp;").replace("<", "&lt;")
 
 
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; cells are Markdown already, see `plain`."""
-    lines = [headings, ["---"] * len(headings), *rows]
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool] = ()) -> str:
+    """A table; cells are Markdown already, see `plain`. Columns that are numeric stand to the right."""
+    lines = [headings, ["---:" if right else "---" for right in numeric or [False] * len(headings)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -37,10 +37,11 @@ def _target(target: TargetReport) -> list[str]:
             [plain(row.dataset), plain(row.id), f"{row.fp32:.1f}", f"{row.int8:.1f}"]
             for row in exhibits.rows[:_SHOWN_PICTURES]
         ]
-        parts.append(markdown_table(["Data set", "Picture", "FP32", "INT8"], lines))
+        parts.append(markdown_table(["Data set", "Picture", "FP32", "INT8"], lines, [False, False, True, True]))
     return parts
 
 
 def _markdown(table: Table, most: int | None = None) -> str:
     rows = [[plain(cell.text) for cell in row] for row in table.rows[:most]]
-    return markdown_table([plain(heading) for heading in table.headings], rows) if rows else "None."
+    headings = [plain(heading) for heading in table.headings]
+    return markdown_table(headings, rows, table.numeric) if rows else "None."

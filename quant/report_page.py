@@ -85,6 +85,7 @@ def report_page(models: Sequence[ModelReport]) -> Page:
     templates = Environment(
         loader=PackageLoader("quant"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    templates.filters["breakable"] = _breakable
     assert templates.loader is not None
     style, script = (Markup(templates.loader.get_source(templates, f"report.{kind}")[0]) for kind in ("css", "js"))
     html = templates.get_template("report.html").render(
@@ -97,6 +98,11 @@ def report_page(models: Sequence[ModelReport]) -> Page:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     return Page(html, len(album.pictures), album.left_out)
+
+
+def _breakable(text: str) -> Markup:
+    """A text whose names, which hold no blanks, may go on in the next line of a narrow column."""
+    return Markup("_<wbr>").join(text.split("_"))
 
 
 def _targets(model: ModelReport, album: Album) -> list[dict[str, Any]]:
@@ -125,7 +131,14 @@ def _target_front(model: ModelReport) -> Markup | None:
         return None
     points = [(row, row.speedup or 0.0) for row in rows if isinstance(row, JudgedRow)]
     dots = [
-        Dot(speed, row.drop, row.target, front=not any(_beats(other, (row, speed)) for other in points), chosen=True)
+        Dot(
+            speed,
+            row.drop,
+            row.target,
+            bound=row.drop_upper95,
+            front=not any(_beats(other, (row, speed)) for other in points),
+            chosen=True,
+        )
         for row, speed in points
     ]
     return scatter(dots, "speed against FP32 as shipped", "drop, points", limit=rows[0].gate.max_drop)

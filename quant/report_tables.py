@@ -29,6 +29,11 @@ class Table:
     rows: list[list[Cell]]
     marks: list[str]
 
+    @property
+    def numeric(self) -> list[bool]:
+        """Of each column, whether it holds numbers."""
+        return [any(row[column].value is not None for row in self.rows) for column in range(len(self.headings))]
+
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> Cell:
     """A number, rounded for the eye."""

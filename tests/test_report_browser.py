@@ -113,6 +113,25 @@ def test_it_filters(opened: Any) -> None:
     assert opened.get_log("browser") == []
 
 
+def test_its_tables_are_whole(opened: Any) -> None:
+    """On a small screen, with headings above their numbers, and on a phone, with headings beside each value."""
+    opened.execute_script("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    hidden = """return [...document.querySelectorAll('.wide')]
+        .filter((place) => place.scrollWidth > place.clientWidth).map((place) => place.firstElementChild.id)"""
+    aligned = """const side = (cell) => getComputedStyle(cell).textAlign;
+        return [...document.querySelectorAll('.sortable')].every((table) => [...table.tBodies[0].rows].every((row) =>
+            [...row.cells].every((cell, column) => side(cell) === side(table.tHead.rows[0].cells[column]))))"""
+    heading = "return getComputedStyle(document.querySelector('#diff td[data-heading=Drop]'), '::before').content"
+    sides = "return [...document.querySelectorAll('#diff th')].map((cell) => getComputedStyle(cell).textAlign)"
+    for width, said in ((1280, "none"), (390, '"Drop"')):
+        size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+        opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        assert opened.execute_script(hidden) == [], width
+        assert opened.execute_script(heading) == said
+        if width == 1280:
+            assert opened.execute_script(aligned) and set(opened.execute_script(sides)) == {"left", "right"}
+
+
 def test_it_fits_a_phone_and_follows_the_dark(opened: Any) -> None:
     phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)

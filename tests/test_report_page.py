@@ -269,6 +269,41 @@ def test_charts_hold_any_numbers() -> None:
     assert "<script" not in scatter(dots, "x", "y", limit=1.0) and "nan" not in scatter(dots[:1], "x", "y").lower()
 
 
+def test_a_bound_lies_inside_of_the_axes() -> None:
+    drawn = scatter([Dot(1.0, 0.0, "a", bound=7.5), Dot(2.0, 0.5, "b", bound=-3.0)], "x", "y", limit=1.0)
+    ends = [float(y) for y in re.findall(r'class="bound" d="M[\d.]+ [\d.]+V([\d.-]+)M', drawn)]
+    points = [float(y) for y in re.findall(r'cy="([\d.]+)"', drawn)]
+    top, bottom = (float(y) for y in re.findall(r'class="axis" d="M\d+ (\d+)V(\d+)', drawn)[0])
+    assert top < ends[0] < points[0] < ends[1] < bottom, "up is more"
+    assert "a: 1, 0, at most 7.5" in drawn
+    assert "bound" not in scatter([Dot(1.0, 0.0, "a")], "x", "y")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shade", "bars"), [(-1.0, 3.0, (0, 256), (64, 128)), (0.25, 0.5, (64, 64), (0, 256))]
+)
+def test_a_histogram_holds_the_values_and_the_range(
+    low: float, high: float, shade: tuple[int, int], bars: tuple[int, int]
+) -> None:
+    drawn = histogram(RangeChart("x", 0.0, 1.0, [1] * 8, low, high, 0.0))
+    assert re.findall(r'class="range" x="([\d.]+)" y="0" width="([\d.]+)"', drawn) == [tuple(f"{n:.1f}" for n in shade)]
+    places = [
+        (float(x), float(width)) for x, width in re.findall(r'class="bar[^"]*" x="([\d.]+)".*? width="([\d.]+)"', drawn)
+    ]
+    assert places[0][0] == bars[0] and bars[1] - 8 <= sum(places[-1]) <= bars[1]
+
+
+def test_columns_of_numbers_stand_to_the_right(tiny: TinyRun, tmp_path: Path) -> None:
+    table = diff_table([read_run(copied(tiny, tmp_path))])
+    numbers = {heading for heading, numeric in zip(table.headings, table.numeric, strict=True) if numeric}
+    assert numbers == set(table.headings) - {"Model", "Target", "Data set", "Metric", "Verdict"}
+    found = Elements(page_of([read_run(tmp_path / NAME / tiny.folder.name)]).html)
+    cells = [attributes for tag, attributes in found.tags if tag == "td" and attributes.get("data-heading") == "Rel. % ≤"]
+    assert cells and all(cell["class"] == "number" for cell in cells), "those without a number too"
+    markdown = write_report(tmp_path, [], tmp_path / "to").markdown.read_text(encoding="utf-8")
+    assert "| --- | --- | --- | ---: | --- | ---: |" in markdown
+
+
 def test_a_run_from_before_pictures_were_kept(tiny: TinyRun, tmp_path: Path) -> None:
     folder = copied(tiny, tmp_path)
     shutil.rmtree(folder / EXHIBITS)
