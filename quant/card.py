@@ -14,6 +14,7 @@ from textwrap import shorten
 from eval.gate import JudgedRow, SkippedRow, speed_advice, verdict_text
 from quant import __version__
 from quant.clients import PICTURE, Shapes, Snippet, snippets
+from quant.ladder import Limits, result_text
 from quant.manifest import CARD, Manifest
 from quant.plan import QuantPlan
 from quant.runtime import target_format
@@ -199,6 +200,7 @@ def _making(subject: Subject) -> list[str]:
     ]
     facts += [f"Data set {plain(name)}: {plain(r.source)} ({plain(r.licence)})" for name, r in manifest.data.items()]
     facts += [plain(shorten(note, _LONGEST_NOTE, placeholder=" ...")) for note in plan.notes]
+    limits = Limits.of_recipe(manifest.recipe)
     rungs = [
         [
             plain(rung.name),
@@ -206,7 +208,7 @@ def _making(subject: Subject) -> list[str]:
             str(rung.reverted),
             f"{rung.error:.4f}",
             f"{rung.score.drop:.2f}" if rung.score else "-",
-            "passed" if rung.passed else "failed",
+            result_text(rung, limits),
         ]
         for rung in manifest.ladder[subject.target]
     ]

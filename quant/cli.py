@@ -961,13 +961,14 @@ def _finish(outcome: _Outcome, as_json: bool, stdout: Any) -> int:
 
 
 def _print_ladder(folder: Path) -> None:
-    """What each rung gave and, where weights were trained, cost."""
-    from quant.ladder import RUNG_HEADINGS, rung_rows
+    """What each rung gave, which limits it missed and, where weights were trained, what it cost."""
+    from quant.ladder import RUNG_HEADINGS, Limits, rung_rows
     from quant.manifest import load_manifest
 
-    ladder = load_manifest(folder).ladder
-    if any(len(rungs) > 1 for rungs in ladder.values()):
-        _print_table(RUNG_HEADINGS, [row for target, rungs in ladder.items() for row in rung_rows(target, rungs)])
+    manifest = load_manifest(folder)
+    if any(len(rungs) > 1 for rungs in manifest.ladder.values()):
+        limits, ladder = Limits.of_recipe(manifest.recipe), manifest.ladder.items()
+        _print_table(RUNG_HEADINGS, [row for target, rungs in ladder for row in rung_rows(target, rungs, limits)])
 
 
 def _dry_run(recipe: Recipe, options: Options, twins: bool) -> dict[str, Any]:

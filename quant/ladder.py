@@ -8,11 +8,14 @@ of the damage sits in few cheap convolutions, so much accuracy costs little INT8
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import TypeAdapter, ValidationError
+
+from quant.errors import InputError
 from quant.plan import Operator, QuantPlan
 from quant.recipe import Gate, Ladder
 
@@ -82,17 +85,84 @@ def load_rung(document: dict[str, Any]) -> Rung:
     return Rung(**{**document, "score": None if score is None else SearchScore(**score)})
 
 
-RUNG_HEADINGS = ["Target", "Rung", "Coverage", "Error", "Drop", "Discordance", "Seconds", "Passed"]
+@dataclass(frozen=True)
+class _Margins:
+    """The fields of a recipe's ladder that are limits."""
+
+    max_error: float
+    max_discordance: float
+    margin: float
 
 
-def rung_rows(target: str, rungs: Sequence[Rung]) -> list[list[str]]:
+@dataclass(frozen=True)
+class _Judging:
+    """The fields of a recipe that hold limits; the others may differ between versions of this program."""
+
+    ladder: _Margins
+    gate: Gate
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step has to keep on the search split, counted as in `Rung` and `SearchScore`."""
+
+    error: float
+    drop: float
+    relative_drop: float
+    discordance: float
+
+    @classmethod
+    def of(cls, ladder: Ladder | _Margins, gate: Gate) -> Limits:
+        drop, relative_drop = gate.max_drop - ladder.margin, gate.max_relative_drop - ladder.margin
+        return cls(ladder.max_error, drop, relative_drop, ladder.max_discordance)
+
+    @classmethod
+    def of_recipe(cls, recipe: Mapping[str, Any]) -> Limits:
+        """Those of a recipe as a manifest holds it.
+
+        Raises:
+            InputError: it holds none.
+        """
+        try:
+            found = TypeAdapter(_Judging).validate_python(recipe)
+        except ValidationError as error:
+            line = " ".join(str(error).split())[:200]
+            raise InputError(f"the run's recipe has no limits of its ladder ({line}); run `quant run` again") from error
+        return cls.of(found.ladder, found.gate)
+
+    def missed(self, error: float, score: SearchScore | None) -> list[str]:
+        """Those that a step does not keep, in words; the error alone where it left no score."""
+        measured = [("error", 100 * error, 100 * self.error, " %")]
+        if score:
+            measured += [
+                ("drop", score.drop, self.drop, ""),
+                ("relative drop", score.relative_drop, self.relative_drop, " %"),
+                ("discordance", score.discordance, self.discordance, " %"),
+            ]
+        return [f"{name} above {limit:.4g}{unit}" for name, value, limit, unit in measured if value > limit]
+
+
+def result_text(rung: Rung, limits: Limits) -> str:
+    """Whether a step passed, and which limits it missed."""
+    if rung.passed:
+        return "passed"
+    missed = ", ".join(limits.missed(rung.error, rung.score))
+    return f"failed: {missed}" if missed else "failed"
+
+
+RUNG_HEADINGS = ["Target", "Rung", "Coverage", "Error", "Drop", "Relative drop", "Discordance", "Seconds", "Result"]
+
+
+def rung_rows(target: str, rungs: Sequence[Rung], limits: Limits) -> list[list[str]]:
     """The ladder of a target as cells under `RUNG_HEADINGS`."""
     rows = []
     for rung in rungs:
-        score = ["", ""] if rung.score is None else [f"{rung.score.drop:.2f}", f"{rung.score.discordance:.1f} %"]
+        score = ["", "", ""]
+        if rung.score:
+            score = [f"{rung.score.drop:.2f}", f"{rung.score.relative_drop:.2f} %", f"{rung.score.discordance:.1f} %"]
         seconds = "" if rung.seconds is None else f"{rung.seconds:.0f}"
-        passed = "yes" if rung.passed else "no"
-        rows.append([target, rung.name, f"{rung.coverage:.3f}", f"{rung.error:.4f}", *score, seconds, passed])
+        shares = [f"{rung.coverage:.3f}", f"{100 * rung.error:.2f} %"]
+        rows.append([target, rung.name, *shares, *score, seconds, result_text(rung, limits)])
     return rows
 
 
@@ -169,8 +239,9 @@ def try_plan(name: str, candidate: QuantPlan, reverted: int, ladder: Ladder, gat
 def _rung(
     name: str, candidate: QuantPlan, reverted: int, error: float, ladder: Ladder, gate: Gate, judge: Judge
 ) -> Rung:
-    score = judge.score(candidate) if error <= ladder.max_error else None
-    passed = score is not None and _passes(score, ladder, gate)
+    limits = Limits.of(ladder, gate)
+    score = judge.score(candidate) if error <= limits.error else None
+    passed = score is not None and not limits.missed(error, score)
     return Rung(name, candidate.coverage(), reverted, error, score, passed)
 
 
@@ -237,11 +308,6 @@ def _most_damaging(operators: Sequence[Operator], limits: Sequence[_Limit], numb
     while (rows[:, chosen].sum(axis=1) > spare + _ROUNDING).any():
         chosen = np.delete(chosen, np.argmin(gains[chosen]))
     return {operators[index].name for index in chosen}
-
-
-def _passes(score: SearchScore, ladder: Ladder, gate: Gate) -> bool:
-    absolute, relative = gate.max_drop - ladder.margin, gate.max_relative_drop - ladder.margin
-    return score.drop <= absolute and score.relative_drop <= relative and score.discordance <= ladder.max_discordance
 
 
 def badness(rung: Rung) -> tuple[bool, float]:

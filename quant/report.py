@@ -15,7 +15,7 @@ from quant.archive import staged
 from quant.errors import InputError
 from quant.histograms import RANGES, RangeChart, load_ranges
 from quant.job import TWINS
-from quant.ladder import Rung, SearchScore
+from quant.ladder import Limits, Rung, SearchScore
 from quant.manifest import EXHIBITS, MANIFEST_FILE, Manifest, load_manifest, newest_run, newest_runs
 from quant.plan import QuantPlan, load_plan
 from quant.record import read_record
@@ -62,6 +62,7 @@ class TargetReport:
 
     Attributes:
         rungs: steps of the ladder.
+        limits: that they had to keep.
         points: of the search, where one was asked for.
         sensitivity: where `quant sensitivity` was run.
         exhibits: where the target was judged.
@@ -72,6 +73,7 @@ class TargetReport:
     rows: list[JudgedRow | SkippedRow]
     plan: QuantPlan
     rungs: list[Rung]
+    limits: Limits
     points: list[SearchPoint]
     ranges: list[RangeChart]
     sensitivity: Sensitivity | None
@@ -147,7 +149,8 @@ def _manifest(folder: Path) -> Manifest:
     try:
         recipe = TypeAdapter(_Recipe).validate_python(manifest.recipe)
         TypeAdapter(str).validate_python(manifest.processor.get("name"))
-    except ValidationError as error:
+        Limits.of_recipe(manifest.recipe)
+    except (ValidationError, InputError) as error:
         raise _damaged(folder, error) from error
     if unknown := sorted(manifest.artifacts.keys() - recipe.targets.keys()):
         raise _damaged(folder, f"its recipe does not know the target {unknown[0]}")
@@ -184,6 +187,7 @@ def _target(
         rows=[row for row in rows if row.target == target],
         plan=load_plan(plans),
         rungs=manifest.ladder.get(target, []),
+        limits=Limits.of_recipe(manifest.recipe),
         points=_points(plans / "search.json"),
         ranges=load_ranges(plans / RANGES) if (plans / RANGES).is_file() else [],
         sensitivity=_sensitivity(sensitivity),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from eval.exhibits import Slice
 from eval.gate import JudgedRow, SkippedRow, verdict_text
+from quant.ladder import result_text
 from quant.report import ModelReport, TargetReport
 
 MOST_OPERATORS = 40
@@ -84,8 +85,8 @@ def _mark(row: JudgedRow) -> str:
 
 
 def ladder_table(target: TargetReport) -> Table:
-    """Every step that was tried, and what it gave on the search split."""
-    headings = ["Step", "Work in INT8 %", "Back in FP32", "Error of outputs %", "Drop", "Differ %", "Result"]
+    """Every step that was tried, what it gave on the search split, and which limits it missed."""
+    headings = ["Step", "Work in INT8 %", "Back in FP32", "Error of outputs %", "Drop", "Rel. %", "Differ %", "Result"]
     rows = [
         [
             Cell(rung.name),
@@ -93,12 +94,13 @@ def ladder_table(target: TargetReport) -> Table:
             number(rung.reverted, 0),
             number(100 * rung.error, 2),
             number(rung.score.drop if rung.score else None),
+            number(rung.score.relative_drop if rung.score else None),
             number(rung.score.discordance if rung.score else None, 1),
-            Cell("passed" if rung.passed else "failed"),
+            Cell(result_text(rung, target.limits)),
         ]
         for rung in target.rungs
     ]
-    return Table(headings, rows, [row[-1].text for row in rows])
+    return Table(headings, rows, ["passed" if rung.passed else "failed" for rung in target.rungs])
 
 
 def operator_table(target: TargetReport) -> Table:

@@ -23,6 +23,8 @@ from quant.report import SearchPoint
 from quant.sensitivity_report import Sensitivity
 
 MODEL, RUN, TARGET = "m", "0123456789ab", "onnxruntime"
+LADDER = {"max_error": 0.08, "max_discordance": 3.0, "margin": 0.3}
+GATE = {"max_drop": 1.0, "max_relative_drop": 1.0}
 SCORE = SearchScore(0.5, 0.6, 2.0, 40)
 
 
@@ -43,7 +45,7 @@ def write_small_run(results: Path) -> Path:
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     manifest(
         run=RUN,
-        recipe={"description": "a model", "targets": {TARGET: {"method": "ours"}}},
+        recipe={"description": "a model", "targets": {TARGET: {"method": "ours"}}, "ladder": LADDER, "gate": GATE},
         ladder={TARGET: rungs},
         artifacts={TARGET: artifact_digests(folder / TARGET)},
         files={name: file_sha256(path) for name, path in files.items() if not name.startswith(f"{TARGET}/")},

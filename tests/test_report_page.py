@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from report_runs import HOSTILE, copied, with_differences
+from small_run import write_small_run
 from test_pipeline import NAME
 from tiny_run import TinyRun
 
@@ -26,9 +27,10 @@ from quant.histograms import RangeChart, load_ranges
 from quant.manifest import EXHIBITS
 from quant.plan import load_plan
 from quant.report import read_run, write_report
+from quant.report_markdown import report_markdown
 from quant.report_page import report_page as page_of
 from quant.report_page import table_cells
-from quant.report_tables import diff_table, operator_table, size_table
+from quant.report_tables import diff_table, ladder_table, operator_table, size_table
 from quant.sensitivity_report import Sensitivity
 
 ADDRESS = re.compile(r"(?:https?:)?//", re.IGNORECASE)
@@ -128,6 +130,14 @@ def test_the_page_shows_what_the_run_says(tiny: TinyRun, tmp_path: Path) -> None
     assert "it keeps no histograms" in found.text, "PaddleSlim's targets"
     again = page_of([read_run(folder)])
     assert again == page
+
+
+def test_a_failed_step_says_which_limit_it_missed(tmp_path: Path) -> None:
+    run = read_run(write_small_run(tmp_path))
+    table = ladder_table(run.targets[0])
+    assert [row[-1].text for row in table.rows] == ["failed: error above 8 %", "passed"]
+    assert table.marks == ["failed", "passed"]
+    assert "failed: error above 8 %" in page_of([run]).html and "| failed: error above 8 % |" in report_markdown([run])
 
 
 def test_the_run_keeps_bounded_exhibits_of_judged_targets(tiny: TinyRun) -> None:
@@ -235,6 +245,7 @@ def test_a_misshapen_file_of_a_run_is_named(
         {"ladder": {"openvino": [{"name": "ptq"}]}},
         {"recipe": {}},
         {"recipe": {"description": "x", "targets": {}}},
+        {"recipe": {"description": "x", "targets": {}, "gate": {}, "ladder": {}}, "artifacts": {}},
         {"processor": {}},
     ],
 )
@@ -298,7 +309,9 @@ def test_columns_of_numbers_stand_to_the_right(tiny: TinyRun, tmp_path: Path) ->
     numbers = {heading for heading, numeric in zip(table.headings, table.numeric, strict=True) if numeric}
     assert numbers == set(table.headings) - {"Model", "Target", "Data set", "Metric", "Verdict"}
     found = Elements(page_of([read_run(tmp_path / NAME / tiny.folder.name)]).html)
-    cells = [attributes for tag, attributes in found.tags if tag == "td" and attributes.get("data-heading") == "Rel. % ≤"]
+    cells = [
+        attributes for tag, attributes in found.tags if tag == "td" and attributes.get("data-heading") == "Rel. % ≤"
+    ]
     assert cells and all(cell["class"] == "number" for cell in cells), "those without a number too"
     markdown = write_report(tmp_path, [], tmp_path / "to").markdown.read_text(encoding="utf-8")
     assert "| --- | --- | --- | ---: | --- | ---: |" in markdown

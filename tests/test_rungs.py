@@ -18,7 +18,18 @@ from tiny_models import TinyNet, small_detector
 from eval.dataset import Sample
 from quant.errors import InputError, NotTrainable
 from quant.job import Job, Options
-from quant.ladder import Rung, SearchScore, load_rung, read_seconds, rung_rows, trains, try_plan, write_seconds
+from quant.ladder import (
+    Limits,
+    Rung,
+    SearchScore,
+    load_rung,
+    read_seconds,
+    result_text,
+    rung_rows,
+    trains,
+    try_plan,
+    write_seconds,
+)
 from quant.pipeline import _run_name
 from quant.plan import QuantPlan, load_plan
 from quant.planning import _explored, _laddered_stage
@@ -212,11 +223,38 @@ def test_seconds_are_kept_apart_from_what_is_hashed(tmp_path: Path) -> None:
     assert read_seconds(tmp_path / "nothing") == {}
 
 
+LIMITS = Limits(error=0.04, drop=0.7, relative_drop=0.75, discordance=2.0)
+
+
 def test_the_table_shows_what_each_rung_gave_and_cost() -> None:
     scored = Rung("qat", 1.0, 0, 0.0123, SearchScore(0.5, 0.8, 2.25, 400), True)
     rungs = [Rung("ptq", 1.0, 0, 0.05, None, False), replace(scored, seconds=61.7)]
-    assert rung_rows("openvino", rungs) == [
-        ["openvino", "ptq", "1.000", "0.0500", "", "", "", "no"],
-        ["openvino", "qat", "1.000", "0.0123", "0.50", "2.2 %", "62", "yes"],
+    assert rung_rows("openvino", rungs, LIMITS) == [
+        ["openvino", "ptq", "1.000", "5.00 %", "", "", "", "", "failed: error above 4 %"],
+        ["openvino", "qat", "1.000", "1.23 %", "0.50", "0.80 %", "2.2 %", "62", "passed"],
     ]
     assert load_rung(scored.document()) == scored
+
+
+@pytest.mark.parametrize(
+    ("error", "score", "missed"),
+    [
+        (0.041, None, "error above 4 %"),
+        (0.04, SearchScore(0.7, 0.75, 2.0, 9), ""),
+        (0.04, SearchScore(0.71, 0.7, 2.0, 9), "drop above 0.7"),
+        (0.04, SearchScore(0.5, 0.76, 2.1, 9), "relative drop above 0.75 %, discordance above 2 %"),
+    ],
+)
+def test_a_failed_step_names_the_limits_that_it_missed(error: float, score: SearchScore | None, missed: str) -> None:
+    assert ", ".join(LIMITS.missed(error, score)) == missed
+    said = result_text(Rung("ptq", 1.0, 0, error, score, not missed), LIMITS)
+    assert said == (f"failed: {missed}" if missed else "passed")
+
+
+def test_limits_are_those_of_the_recipe_that_was_run() -> None:
+    recipe = load_recipe("PP-OCRv4_mobile_det", ["ladder.margin=0.25", "gate.max_relative_drop=2"])
+    limits = Limits.of_recipe(recipe.model_dump(mode="json"))
+    assert limits == Limits.of(recipe.ladder, recipe.gate)
+    assert (limits.drop, limits.relative_drop) == (0.75, 1.75)
+    with pytest.raises(InputError, match="has no limits"):
+        Limits.of_recipe({"ladder": {"margin": "wide"}})
