@@ -7,6 +7,7 @@ On disk: `plan.json` (schema below) and `plan.safetensors` (integer weights and 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -192,7 +193,11 @@ class QuantPlan:
 
 
 def load_plan(folder: Path) -> QuantPlan:
-    """Read a saved plan; raises InputError for a missing or foreign file."""
+    """Read a saved plan.
+
+    Raises:
+        InputError: a file is missing or foreign, or holds numbers that no plan has.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -204,6 +209,9 @@ def load_plan(folder: Path) -> QuantPlan:
         equalizers = read_equalizers(tensors, document.equalized)
     except (OSError, ValueError, SafetensorError, KeyError) as error:
         raise InputError(f"{folder}: no readable plan ({error.__class__.__name__}); run `quant run` again") from error
+    if wrong := _impossible(tensors, document.weights):
+        hint = "delete the folder and run `quant run` again"
+        raise InputError(f"{folder / 'plan.safetensors'}: damaged ({wrong}); {hint}")
     return QuantPlan(
         document.model,
         document.target,
@@ -218,6 +226,20 @@ def load_plan(folder: Path) -> QuantPlan:
         equalizers,
         document.outputs,
     )
+
+
+def _impossible(tensors: Mapping[str, np.ndarray], weights: Sequence[WeightQuantizer]) -> str:
+    """What in a weights file cannot be computed with; empty where everything can."""
+    for name, values in tensors.items():
+        if not np.isfinite(values).all():
+            return f"{name} holds NaN or infinity"
+        if name.endswith((":scale", ":factor")) and not (values > 0).all():
+            return f"{name} is not above 0 everywhere"
+    for weight in weights:
+        values, scale = tensors[weight.tensor], tensors[f"{weight.tensor}:scale"]
+        if values.dtype != np.int8 or scale.shape != values.shape[weight.axis : weight.axis + 1]:
+            return f"{weight.tensor} is not int8 with a scale for each place of axis {weight.axis}"
+    return ""
 
 
 def weight_axis(op_type: str) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from tiny_models import TinyNet, run, small_detector, small_recognizer
 
 from quant import calibration
 from quant.calibration import collect_statistics, count_work, load_statistics, save_statistics
+from quant.equalization import Equalizer
 from quant.errors import InputError
 from quant.observer import MinMax
 from quant.plan import (
@@ -274,6 +278,43 @@ def test_missing_and_foreign_files_are_an_input_error(tmp_path: Path, spoil: Any
     plan_of(small_detector()).save(tmp_path)
     spoil(tmp_path)
     with pytest.raises(InputError, match="no readable plan.*quant run"):
+        load_plan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "said"),
+    [
+        ("scale", np.nan, "holds NaN or infinity"),
+        ("scale", np.inf, "holds NaN or infinity"),
+        ("scale", 0.0, "is not above 0 everywhere"),
+        ("bias_shift", np.nan, "holds NaN or infinity"),
+        ("factor", -1.0, "is not above 0 everywhere"),
+        ("centre", -np.inf, "holds NaN or infinity"),
+    ],
+)
+def test_numbers_that_no_plan_has_are_an_input_error(tmp_path: Path, kind: str, value: float, said: str) -> None:
+    plan = plan_of(small_detector())
+    (first, *_) = plan.quantized()
+    plan.bias_shifts = {first: np.zeros(4, np.float32)}
+    plan.equalizers = {first: Equalizer(np.ones(3, np.float32), np.zeros(3, np.float32))}
+    plan.save(tmp_path)
+    load_plan(tmp_path)
+    tensors = load_file(tmp_path / "plan.safetensors")
+    name = next(name for name in tensors if name.endswith(f":{kind}"))
+    tensors[name][-1] = value
+    save_file(tensors, tmp_path / "plan.safetensors")
+    with pytest.raises(InputError, match=rf"plan\.safetensors: damaged \({re.escape(name)} {said}\); .*`quant run`"):
+        load_plan(tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda t: t.astype(np.float32), lambda t: t[:-1]])
+def test_weights_and_their_scales_belong_together(tmp_path: Path, change: Callable[[Any], Any]) -> None:
+    plan_of(small_detector()).save(tmp_path)
+    tensors = load_file(tmp_path / "plan.safetensors")
+    name = min(name for name in tensors if ":" not in name and tensors[name].ndim == 4)
+    tensors[name] = np.ascontiguousarray(change(tensors[name]))
+    save_file(tensors, tmp_path / "plan.safetensors")
+    with pytest.raises(InputError, match=rf"{re.escape(name)} is not int8 with a scale for each place of axis"):
         load_plan(tmp_path)
 
 
