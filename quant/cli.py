@@ -85,7 +85,7 @@ Executor = Annotated[str, typer.Option("--executor", help="Where several models 
 Address = Annotated[str | None, typer.Option("--address", help="Of the Ray cluster; RAY_ADDRESS by default.")]
 ShardSamples = Annotated[
     int | None,
-    typer.Option("--shard-samples", min=1, help="Larger evaluations of several models are cut into tasks; 500."),
+    typer.Option("--shard-samples", min=1, help="Larger evaluations are cut into tasks; 500 for several models."),
 ]
 Offers = Annotated[Path | None, typer.Option("--offer", hidden=True, help="Folder for evaluations that others judge.")]
 MethodName = Annotated[
@@ -276,7 +276,7 @@ def run(
         if dry_run:
             return _print_dry_runs(recipes, lambda recipe: _dry_run(recipe, options, twins), as_json, stdout)
         outcome = _Outcome()
-        work = _Spread("run", executor, jobs, address, threads, shard_samples)
+        work = _Spread("run", executor, jobs, address, threads, None if offers else shard_samples)
         if work.wanted(recipes):
             common = _arguments(overrides, data, model_dir, targets, seed)
             given = [[name, *common, *(["--twins"] if twins else [])] for name in _asked(models, recipes)]
@@ -332,7 +332,7 @@ def evaluate(
 
             return _print_dry_runs(recipes, outline, as_json, stdout)
         known = _twin_names() if twins else []
-        work = _Spread("eval", executor, jobs, address, threads, shard_samples)
+        work = _Spread("eval", executor, jobs, address, threads, None if offers else shard_samples)
         if work.wanted(recipes):
             common, both = _arguments(overrides, data, model_dir, targets, seed), [r.name in known for r in recipes]
             names = zip(_asked(models, recipes), both, strict=True)
@@ -863,12 +863,18 @@ class _Spread:
     shard_samples: int | None
 
     def wanted(self, recipes: list[Recipe]) -> bool:
-        """Whether there is more than one place to work at; on a cluster one model has shards."""
+        """Whether there is more than one place to work at, and more than one thing to do.
+
+        On a cluster one model has shards, and so it has here, where that was asked for.
+        """
         if self.executor not in ("local", "ray"):
             raise InputError(f"--executor {self.executor}: must be local or ray")
         count, cores = self._count(), os.cpu_count() or 1
         at_once = cores // (self.threads or cores) if count is None else count
-        return self.executor == "ray" or (len(recipes) > 1 and at_once > 1)
+        if self.shard_samples and self.executor == "local" and at_once == 1:
+            sentence = "--shard-samples is not used: one thing is done at a time; give --jobs 2, or fewer --threads"
+            logging.getLogger("quant.cli").warning(sentence)
+        return self.executor == "ray" or (at_once > 1 and (len(recipes) > 1 or self.shard_samples is not None))
 
     def finish(
         self,

@@ -86,8 +86,8 @@ class _Gathering:
         except InputError as error:
             model = self.attempt.model
             log.warning("%s: a shard of its evaluation failed (%s); it judges all samples itself", model, error)
-            return replace(self.attempt, shard_samples=0, node=self.node)
-        return replace(self.attempt, outcomes={**self.attempt.outcomes, **new}, node=self.node)
+            return replace(self.attempt, shard_samples=0, node=self.node, begun=True)
+        return replace(self.attempt, outcomes={**self.attempt.outcomes, **new}, node=self.node, begun=True)
 
 
 def spread(
@@ -135,7 +135,7 @@ def finish(jobs: Sequence[ModelJob], results: Path, pool: Pool, shard_samples: i
                 for shard in gathering[task.job].shards:
                     pool.submit(shard)
             elif ended.offers:  # by a node that cannot use what another kind of machine has judged
-                pool.submit(replace(task, shard_samples=0))
+                pool.submit(replace(task, shard_samples=0, begun=True))
             else:
                 left -= 1
                 yield task.job, _received(task, ended, results)
@@ -175,7 +175,7 @@ class LocalPool:
 
     def submit(self, task: Task) -> None:
         """Work on something; what belongs to a job that was begun goes first."""
-        if isinstance(task, Shard) or task.outcomes:
+        if isinstance(task, Shard) or task.begun:
             self._waiting.appendleft(task)
         else:
             self._waiting.append(task)

@@ -62,12 +62,14 @@ class Attempt:
         shard_samples: evaluations of more samples are offered; 0: it judges them itself.
         outcomes: what was judged of its offers, by the name of the stage.
         node: of a cluster that made the last attempt, and has the finished steps.
+        begun: whether there was an attempt before; then all but its evaluation is done.
     """
 
     job: ModelJob
     shard_samples: int = 0
     outcomes: Mapping[str, bytes] = field(default_factory=dict)
     node: str = ""
+    begun: bool = False
 
     @property
     def model(self) -> str:

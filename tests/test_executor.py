@@ -235,6 +235,21 @@ def test_an_offer_that_comes_again_is_not_judged_for_ever(tmp_path: Path) -> Non
     assert len(pool.shards) == 2
 
 
+def test_what_belongs_to_a_job_that_was_begun_goes_first(tmp_path: Path) -> None:
+    """Also where it has no outcomes of others, since a shard has failed: its steps are done, and others wait."""
+    offer = offer_of(4, 2)
+    gathering = executor._Gathering(Attempt(job(), 2), [offer], "")
+    for shard in gathering.shards:
+        last = gathering.take(shard, ended(code=2))
+    again = gathering.next_attempt()
+    assert last and not again.outcomes and again.shard_samples == 0
+    with executor.LocalPool(tmp_path, 1) as pool:
+        first = Attempt(job("n"))
+        for task in (first, again):
+            pool.submit(task)
+        assert list(pool._waiting) == [again, first]
+
+
 # --- Ray, by a stand-in ----------------------------------------------------------------------------
 
 
@@ -461,6 +476,32 @@ def test_rows_of_all_models_in_their_order(
     rows = json.loads(capfd.readouterr().out)["rows"]
     assert [r["model"] for r in rows].count("x") == 1
     assert rows[0]["model"] == "x" and {r["reason"] for r in rows if r["model"] == names[1]} == {"broken"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "spread_out"),
+    [(["--jobs", "2"], True), (["--jobs", "1"], False), (["--jobs", "2", "--offer"], False)],
+)
+def test_shards_of_one_model_on_this_machine(
+    arguments: list[str],
+    spread_out: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """They are judged side by side where they can be; a command that offers them does not do so again."""
+    asked: list[Any] = []
+
+    def spread(jobs: list[ModelJob], *where: Any) -> Iterator[tuple[ModelJob, Ended]]:
+        asked.extend([jobs, *where])
+        yield jobs[0], ended(stdout="", stderr="quant: broken", code=2)
+
+    monkeypatch.setattr(executor, "spread", spread)
+    name = "PP-OCRv4_mobile_rec"
+    given = [*arguments, str(tmp_path)] if "--offer" in arguments else arguments
+    assert _guarded(["eval", name, "--shard-samples", "7", "--quiet", "--out", str(tmp_path / "out"), *given]) == 2
+    assert ([job.model for job in asked[0]], asked[-1]) == ([name], 7) if spread_out else asked == []
+    assert ("--shard-samples is not used" in capfd.readouterr().err) == (arguments == ["--jobs", "1"])
 
 
 # --- whole runs ------------------------------------------------------------------------------------
