@@ -277,7 +277,7 @@ from quant.twins.training import save_inference
 nets = {"ORI": orientation.network(4), "DET": detection.network(), "REC": recognition.network(18)}
 shapes = {"ORI": [None, 3, 224, 224], "DET": [None, 3, None, None], "REC": [None, 3, 48, None]}
 for name, net in nets.items():
-    save_inference(net, shapes[name], {}, Path(sys.argv[1]) / name)
+    save_inference(net, {"x": shapes[name]}, {}, Path(sys.argv[1]) / name)
 """
 
 

@@ -13,17 +13,15 @@ from __future__ import annotations
 import time
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from calib_data.layouts import write_plain_layout_pages
-from quant.export import write_inference_yml
 from quant.recipe import class_labels, load_recipe
-from quant.twins.pages import FloatArray, Page, batches, overlaps, read_pages
-from quant.twins.training import train_as_asked, train_in_child, train_until
+from quant.twins.pages import BATCH, FloatArray, Page, batches, drawn_pages, overlaps
+from quant.twins.training import save_inference, train_as_asked, train_in_child, train_until
 
 MODEL = "PP-DocLayout-L"
 SIZE = 640
@@ -36,8 +34,8 @@ _ANCHORS = ((0.2, 0.05), (0.3, 0.12), (0.4, 0.24))
 """Usual width and height of regions of each scale, of the picture's size."""
 
 _WIDTH, _HEADS, _POINTS, _LAYERS = 64, 4, 4, 2
-_BATCH, _RATE = 4, 5e-3
-_MOST_PAGES, _PAGES_A_MINUTE = 240, 60
+_RATE = 5e-3
+_PAGES_A_MINUTE = 60
 _MOST_STEPS = 700
 _LEAST_QUALITY = 0.5  # what is in its place is taught as found long before its box fits
 
@@ -309,27 +307,16 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
     start = time.monotonic()
     paddle.seed(seed)
     recipe = load_recipe(MODEL)
-    with TemporaryDirectory() as place:
-        count = min(_MOST_PAGES, max(2 * _BATCH, round(_PAGES_A_MINUTE * minutes)))
-        write_world(Path(place), count, seed)
-        pages = read_pages(Path(place), MODEL, recipe.inference)
+    pages = drawn_pages(MODEL, recipe.inference, _PAGES_A_MINUTE * minutes, seed)
     pages = [page for page in pages if len(page.boxes)]
-    net, order = _network(len(class_labels(recipe))), batches(len(pages), _BATCH, seed)
+    net, order = _network(len(class_labels(recipe))), batches(len(pages), BATCH, seed)
 
     def batch_loss() -> Any:
         return _loss(net, [pages[index] for index in next(order)])
 
     train_until(start + 60 * minutes, net.parameters(), _RATE, batch_loss, _MOST_STEPS)
-    net.eval()
-    folder.mkdir(parents=True, exist_ok=True)
-    spec = paddle.static.InputSpec
-    inputs = [
-        spec([None, 2], "float32", "im_shape"),
-        spec([None, 3, SIZE, SIZE], "float32", "image"),
-        spec([None, 2], "float32", "scale_factor"),
-    ]
-    paddle.jit.save(net, str(folder / "inference"), input_spec=inputs)
-    write_inference_yml(recipe.inference, folder)
+    inputs = {"im_shape": [None, 2], "image": [None, 3, SIZE, SIZE], "scale_factor": [None, 2]}
+    save_inference(net, inputs, recipe.inference, folder)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
         return loss(coarse, wanted) + loss(local, wanted)
 
     train_until(end, net.parameters(), _RATE, batch_loss, _STEPS)
-    save_inference(net, [None, 3, None, None], document, folder)
+    save_inference(net, {"x": [None, 3, None, None]}, document, folder)
 
 
 if __name__ == "__main__":

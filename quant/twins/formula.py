@@ -248,7 +248,7 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
         return _loss(net, pictures[chosen], [tokens[index] for index in chosen])
 
     train_until(end, net.parameters(), _RATE, batch_loss, _STEPS)
-    save_inference(net, [None, 1, 384, 384], inference_yml(), folder)
+    save_inference(net, {"x": [None, 1, 384, 384]}, inference_yml(), folder)
 
 
 if __name__ == "__main__":

@@ -11,24 +11,22 @@ import time
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from calib_data.layouts import write_plain_layout_pages
-from quant.export import write_inference_yml
 from quant.recipe import class_labels, load_recipe
-from quant.twins.pages import FloatArray, batches, overlaps, read_pages
-from quant.twins.training import train_as_asked, train_in_child, train_until
+from quant.twins.pages import BATCH, FloatArray, batches, drawn_pages, overlaps
+from quant.twins.training import save_inference, train_as_asked, train_in_child, train_until
 
 MODEL = "PP-DocLayout-S"
 SIZE = 480
 STRIDES = (8, 16, 32, 64)
 _BINS = 8  # distances 0..7, in strides
-_BATCH, _RATE = 4, 8e-3
-_MOST_PAGES, _PAGES_A_MINUTE = 240, 80
+_RATE = 8e-3
+_PAGES_A_MINUTE = 80
 _MOST_STEPS = 600
 _NMS = (0.025, 1000, 100, 0.6, True, 1.0, -1)
 """Of the official graph: least score, boxes before and after, IoU, normalized, eta, class of the background."""
@@ -228,25 +226,18 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
     start = time.monotonic()
     paddle.seed(seed)
     recipe = load_recipe(MODEL)
-    with TemporaryDirectory() as place:
-        pages = min(_MOST_PAGES, max(2 * _BATCH, round(_PAGES_A_MINUTE * minutes)))
-        write_world(Path(place), pages, seed)
-        written = read_pages(Path(place), MODEL, recipe.inference)
-    images, targets = [page.image for page in written], [assigned(page.boxes, page.classes) for page in written]
+    pages = drawn_pages(MODEL, recipe.inference, _PAGES_A_MINUTE * minutes, seed)
+    images, targets = [page.image for page in pages], [assigned(page.boxes, page.classes) for page in pages]
     net = _network(len(class_labels(recipe)))
-    order = batches(len(images), _BATCH, seed)
+    order = batches(len(images), BATCH, seed)
 
     def batch_loss() -> Any:
         chosen = next(order)
         return _loss(net, np.stack([images[index] for index in chosen]), [targets[index] for index in chosen])
 
     train_until(start + 60 * minutes, net.parameters(), _RATE, batch_loss, _MOST_STEPS)
-    net.eval()
-    folder.mkdir(parents=True, exist_ok=True)
-    spec = paddle.static.InputSpec
-    inputs = [spec([None, 3, SIZE, SIZE], "float32", "image"), spec([None, 2], "float32", "scale_factor")]
-    paddle.jit.save(net, str(folder / "inference"), input_spec=inputs)
-    write_inference_yml(recipe.inference, folder)
+    inputs = {"image": [None, 3, SIZE, SIZE], "scale_factor": [None, 2]}
+    save_inference(net, inputs, recipe.inference, folder)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
         return functional.cross_entropy(net.logits(paddle.to_tensor(batch)), paddle.to_tensor(labels))
 
     train_until(end, net.parameters(), _RATE, batch_loss, _STEPS)
-    save_inference(net, [None, 3, 224, 224], document, folder)
+    save_inference(net, {"x": [None, 3, 224, 224]}, document, folder)
 
 
 if __name__ == "__main__":

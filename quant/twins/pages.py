@@ -6,15 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from calib_data.layouts import write_plain_layout_pages
 from calib_data.registry import resolve_dataset
 from eval.dataset import in_model_words, read_dataset, read_sample
 from eval.layouts import Layout
 from quant.task import make_task
+
+BATCH = 4
+_MOST_PAGES = 240
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -26,6 +31,13 @@ class Page:
     image: FloatArray
     boxes: FloatArray
     classes: npt.NDArray[np.int64]
+
+
+def drawn_pages(model: str, inference_yml: dict[str, Any], wanted: float, seed: int) -> list[Page]:
+    """About as many new pages of the twins' world as are wanted: two batches at least, no more than fit a training."""
+    with TemporaryDirectory() as place:
+        write_plain_layout_pages(Path(place), min(_MOST_PAGES, max(2 * BATCH, round(wanted))), seed)
+        return read_pages(Path(place), model, inference_yml)
 
 
 def read_pages(folder: Path, model: str, inference_yml: dict[str, Any]) -> list[Page]:

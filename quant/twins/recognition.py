@@ -174,7 +174,7 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
         return functional.ctc_loss(logits.transpose([1, 0, 2]), paddle.to_tensor(padded), *counts)
 
     train_until(end, net.parameters(), _RATE, batch_loss, _STEPS)
-    save_inference(net, [None, 3, 48, None], document, folder)
+    save_inference(net, {"x": [None, 3, 48, None]}, document, folder)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def _train(folder: Path, seed: int, minutes: float) -> None:
         return functional.cross_entropy(logits, paddle.to_tensor(padded[:, 1:]), ignore_index=_NOTHING)
 
     train_until(end, net.parameters(), _RATE, batch_loss, _STEPS)
-    save_inference(net, [None, 3, 488, 488], inference_yml, folder)
+    save_inference(net, {"x": [None, 3, 488, 488]}, inference_yml, folder)
 
 
 if __name__ == "__main__":

@@ -69,16 +69,19 @@ def train_until(
     return done
 
 
-def save_inference(net: Any, shape: Sequence[int | None], inference_yml: Mapping[str, Any], folder: Path) -> None:
+def save_inference(
+    net: Any, inputs: Mapping[str, Sequence[int | None]], inference_yml: Mapping[str, Any], folder: Path
+) -> None:
     """Write a network as PaddleX wants it: inference.json, inference.pdiparams, inference.yml.
 
     Args:
-        net: a layer whose `forward` takes the one input `x`.
-        shape: of `x`, None for an open size.
+        net: a layer.
+        inputs: of its `forward`, by name and in their order: shapes, None for an open size.
     """
     import paddle
 
     folder.mkdir(parents=True, exist_ok=True)
     net.eval()
-    paddle.jit.save(net, str(folder / "inference"), input_spec=[paddle.static.InputSpec(list(shape), "float32", "x")])
+    specs = [paddle.static.InputSpec(list(shape), "float32", name) for name, shape in inputs.items()]
+    paddle.jit.save(net, str(folder / "inference"), input_spec=specs)
     write_inference_yml(inference_yml, folder)
