@@ -63,6 +63,13 @@ def test_a_page_without_regions_teaches_nothing() -> None:
     assert not len(answering) and near == []
 
 
+def test_a_page_has_no_more_regions_than_there_are_queries() -> None:
+    boxes = [(10.0 * index, 10.0, 10.0 * index + 8, 20.0) for index in range(QUERIES + 1)]
+    assert len(set(places_of(page(*boxes[:-1]))[0].tolist())) == QUERIES
+    with pytest.raises(ValueError, match=f"{QUERIES + 1} regions for {QUERIES} queries"):
+        places_of(page(*boxes))
+
+
 def test_each_page_is_seen_once_before_any_is_seen_again() -> None:
     order = batches(9, 3, seed=0)
     for _ in range(2):

@@ -64,7 +64,13 @@ def anchors() -> FloatArray:
 
 
 def places_of(page: Page) -> tuple[IntArray, list[IntArray]]:
-    """The one place that answers for each region of a page, its own, and places near it that learn its box as well."""
+    """The one place that answers for each region of a page, its own, and places near it that learn its box as well.
+
+    Raises:
+        ValueError: there are more regions than queries, of which each region needs one.
+    """
+    if len(page.boxes) > QUERIES:
+        raise ValueError(f"a page has {len(page.boxes)} regions for {QUERIES} queries; draw fewer, or raise QUERIES")
     places = anchors()[:, :2] * SIZE
     scales = np.repeat(np.arange(len(STRIDES)), [(SIZE // stride) ** 2 for stride in STRIDES])
     middles, sides = (page.boxes[:, :2] + page.boxes[:, 2:]) / 2, page.boxes[:, 2:] - page.boxes[:, :2]
