@@ -13,13 +13,14 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from quant.archive import file_sha256
 from quant.child import child_environment
 from quant.errors import InputError, Unavailable
 from quant.job import TWINS
@@ -28,6 +29,7 @@ from quant.parcel import packed_runs, run_folders, sha256_of, unpacked
 from quant.recipe import recipes_dir
 from quant.shards import arrived, for_others, machine, named_as_there
 from quant.shares import Share
+from quant.stage import digest
 from quant.work import USUAL_PEAK, Attempt, Ended, ModelJob, Shard, Task, attempt_job, failed, judge_shard, known_peak
 
 RETRIES = 3
@@ -55,12 +57,16 @@ class Needs:
         return f"{self.cores} {'core' if self.cores == 1 else 'cores'} and {self.memory / _GIB:.1f} GiB"
 
 
+class Unfit(RuntimeError):
+    """A node may not do a task, since something else would come of it there."""
+
+
 class RayPool:
     """The nodes of a Ray cluster.
 
     Models and data have to be found on every node as they are here: by the same paths, or in its own cache; shards
     bring theirs along. A node that is lost, cannot do a task, or sends something else than it should, fails that task
-    alone.
+    alone; a shard that a node may not judge is judged on the one that has offered it.
     """
 
     def __init__(self, jobs: Sequence[ModelJob], results: Path, address: str | None) -> None:
@@ -78,10 +84,10 @@ class RayPool:
         self._perform, self._perform_shard = map(self._ray.remote, (perform, perform_shard))
         self._results = results
         self._waiting: dict[Any, Task] = {}
-        self._models: dict[str, Any] = {}
         self._failed: list[tuple[Task, Ended]] = []
         self._asked: dict[tuple[str, str], Needs] = {}
         try:
+            self._given = contents({word for job in jobs for word in job.arguments})
             nodes = self._nodes()
             if small := [said for job in jobs if (said := too_large(job.model, self._needs(job), nodes))]:
                 raise InputError(small[0])
@@ -100,17 +106,25 @@ class RayPool:
             self._ray.shutdown()
 
     def submit(self, task: Task) -> None:
+        # A job goes on where its finished steps lie.
+        self._start(task, task.node if isinstance(task, Attempt) else "")
+
+    def _start(self, task: Task, node: str) -> None:
+        """Give a task to a node, if that lives, else to any."""
         needs = self._needs(task)
         options: dict[str, Any] = {"num_cpus": needs.cores, "memory": needs.memory, "max_retries": RETRIES}
-        if isinstance(task, Shard):
-            reference = self._perform_shard.options(**options).remote(*self._shard_arguments(task))
-        else:
-            if task.node:  # where its finished steps lie, if that node lives
-                from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+        if node:
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-                options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(task.node, soft=True)
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
+        if isinstance(task, Shard):
+            offer = task.offer
+            given = (task.share, offer.models, offer.pictures[task.number], program_digest(), offer.machine)
+            reference = self._perform_shard.options(**options).remote(*given)
+        else:
             known = newest_runs_of(task.job, self._results) if task.job.action == "eval" else b""
-            reference = self._perform.options(**options).remote(task, known, program_digest())
+            paths = {word: self._given[word] for word in task.job.arguments if word in self._given}
+            reference = self._perform.options(**options).remote(task, known, program_digest(), paths)
         self._waiting[reference] = task
 
     def next_ended(self) -> tuple[Task, Ended]:
@@ -120,26 +134,33 @@ class RayPool:
             ready, _ = self._ray.wait(list(self._waiting), num_returns=1, timeout=_LOOK_SECONDS)
             if ready:
                 task = self._waiting.pop(ready[0])
-                return task, self._ended(task, ready[0])
+                if ended := self._ended(task, ready[0]):
+                    return task, ended
+                continue
             self._give_up_too_large()
 
-    def _shard_arguments(self, task: Shard) -> tuple[Any, ...]:
-        """Files go by reference: those of the models once for all shards, and all to the nodes without copies here."""
-        offer = task.offer
-        if offer.stage not in self._models:
-            self._models[offer.stage] = self._ray.put(offer.models)
-        pictures = self._ray.put(offer.pictures[task.number])
-        return task.share, self._models[offer.stage], pictures, program_digest(), offer.machine
-
-    def _ended(self, task: Task, reference: Any) -> Ended:
+    def _ended(self, task: Task, reference: Any) -> Ended | None:
+        """How a task has ended; None: it was begun anew."""
         errors = self._ray.exceptions
         try:
-            ended: Ended = self._ray.get(reference)
-            return ended
+            return self._kept(self._ray.get(reference))
         except errors.RayTaskError as error:
+            if isinstance(error.cause, Unfit) and isinstance(task, Shard) and task.home:
+                self._start(replace(task, home=""), task.home)
+                return None
             return failed(f"{task.model}: a node cannot do it ({error.cause})")
         except errors.RayError as error:
             return failed(f"{task.model}: its node was lost, and {RETRIES} times another one ({type(error).__name__})")
+
+    def _kept(self, ended: Ended) -> Ended:
+        """The same, with the files of its offers in the cluster's memory, each once, while a task needs them."""
+        files = {id(data): data for offer in ended.offers for data in (offer.models, *offer.pictures)}
+        kept = {key: self._ray.put(data) for key, data in files.items()}
+        offers = (
+            replace(offer, models=kept[id(offer.models)], pictures=tuple(kept[id(data)] for data in offer.pictures))
+            for offer in ended.offers
+        )
+        return replace(ended, offers=tuple(offers))
 
     def _needs(self, task: Task | ModelJob) -> Needs:
         """Its threads and its measured peak; what is only assumed is no more than the largest node has.
@@ -191,14 +212,16 @@ def newest_runs_of(job: ModelJob, results: Path) -> bytes:
 # --- on a node -------------------------------------------------------------------------------------
 
 
-def perform(attempt: Attempt, known: bytes, code: str) -> Ended:
+def perform(attempt: Attempt, known: bytes, code: str, given: Mapping[str, str]) -> Ended:
     """What a node does for a job: the command, in a results folder of its own, and the runs or offers that came of it.
 
     Args:
         known: zip of the runs that an evaluation looks at.
         code: digest of the program that asks.
+        given: paths among the arguments of the command, with their content where it was given.
     """
     _check_code(code)
+    _check_given(given)
     with tempfile.TemporaryDirectory(prefix="quant-node-") as place:
         results = Path(place) / "results"
         if known:
@@ -206,7 +229,7 @@ def perform(attempt: Attempt, known: bytes, code: str) -> Ended:
         results.mkdir(exist_ok=True)
         ended = attempt_job(attempt, results, threading.Event())
         if ended.offers:
-            return replace(ended, offers=tuple(map(for_others, ended.offers)), node=_node())
+            return replace(ended, offers=for_others(ended.offers), node=_node())
         parcel = packed_runs(results, run_folders(results)) if attempt.job.action == "run" else b""
     return replace(ended, parcel=parcel, sha256=sha256_of(parcel))
 
@@ -220,7 +243,7 @@ def perform_shard(share: Share, models: bytes, pictures: bytes, code: str, wante
     """
     _check_code(code)
     if machine() != wanted:
-        raise RuntimeError("it has another processor, or other versions of packages, than the node of the model")
+        raise Unfit("it has another processor, or other versions of packages, than the node of the model")
     with tempfile.TemporaryDirectory(prefix="quant-node-") as place:
         here = arrived(share, models, pictures, Path(place))
         ended = judge_shard(here, threading.Event())
@@ -246,7 +269,27 @@ def program_digest() -> str:
 
 def _check_code(code: str) -> None:
     if code != program_digest():
-        raise RuntimeError("it has another version of paddle-quant; install the same one on all nodes")
+        raise Unfit("it has another version of paddle-quant; install the same one on all nodes")
+
+
+def contents(words: Iterable[str]) -> dict[str, str]:
+    """The whole paths among arguments, of recipes and of folders of data and models, and the content of each."""
+    paths = {word: Path(word) for word in words}
+    return {word: content_of(path) for word, path in paths.items() if path.is_absolute() and path.exists()}
+
+
+def content_of(place: Path) -> str:
+    """Hex sha256 of a file, or of the names and content of all files in a folder; of nothing, where nothing is."""
+    if place.is_file():
+        return file_sha256(place)
+    files = sorted(path for path in place.rglob("*") if path.is_file())
+    return digest([[path.relative_to(place).as_posix(), file_sha256(path)] for path in files])
+
+
+def _check_given(given: Mapping[str, str]) -> None:
+    for path, content in given.items():
+        if content_of(Path(path)) != content:
+            raise Unfit(f"{path} is missing there, or is not what it is here; copy it to all nodes, or share its disk")
 
 
 def _node() -> str:

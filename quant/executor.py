@@ -61,7 +61,7 @@ class _Gathering:
     @cached_property
     def shards(self) -> list[Shard]:
         job = self.attempt.job
-        return [Shard(job, offer, number) for offer in self.offers for number in range(len(offer.pieces))]
+        return [Shard(job, offer, number, self.node) for offer in self.offers for number in range(len(offer.pieces))]
 
     def take(self, shard: Shard, ended: Ended) -> bool:
         """Note how a shard ended; whether it was the last one."""
@@ -125,20 +125,30 @@ def finish(jobs: Sequence[ModelJob], results: Path, pool: Pool, shard_samples: i
         for job in different:
             pool.submit(Attempt(job, shard_samples))
         while left:
-            task, ended = pool.next_ended()
-            note_peak(task, results, ended)
-            if isinstance(task, Shard):
-                if gathering[task.job].take(task, ended):
-                    pool.submit(gathering.pop(task.job).next_attempt())
-            elif offers := [offer for offer in ended.offers if offer.stage not in task.outcomes]:
-                gathering[task.job] = _Gathering(task, offers, ended.node)
-                for shard in gathering[task.job].shards:
-                    pool.submit(shard)
-            elif ended.offers:  # by a node that cannot use what another kind of machine has judged
-                pool.submit(replace(task, shard_samples=0, begun=True))
-            else:
+            if done := _step(pool, gathering, results):
                 left -= 1
-                yield task.job, _received(task, ended, results)
+                yield done
+
+
+def _step(pool: Pool, gathering: dict[ModelJob, _Gathering], results: Path) -> tuple[ModelJob, Ended] | None:
+    """Take what ends next, and give what follows from it to the pool; a job that is done, and how it ended.
+
+    What belongs to a finished evaluation, all its pictures among it, goes with the frame of this function.
+    """
+    task, ended = pool.next_ended()
+    note_peak(task, results, ended)
+    if isinstance(task, Shard):
+        if gathering[task.job].take(task, ended):
+            pool.submit(gathering.pop(task.job).next_attempt())
+    elif offers := [offer for offer in ended.offers if offer.stage not in task.outcomes]:
+        gathering[task.job] = _Gathering(task, offers, ended.node)
+        for shard in gathering[task.job].shards:
+            pool.submit(shard)
+    elif ended.offers:  # by a node that cannot use what another kind of machine has judged
+        pool.submit(replace(task, shard_samples=0, begun=True))
+    else:
+        return task.job, _received(task, ended, results)
+    return None
 
 
 def _received(attempt: Attempt, ended: Ended, results: Path) -> Ended:

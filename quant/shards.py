@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,14 +42,15 @@ class Offer:
         stage: name of the stage that its outcomes fill.
         pieces: all samples in their order, cut into shares.
         machine: on which outcomes are the same (see `machine`).
-        models, pictures: the files of both models, and of each piece's pictures, as zips for other machines.
+        models, pictures: the files of both models, and of each piece's pictures, for other machines: as zips, or what
+            a pool that keeps them knows them by.
     """
 
     stage: str
     pieces: tuple[Share, ...]
     machine: str
-    models: bytes = b""
-    pictures: tuple[bytes, ...] = ()
+    models: Any = b""
+    pictures: tuple[Any, ...] = ()
 
 
 def machine() -> str:
@@ -104,14 +106,25 @@ def take_outcomes(outcomes: Mapping[str, bytes]) -> None:
 # --- other machines --------------------------------------------------------------------------------
 
 
-def for_others(given: Offer) -> Offer:
-    """An offer with all files that it needs."""
-    whole = given.pieces[0]
-    kind = target_format(whole.target)
-    folders = {"fp32": whole.fp32, "int8": whole.int8}
-    files = {f"{name}/{file.name}": file for name, place in folders.items() for file in model_files(place, kind)}
-    pictures = tuple(packed(_pictures(piece.samples)) for piece in given.pieces)
-    return replace(given, models=packed(files), pictures=pictures)
+def for_others(given: Iterable[Offer]) -> tuple[Offer, ...]:
+    """Offers with all files that they need; pictures that are judged for several targets are packed, and sent, once."""
+    zips: dict[frozenset[tuple[str, Path]], bytes] = {}
+
+    def pictures(piece: Share) -> bytes:
+        files = _pictures(piece.samples)
+        key = frozenset(files.items())
+        zips[key] = zips.get(key) or packed(files)
+        return zips[key]
+
+    return tuple(
+        replace(offer, models=packed(_models(offer.pieces[0])), pictures=tuple(map(pictures, offer.pieces)))
+        for offer in given
+    )
+
+
+def _models(whole: Share) -> dict[str, Path]:
+    kind, folders = target_format(whole.target), {"fp32": whole.fp32, "int8": whole.int8}
+    return {f"{name}/{file.name}": file for name, place in folders.items() for file in model_files(place, kind)}
 
 
 def arrived(share: Share, models: bytes, pictures: bytes, folder: Path) -> Share:

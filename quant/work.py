@@ -90,11 +90,13 @@ class Shard:
 
     Attributes:
         number: of the samples among the pieces of the offer.
+        home: node that has offered them, which can judge them if others cannot.
     """
 
     job: ModelJob
     offer: Offer
     number: int
+    home: str = ""
 
     @property
     def model(self) -> str:

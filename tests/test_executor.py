@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from eval.dataset import Sample
 from eval.evaluation import Outcomes
 from quant import cli, cluster, executor
 from quant.cli import _guarded
-from quant.cluster import Needs, RayPool, perform, program_digest, too_large
+from quant.cluster import Needs, RayPool, Unfit, contents, perform, program_digest, too_large
 from quant.errors import HANDED_OVER, InputError
 from quant.executor import finish, spread
 from quant.manifest import newest_run
@@ -327,6 +329,98 @@ def test_what_fails_on_a_node_fails_one_job_alone(tmp_path: Path, monkeypatch: p
     assert stand_in.over and {asked["max_retries"] for asked in stand_in.asked} == {cluster.RETRIES}
 
 
+class Kept:
+    """What the cluster keeps in its memory, until nobody asks for it any more."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+
+class ShardCluster(Cluster):
+    """A node that offers an evaluation for two targets, and one that may not judge it."""
+
+    class Refusal(Cluster.RayTaskError):
+        cause = Unfit("it has another processor")
+
+    def __init__(self, refusals: int) -> None:
+        super().__init__({})
+        self.refusals, self.kept, self.tasks = refusals, weakref.WeakSet[Kept](), dict[str, Any]()
+        self.given: list[tuple[Any, ...]] = []
+
+    def put(self, data: bytes) -> Kept:
+        kept = Kept(data)
+        self.kept.add(kept)
+        self.given.append((data,))
+        return kept
+
+    def remote(self, function: Any) -> Any:
+        def options(**asked: Any) -> SimpleNamespace:
+            self.asked.append(asked)
+            return SimpleNamespace(remote=lambda *given: self.begun(given))
+
+        return SimpleNamespace(options=options)
+
+    def begun(self, given: tuple[Any, ...]) -> str:
+        name = str(len(self.asked))
+        self.tasks[name] = given
+        return name
+
+    def wait(self, references: list[str], num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        return references[:num_returns], []
+
+    def get(self, reference: str) -> Ended:
+        task, *files = self.tasks.pop(reference)
+        if isinstance(task, Attempt) and not task.begun:
+            return ended(code=HANDED_OVER, offers=self.offers(), node="home")
+        if isinstance(task, Attempt):
+            assert not (task.outcomes and self.kept), "what was judged is kept no longer"
+            return ended()
+        assert [file.data for file in files[:2]] == [b"models " + task.target.encode(), task.samples[0].id.encode()]
+        if self.refusals:
+            self.refusals -= 1
+            raise self.Refusal
+        return judged(task.samples)
+
+    def offers(self) -> tuple[Offer, ...]:
+        found = []
+        pictures: list[bytes] = []
+        for target in ("paddle", "openvino"):
+            offer = offer_of(6, 2)
+            pictures = pictures or [piece.samples[0].id.encode() for piece in offer.pieces]
+            pieces = tuple(replace(piece, target=target) for piece in offer.pieces)
+            files = {"models": b"models " + target.encode(), "pictures": tuple(pictures)}
+            found.append(replace(offer, stage=f"outcomes-{target}", pieces=pieces, **files))
+        return tuple(found)
+
+
+def scheduling(patch: pytest.MonkeyPatch) -> None:
+    strategies = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: (node, soft))
+    patch.setitem(sys.modules, "ray.util.scheduling_strategies", strategies)  # type: ignore[arg-type]
+
+
+def test_files_of_shards_are_kept_once_and_no_longer_than_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduling(monkeypatch)
+    stand_in = ShardCluster(refusals=0)
+    assert on_cluster(stand_in, [job()], tmp_path, monkeypatch)["m"].code == 0
+    assert len(stand_in.given) == 2 + 3, "two models, and the pictures of three pieces for both"
+    assert len(stand_in.asked) == 1 + 2 * 3 + 1
+
+
+@pytest.mark.parametrize(("refusals", "whole"), [(2, False), (12, True)])
+def test_a_shard_that_a_node_may_not_judge_is_judged_where_it_was_offered(
+    refusals: int, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once; if that node is another one by then, the job judges all samples itself."""
+    scheduling(monkeypatch)
+    stand_in = ShardCluster(refusals)
+    assert on_cluster(stand_in, [job()], tmp_path, monkeypatch)["m"].code == 0
+    homes = [asked.get("scheduling_strategy") for asked in stand_in.asked]
+    assert homes.count(("home", True)) == min(refusals, 6) + 1, "and the job itself"
+    assert ("it judges all samples itself" in caplog.text) == whole
+
+
 def test_a_job_that_no_node_can_do_is_named_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,7 +496,7 @@ def test_a_job_without_rows_says_why() -> None:
 
 def test_a_node_with_another_version_does_nothing() -> None:
     with pytest.raises(RuntimeError, match="another version"):
-        perform(Attempt(job()), b"", "other code")
+        perform(Attempt(job()), b"", "other code", {})
 
 
 def test_other_recipes_are_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,9 +510,30 @@ def test_other_recipes_are_another_version(tmp_path: Path, monkeypatch: pytest.M
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_what_is_given_by_a_path_is_the_same_on_a_node(tmp_path: Path) -> None:
+    """A recipe, and folders of data and models; it is said which is not, or is not there."""
+    recipe, folder = tmp_path / "m.yaml", tmp_path / "lines"
+    (folder / "images").mkdir(parents=True)
+    recipe.write_text("a: 1", encoding="utf-8")
+    for file in (folder / "label.txt", folder / "images" / "1.png"):
+        file.write_text("x", encoding="utf-8")
+    given = contents([str(recipe), "--data", str(folder), str(tmp_path / "none"), "1", "a=/b"])
+    assert given.keys() == {str(recipe), str(folder)}
+    cluster._check_given(given)
+    for file, old, text in ((recipe, recipe, "a: 2"), (folder / "images" / "1.png", folder, "y")):
+        kept = file.read_text(encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(Unfit, match=f"^{re.escape(str(old))} is missing there, or is not what it is here"):
+            perform(Attempt(job()), b"", program_digest(), given)
+        file.write_text(kept, encoding="utf-8")
+    (folder / "images" / "1.png").rename(folder / "images" / "2.png")
+    with pytest.raises(Unfit, match="lines is missing there"):
+        perform(Attempt(job()), b"", program_digest(), given)
+
+
 def test_a_job_is_the_command_of_its_model(tmp_path: Path) -> None:
     evaluation = ModelJob("eval", "m", ("PP-OCRv4_mobile_det", "--dry-run"), 1)
-    found = perform(Attempt(evaluation), b"", program_digest())
+    found = perform(Attempt(evaluation), b"", program_digest(), {})
     assert (found.code, found.parcel) == (2, b"")
     with pytest.raises(InputError, match="not quantized yet"):
         found.rows()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -83,13 +84,20 @@ def test_shards_are_the_whole_to_the_byte(evaluation: Evaluation, monkeypatch: p
 def test_a_shard_brings_its_files_along(evaluation: Evaluation, tmp_path: Path) -> None:
     """A machine without the models and pictures, in a process of its own; what is broken is named as here."""
     (offer,) = handed_over(evaluation, "onnxruntime")
-    given = for_others(offer)
+    (given,) = for_others([offer])
     number = next(n for n, piece in enumerate(given.pieces) if any("broken" in s.image.name for s in piece.samples))
     expected = as_bytes(offer.pieces[number].judged(lambda: None))
     moved = replace(given.pieces[number], fp32=Path("no"), int8=Path("no"))
     ended = perform_shard(moved, given.models, given.pictures[number], program_digest(), machine())
     assert ended.code == 0, ended.stderr
     assert ended.checked_parcel() == expected and b"broken.png" in expected.replace(b"\0", b"")
+
+
+def test_pictures_of_several_targets_are_packed_and_sent_once(evaluation: Evaluation) -> None:
+    offers = for_others(handed_over(evaluation, "onnxruntime", "openvino"))
+    one, other = pickle.loads(pickle.dumps(offers))
+    assert len(one.pictures) == 3 and all(a is b for a, b in zip(one.pictures, other.pictures, strict=True))
+    assert one.models != other.models
 
 
 def test_the_order_in_which_pictures_were_found_broken_leaves_no_trace() -> None:
