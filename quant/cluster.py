@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -59,6 +60,10 @@ class Needs:
 
 class Unfit(RuntimeError):
     """A node may not do a task, since something else would come of it there."""
+
+
+class Interrupted(RuntimeError):
+    """What a node did was ended from outside, as where the node goes down before Ray knows of it."""
 
 
 class RayPool:
@@ -112,7 +117,8 @@ class RayPool:
     def _start(self, task: Task, node: str) -> None:
         """Give a task to a node, if that lives, else to any."""
         needs = self._needs(task)
-        options: dict[str, Any] = {"num_cpus": needs.cores, "memory": needs.memory, "max_retries": RETRIES}
+        options: dict[str, Any] = {"num_cpus": needs.cores, "memory": needs.memory}
+        options |= {"max_retries": RETRIES, "retry_exceptions": [Interrupted]}
         if node:
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -227,7 +233,7 @@ def perform(attempt: Attempt, known: bytes, code: str, given: Mapping[str, str])
         if known:
             unpacked(known, results)
         results.mkdir(exist_ok=True)
-        ended = attempt_job(attempt, results, threading.Event())
+        ended = _whole(attempt_job(attempt, results, threading.Event()))
         if ended.offers:
             return replace(ended, offers=for_others(ended.offers), node=_node())
         parcel = packed_runs(results, run_folders(results)) if attempt.job.action == "run" else b""
@@ -246,11 +252,17 @@ def perform_shard(share: Share, models: bytes, pictures: bytes, code: str, wante
         raise Unfit("it has another processor, or other versions of packages, than the node of the model")
     with tempfile.TemporaryDirectory(prefix="quant-node-") as place:
         here = arrived(share, models, pictures, Path(place))
-        ended = judge_shard(here, threading.Event())
+        ended = _whole(judge_shard(here, threading.Event()))
     if ended.code:
         return ended
     parcel = named_as_there(ended.parcel, here, share)
     return replace(ended, parcel=parcel, sha256=sha256_of(parcel))
+
+
+def _whole(ended: Ended) -> Ended:
+    if ended.code == -signal.SIGTERM:
+        raise Interrupted("it was ended from outside; start the command again")
+    return ended
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import signal
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -508,6 +509,16 @@ def test_other_recipes_are_another_version(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(cluster, "recipes_dir", lambda place=tmp_path / folder: place)
         digests.append(program_digest.__wrapped__())
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_what_was_ended_from_outside_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a node that goes down end before Ray knows that it does."""
+    monkeypatch.setattr(cluster, "attempt_job", lambda *_: ended(code=-signal.SIGTERM))
+    with pytest.raises(cluster.Interrupted, match="ended from outside"):
+        perform(Attempt(job()), b"", program_digest(), {})
+    stand_in = Cluster({"m": ended()})
+    on_cluster(stand_in, [job()], tmp_path, monkeypatch)
+    assert [asked["retry_exceptions"] for asked in stand_in.asked] == [[cluster.Interrupted]]
 
 
 def test_what_is_given_by_a_path_is_the_same_on_a_node(tmp_path: Path) -> None:
