@@ -332,7 +332,7 @@ def test_damage_is_measured_once_where_everything_in_int8_does_not_pass(place: P
     limits = {"max_error": 1e-9, "coverage_steps": [], "min_coverage": 0.0, "min_weights": 0.0}
     recipe = place.recipe.model_copy(update={"ladder": place.recipe.ladder.model_copy(update=limits)})
     plan = load_plan(planned_stage(start(recipe, place.options()), "onnxruntime"))
-    assert built.count("alone") == built.count("damage") == 1
+    assert built.count("damage") == 1
     assert f"{NAME}: damage per operator for onnxruntime" in place.said
     assert len(plan.quantized()) < len(plan.operators)
     assert any(op.damage for op in plan.operators)
