@@ -10,20 +10,20 @@ of all pictures are kept, and a new bias only shifts them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import takewhile
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import NodeProto, helper, numpy_helper
 from onnx.helper import make_tensor_value_info, np_dtype_to_tensor_dtype
 
 from quant.conversion import OPSET
 from quant.graph import Graph, reads
 from quant.placement import place, written_chains
-from quant.plan import Operator, QuantPlan, corrected_graph
+from quant.plan import QuantPlan, corrected_graph
 from quant.runtime import Feed, Session, onnx_session
 from quant.simulation import FloatWriter
 
@@ -57,7 +57,7 @@ def sequential_biases(
     values = [dict(feed) for feed in feeds]
     for segment in _segments(simulated.graph, names):
         if segment.end is not None:
-            segment.run(values, partial(_session, threads))
+            segment.run(values, segment.session(values[0], threads))
             shifts[segment.end] = simulated.put_right(values, segment.end, exact[segment.end], len(feeds))
             advance()
     return shifts
@@ -80,11 +80,11 @@ class Parts:
     ) -> None:
         self._graph, self._threads = graph, threads
         self._plan = plan
-        self._names = _with_biases(plan.operators) if calibration else []
+        self._names = corrected_operators(plan) if calibration else []
         self._exact = _channel_means(graph, self._names, calibration, threads)
         self._calibration, self._feeds = calibration, feeds
-        self._sessions: dict[bytes, Session] = {}
         self._fp32 = list(_segments(self._simulated(set()).graph, self._names))
+        self._sessions: dict[bytes, Session | None] = dict.fromkeys(segment.digest for segment in self._fp32)
         self._done, self._values = 0, self._inputs()
 
     def outputs(self, names: Collection[str]) -> list[list[Array]]:
@@ -95,7 +95,8 @@ class Parts:
         begin = min(sum(1 for _ in same), len(segments) - 1)
         values = self._before(begin)
         for segment in segments[begin:]:
-            segment.run(values, self._session)
+            if segment.nodes:
+                segment.run(values, self._session(segment, values[0]))
             if segment.end is not None:
                 simulated.put_right(values, segment.end, self._exact[segment.end], len(self._calibration))
         return [[kept[name] for name in self._graph.outputs] for kept in values[len(self._calibration) :]]
@@ -108,23 +109,19 @@ class Parts:
         if begin < self._done:
             self._done, self._values = 0, self._inputs()
         for segment in self._fp32[self._done : begin]:
-            segment.run(self._values, self._session)
+            segment.run(self._values, self._session(segment, self._values[0]))
         self._done = begin
         return [dict(kept) for kept in self._values]
 
     def _inputs(self) -> list[dict[str, Array]]:
         return [dict(feed) for feed in (*self._calibration, *self._feeds)]
 
-    def _session(self, model: ModelProto) -> Session:
-        """The parts of a graph that stay in FP32 are the same for all."""
-        key = hashlib.sha256(model.SerializeToString(deterministic=True)).digest()
-        if key not in self._sessions:
-            self._sessions[key] = _session(self._threads, model)
-        return self._sessions[key]
-
-
-def _with_biases(operators: Iterable[Operator]) -> list[str]:
-    return [op.name for op in operators if op.op_type != "MatMul" and op.weight is not None]
+    def _session(self, segment: _Segment, kept: Mapping[str, Array]) -> Session:
+        """Those in FP32 are the same for all parts, so they are kept."""
+        session = self._sessions.get(segment.digest) or segment.session(kept, self._threads)
+        if segment.digest in self._sessions:
+            self._sessions[segment.digest] = session
+        return session
 
 
 @dataclass(frozen=True)
@@ -170,13 +167,9 @@ class _Simulated:
         return (shift / factor).astype(np.float32)
 
 
-def _session(threads: int, model: ModelProto) -> Session:
-    return onnx_session(model, threads, integers=False)
-
-
 def corrected_operators(plan: QuantPlan) -> list[str]:
     """The convolutions whose biases are corrected, in the plan's order."""
-    return _with_biases(op for op in plan.operators if op.quantized)
+    return [op.name for op in plan.operators if op.quantized and op.op_type != "MatMul" and op.weight is not None]
 
 
 @dataclass(frozen=True)
@@ -204,22 +197,27 @@ class _Segment:
         ]
         return hashlib.sha256(b"\0".join([*parts, *(name.encode() for name in self.leaves)])).digest()
 
-    def run(self, values: list[dict[str, Array]], session_of: Callable[[ModelProto], Session]) -> None:
-        """Put what later nodes read in the place of what earlier nodes left, picture by picture to spare memory."""
-        if not self.nodes:
-            return
-        written = {name for node in self.nodes for name in node.output}
-        computed = [name for name in self.leaves if name in written]
-        inputs = [make_tensor_value_info(n, np_dtype_to_tensor_dtype(values[0][n].dtype), None) for n in self.reads]
-        outputs = [onnx.ValueInfoProto(name=name) for name in computed]
+    def session(self, kept: Mapping[str, Array], threads: int) -> Session:
+        """Ready to run on values of the types of those given."""
+        inputs = [make_tensor_value_info(n, np_dtype_to_tensor_dtype(kept[n].dtype), None) for n in self.reads]
+        outputs = [onnx.ValueInfoProto(name=name) for name in self._computed]
         constants = [numpy_helper.from_array(np.asarray(value, order="C"), n) for n, value in self.constants.items()]
         body = helper.make_graph(self.nodes, "segment", inputs, outputs, constants)
         model = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)])
         model.ir_version = IR_VERSION
-        session = session_of(model)
+        return onnx_session(model, threads, integers=False)
+
+    def run(self, values: list[dict[str, Array]], session: Session) -> None:
+        """Put what later nodes read in the place of what earlier nodes left, picture by picture to spare memory."""
+        computed = self._computed
         for index, kept in enumerate(values):
             found = dict(zip(computed, session.run({n: kept[n] for n in self.reads}, computed), strict=True))
             values[index] = {name: found[name] if name in found else kept[name] for name in self.leaves}
+
+    @property
+    def _computed(self) -> list[str]:
+        written = {name for node in self.nodes for name in node.output}
+        return [name for name in self.leaves if name in written]
 
 
 def _channel_means(graph: Graph, names: list[str], feeds: Sequence[Feed], threads: int) -> dict[str, Array]:

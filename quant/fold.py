@@ -19,6 +19,10 @@ Pass = Callable[[Graph], int]
 
 _LINEAR = ("Conv", "ConvTranspose", "MatMul")
 
+_STILL = 1 / 64
+"""Reach, relative to the largest, up to which a channel stays as it is. A factor without bound would leave so little of
+the weights that read it that the steps of that convolution's integer bias could not hold the bias any more."""
+
 _EVEN = 1.05
 """Ratio of the largest to the smallest reach of channels that counts as even; float rounding leaves less."""
 
@@ -293,7 +297,7 @@ def even_out_channels(graph: Graph) -> int:
         weight = np.abs(graph.constants[writer.input[1]].astype(np.float64))
         bias = graph.constants[writer.input[2]] if len(writer.input) > 2 else np.zeros(len(weight))
         reach = weight.reshape(len(weight), -1).sum(axis=1) + np.abs(bias)
-        alive = reach > 0
+        alive = reach > _STILL * reach.max()
         if not alive.any() or reach.max() < _EVEN * reach[alive].min():
             continue
         factor = np.where(alive, reach / np.exp(np.log(reach[alive]).mean()), 1.0)

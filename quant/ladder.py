@@ -25,6 +25,9 @@ FAINT = (0.2, 0.6)
 """Shares of the largest damage below which an operator stays in INT8. What goes back costs size and interrupts the flow
 of integers, and errors may also cancel one another; so a choice of more and one of fewer operators are compared."""
 
+_LEAST = 0.01
+"""The same share where both choices were tried before: one operator far worse than the rest must not end the ladder."""
+
 _REVERTS = 250
 """Most reverted operators for all of the coverage: one for each 0.4 % that is given up."""
 
@@ -197,8 +200,7 @@ def climb(
     for limit in (1.0, *(step for step in ladder.coverage_steps if min_coverage < step < 1), min_coverage):
         if limit < 1 and len(tried) == 1:
             plan = damaged(plan)
-        seen = [before.quantized().keys() for before, _ in tried]
-        choices = [less for less in _choices(plan, limit, ladder) if less.quantized().keys() not in seen]
+        choices = _choices(plan, limit, ladder, [before for before, _ in tried])
         if not choices:
             continue
         refined = [refine(less) for less in choices] if tried else choices
@@ -245,12 +247,15 @@ def _rung(
     return Rung(name, candidate.coverage(), reverted, error, score, passed)
 
 
-def _choices(plan: QuantPlan, min_coverage: float, ladder: Ladder) -> list[QuantPlan]:
-    """Different plans with at least this coverage."""
-    found = [revert_to(plan, min_coverage, ladder.min_weights, faint) for faint in FAINT]
-    return [
-        less for i, less in enumerate(found) if less.quantized().keys() not in [f.quantized().keys() for f in found[:i]]
-    ]
+def _choices(plan: QuantPlan, min_coverage: float, ladder: Ladder, tried: Sequence[QuantPlan]) -> list[QuantPlan]:
+    """Different plans with at least this coverage, none of which was tried."""
+    found: list[QuantPlan] = []
+    for faint in (*FAINT, _LEAST):
+        less = revert_to(plan, min_coverage, ladder.min_weights, faint)
+        new = all(less.quantized().keys() != other.quantized().keys() for other in (*tried, *found))
+        if new and (faint in FAINT or not found):
+            found.append(less)
+    return found
 
 
 def revert_to(plan: QuantPlan, min_coverage: float, min_weights: float, faint: float) -> QuantPlan:

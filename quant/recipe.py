@@ -185,7 +185,10 @@ class Ladder(_Part):
         "ptq", description="auto: what failed is trained; recon, qat: everything in INT8, then trained by this method"
     )
     search_samples: int = Field(ge=1, description="pictures of the search split that judge a rung")
-    damage_samples: int = Field(ge=1, description="pictures of the search split that rank the operators")
+    damage_samples: int = Field(
+        ge=1,
+        description="pictures that rank the operators: of the search split, and as many to correct biases on",
+    )
     error_samples: int = Field(ge=1, description="pictures of the search split that max_error is measured on")
     coverage_steps: list[float] = Field(description="coverages to stop at on the way down, falling")
     min_coverage: float = Field(ge=0, le=1, description="never revert below this share of INT8 work")

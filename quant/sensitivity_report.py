@@ -98,6 +98,7 @@ def _sensitivity_stage(job: Job, target: TargetName) -> Path:
         "metric": recipe.metric,
         "seed": recipe.seed,
         "damage_samples": recipe.ladder.damage_samples,
+        "calibration": [recipe.calibration.model_dump(), sample_ids(job.selection.calibration)],
         "min_coverage": minimum,
     }
 

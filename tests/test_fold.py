@@ -605,6 +605,17 @@ def test_channels_before_a_depthwise_convolution_get_one_reach(bias: bool) -> No
     assert [node.op_type for node in graph.nodes] == ["Conv", "Conv"]
 
 
+def test_a_channel_that_is_nearly_still_stays_as_it_is() -> None:
+    """Else the weights that read it become so small that an integer bias cannot hold that convolution's bias."""
+    net = TinyNet((1, 3, 8, 8))
+    _pair(net, GAINS * np.float32([1, 1, 1, 1, 1e-8, 1]))
+    reader = net.constants[net.nodes[-1].input[1]]
+    graph = folded(net)
+    evened = graph.constants[graph.nodes[-1].input[1]]
+    np.testing.assert_array_equal(evened[4], reader[4])
+    assert (evened[0] != reader[0]).any()
+
+
 @pytest.mark.parametrize("gains", [GAINS * np.float32([1, 0, 1, 1, 1, 1]), 0 * GAINS])
 def test_channels_that_are_always_zero_stay_so(gains: np.ndarray) -> None:
     net = TinyNet((1, 3, 8, 8))

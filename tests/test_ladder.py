@@ -126,6 +126,14 @@ def test_of_more_and_fewer_operators_those_are_reverted_that_leave_the_smaller_e
         assert [rung.error for rung in rungs] == [0.5, 0.2]
 
 
+def test_one_operator_far_worse_than_the_rest_does_not_end_the_ladder() -> None:
+    operators = [operator("bad", 1, damage=1.0), *(operator(f"op{i}", 2, damage=0.1) for i in range(50))]
+    judge = Scripted(score(9.0), score(9.0), score(0.0))
+    plan, rungs = climb(plan_with(*operators), ladder(0.9), GATE, 0.7, judge)
+    assert [rung.reverted for rung in rungs] == [0, 1, 15]
+    assert plan.coverage() >= 0.7
+
+
 def test_what_does_no_damage_stays_small() -> None:
     plan = plan_with(
         operator("bad", 1, damage=0.3), operator("good", 1, damage=0.001), operator("body", 98, damage=0.1)
