@@ -21,12 +21,9 @@ from quant.recipe import Gate, Ladder
 
 _REASON = "it is among those that do most damage on the search split for what they cost in FP32"
 
-FAINT = (0.2, 0.6)
+FAINT = (0.2, 0.6, 0.01)
 """Shares of the largest damage below which an operator stays in INT8. What goes back costs size and interrupts the flow
-of integers, and errors may also cancel one another; so a choice of more and one of fewer operators are compared."""
-
-_LEAST = 0.01
-"""The same share where both choices were tried before: one operator far worse than the rest must not end the ladder."""
+of integers, and errors may also cancel one another; so choices of more and of fewer operators are compared."""
 
 _REVERTS = 250
 """Most reverted operators for all of the coverage: one for each 0.4 % that is given up."""
@@ -250,10 +247,9 @@ def _rung(
 def _choices(plan: QuantPlan, min_coverage: float, ladder: Ladder, tried: Sequence[QuantPlan]) -> list[QuantPlan]:
     """Different plans with at least this coverage, none of which was tried."""
     found: list[QuantPlan] = []
-    for faint in (*FAINT, _LEAST):
+    for faint in FAINT:
         less = revert_to(plan, min_coverage, ladder.min_weights, faint)
-        new = all(less.quantized().keys() != other.quantized().keys() for other in (*tried, *found))
-        if new and (faint in FAINT or not found):
+        if all(less.quantized().keys() != other.quantized().keys() for other in (*tried, *found)):
             found.append(less)
     return found
 

@@ -119,7 +119,7 @@ def test_few_operators_are_reverted_for_little_coverage() -> None:
 
 
 def test_of_more_and_fewer_operators_those_are_reverted_that_leave_the_smaller_error() -> None:
-    for errors, kept in (([0.5, 0.2, 0.3], 5), ([0.5, 0.3, 0.2], 9)):
+    for errors, kept in (([0.5, 0.2, 0.3, 0.4], 5), ([0.5, 0.3, 0.2, 0.4], 9), ([0.5, 0.4, 0.3, 0.2], 0)):
         judge = Scripted(score(9.0), score(0.0), errors=errors)
         plan, rungs = climb(ten_operators(), ladder(), GATE, 0.0, judge)
         assert len(plan.quantized()) == kept
@@ -264,7 +264,7 @@ def test_without_any_score_the_smallest_error_is_taken() -> None:
 
 def test_a_rung_with_a_score_beats_those_that_the_error_ruled_out() -> None:
     plan, _ = climb(
-        ten_operators(), ladder(max_error=0.01), GATE, 0.8, Scripted(score(9.0), errors=[0.02, 0.005, 0.006])
+        ten_operators(), ladder(max_error=0.01), GATE, 0.8, Scripted(score(9.0), errors=[0.02, 0.005, 0.006, 0.007])
     )
     assert plan.coverage() == 0.8
 
