@@ -40,13 +40,8 @@ _REACH = (
 
 @dataclass
 class _TrainableWriter(FloatWriter):
-    """Leaves quantizers whole; placement hands over numbers, so a quantizer's scale is its place in a list.
+    """Leaves quantizers whole; placement hands over numbers, so a quantizer's scale is its place in a list."""
 
-    Attributes:
-        plan_steps: steps of integer biases by the scales of the plan.
-    """
-
-    plan_steps: dict[str, Array] = field(default_factory=dict)
     weights: dict[str, IntegerWeight] = field(default_factory=dict)
 
     def rounded(self, graph: Graph, before: NodeProto, tensor: str, scale: float, zero_point: int, dtype: str) -> str:
@@ -66,7 +61,8 @@ class _TrainableWriter(FloatWriter):
         return read
 
     def bias(self, graph: Graph, before: NodeProto, name: str, scale: Array) -> str:
-        return super().bias(graph, before, name, self.plan_steps[before.output[0]])
+        self.bias_steps[before.output[0]] = scale
+        return name
 
 
 @dataclass(frozen=True)
@@ -79,6 +75,7 @@ class Traced:
         weights: integers with the scales that the network computes with.
         exact: float weights that the integers stand for; those inside loops, which cannot be trained, are not here.
         factors: of convolutions that write `factor * x`.
+        integer_biases: convolutions whose biases kernels store as integers.
     """
 
     nodes: list[NodeProto]
@@ -89,6 +86,7 @@ class Traced:
     weights: dict[str, IntegerWeight]
     exact: dict[str, Array]
     factors: dict[str, Array]
+    integer_biases: frozenset[str]
 
 
 def trace(prepared: Graph, plan: QuantPlan) -> Traced:
@@ -98,9 +96,7 @@ def trace(prepared: Graph, plan: QuantPlan) -> Traced:
     numbered = replace(plan, activations=dict(plan.activations), outputs=dict(plan.outputs))
     for number, (part, name, quantizer) in enumerate(quantizers, start=1):
         getattr(numbered, part)[name] = quantizer.model_copy(update={"scale": float(number)})
-    simulated = FloatWriter()
-    place(prepared, plan, simulated)
-    writer = _TrainableWriter(plan_steps=simulated.bias_steps)
+    writer = _TrainableWriter()
     graph = place(prepared, numbered, writer)
     plain = corrected_graph(prepared, plan)
     chains = [chain for chain in written_chains(plain, plan) if chain.factor is not None]
@@ -113,6 +109,7 @@ def trace(prepared: Graph, plan: QuantPlan) -> Traced:
         weights=writer.weights,
         exact={name: plain.constants[name] for name in writer.weights if name in plain.constants},
         factors={chain.writer: np.asarray(chain.factor) for chain in chains},
+        integer_biases=frozenset(writer.bias_steps),
     )
 
 
@@ -136,6 +133,7 @@ class Student:
         import_paddle().disable_static()
         self.plan, self.traced, self.nodes = plan, traced, nodes
         self._fixed = dict(fixed or {})
+        self._writers = {node.output[0]: node for node in traced.nodes if node.op_type in (_ROUNDED, _WEIGHT)}
         self._operators = {op.name: op for op in plan.quantized().values() if op.weight is not None}
         self.parameters: dict[tuple[Kind, str], Any] = {}
         self._start: dict[tuple[Kind, str], Array] = {}
@@ -211,24 +209,41 @@ class Student:
         shift = self._bias_shift(node.output[0])
         if shift is not None:
             inputs[2:] = [shift if len(inputs) < 3 else inputs[2] + shift]
+        if node.output[0] in self.traced.integer_biases:
+            inputs[2] = self._integer_bias(node, inputs[2])
         return compute(node, inputs)
 
+    def _integer_bias(self, node: NodeProto, bias: Any) -> Any:
+        """In steps of the accumulator, as integer kernels add it; these follow the scales that are learned."""
+        read, weight = self._writers[node.input[0]], self._writers[node.input[1]]
+        step = self._range(_number(read)) * self._scale(_weight_of(weight))
+        return straight_round(tensor(bias) / step) * step
+
     def _rounded(self, number: int, values: Any) -> Any:
-        part, name, quantizer = self.traced.quantizers[number - 1]
+        _, _, quantizer = self.traced.quantizers[number - 1]
         smallest, largest = integer_limits(quantizer.dtype)
-        scale = tensor(np.array([quantizer.scale], dtype=np.float32))
-        learned = self._learned("ranges", f"{part}:{name}")
-        scale = scale if learned is None else scale * learned.exp()
+        scale = self._range(number)
         low, high = float(smallest - quantizer.zero_point), float(largest - quantizer.zero_point)
         return straight_round((tensor(values) / scale).clip(low, high)) * scale
+
+    def _range(self, number: int) -> Any:
+        """The step of a quantizer, float32[1], with what was learned."""
+        part, name, quantizer = self.traced.quantizers[number - 1]
+        return self._times_learned(np.array([quantizer.scale]), "ranges", f"{part}:{name}")
+
+    def _scale(self, name: str) -> Any:
+        """The steps of a weight, float32[C], with what was learned."""
+        return self._times_learned(self.traced.weights[name].scale, "scales", name)
+
+    def _times_learned(self, steps: Array, kind: Kind, name: str) -> Any:
+        scale, learned = tensor(steps.astype(np.float32)), self._learned(kind, name)
+        return scale if learned is None else scale * learned.exp()
 
     def _weight(self, name: str, axis: int) -> Any:
         weight = self.traced.weights[name]
         places = [1] * weight.values.ndim
         places[axis] = -1
-        latent, learned = self._learned("weights", name), self._learned("scales", name)
-        scale = tensor(weight.scale.reshape(places))
-        scale = scale if learned is None else scale * learned.exp().reshape(places)
+        latent, scale = self._learned("weights", name), self._scale(name).reshape(places)
         if latent is None:
             return tensor(weight.values.astype(np.float32)) * scale
         limit = _largest(weight)
