@@ -176,7 +176,7 @@ def offer_evaluations(job: Job, artifacts: Mapping[TargetName, Path], samples: S
         return
     for target, artifact in artifacts.items():
         stage = job.store.place(_OUTCOMES, _judged_key(job, target, artifact, samples))
-        if TARGETS[target].executed and not stage.is_dir():
+        if TARGETS[target].executed and not job.store.holds(stage):
             offer(_share(job, target, artifact, samples), stage, folder)
             offered = True
     if offered:

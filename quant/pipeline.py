@@ -31,7 +31,7 @@ from quant.recipe import Recipe
 from quant.record import read_record
 from quant.runtime import target_format
 from quant.source import without_places
-from quant.stage import code_digest, digest, file_digests
+from quant.stage import SEAL, code_digest, digest, file_digests
 from quant.target import TARGETS, TargetName
 
 CHECK_PICTURES = 12
@@ -187,7 +187,7 @@ def _write_run(job: Job, name: str, quantized: dict[TargetName, Quantized], repo
     """Lay out results/<model>/<run>/."""
     artifacts: dict[TargetName, dict[str, str]] = {}
     for target, result in quantized.items():
-        shutil.copytree(result.artifact, folder / target)
+        shutil.copytree(result.artifact, folder / target, ignore=shutil.ignore_patterns(SEAL))
         artifacts[target] = artifact_digests(folder / target)
         result.plan.save(folder / "plans" / target)
         for path in [*result.planned.glob("search.*"), *map(result.planned.joinpath, TRAINING_FILES)]:

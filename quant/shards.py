@@ -19,13 +19,12 @@ import numpy as np
 
 from eval.dataset import Sample
 from eval.evaluation import Outcomes, load_outcomes
-from quant.archive import staged
 from quant.manifest import processor, versions
 from quant.parcel import packed, unpacked
 from quant.runtime import model_files, target_format
 from quant.shares import Share
 from quant.source import cache_dir
-from quant.stage import digest
+from quant.stage import digest, sealed
 
 OUTCOMES = "outcomes.npz"
 SHARD_SAMPLES = 500
@@ -98,8 +97,7 @@ def as_bytes(outcomes: Outcomes) -> bytes:
 def take_outcomes(outcomes: Mapping[str, bytes]) -> None:
     """Fill stages with outcomes that were judged elsewhere."""
     for stage, data in outcomes.items():
-        with staged(cache_dir() / "stages" / stage) as temporary:
-            temporary.mkdir()
+        with sealed(cache_dir() / "stages" / stage) as temporary:
             (temporary / OUTCOMES).write_bytes(data)
 
 

@@ -1,16 +1,32 @@
-"""Stages: a result is a folder named by the hash of everything it depends on, so it is made once."""
+"""Stages: a result is a folder named by the hash of everything it depends on, so it is made once.
+
+A result is sealed with the hashes of its files. One that a disk, or whatever clears old files away, has damaged since
+is made again; nothing is ever computed from it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from quant.archive import staged
+from quant.archive import file_sha256, staged
+
+log = logging.getLogger(__name__)
+
+SEAL = ".seal.json"
+"""File of a stage's folder that names all others with their hashes; it is no part of the result."""
+
+State = dict[str, tuple[int, int]]
+"""Of files by name: bytes, and when they were written."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +34,7 @@ class StageStore:
     """Finished stage results below a folder."""
 
     folder: Path
+    _checked: dict[Path, State] = field(default_factory=dict, compare=False, repr=False)
 
     def result(self, name: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> Path:
         """The folder of a stage's result; `build` fills it when it does not exist yet.
@@ -28,15 +45,62 @@ class StageStore:
             build: writes into an empty folder; it appears under its final name only when complete.
         """
         target = self.place(name, inputs)
-        if not target.is_dir():
-            with staged(target) as temporary:
-                temporary.mkdir()
+        if not self.holds(target):
+            with sealed(target) as temporary:
                 build(temporary)
         return target
+
+    def holds(self, target: Path) -> bool:
+        """Whether a result is there, as it was written; a damaged one is removed.
+
+        Files are read once, and again when they have changed since.
+        """
+        if not target.is_dir():
+            return False
+        state = _state(target)
+        if self._checked.get(target) != state:
+            if not _as_sealed(target):
+                log.warning("%s was damaged since it was written; it is made again", target)
+                _remove(target)
+                return False
+            self._checked[target] = state
+        return True
 
     def place(self, name: str, inputs: dict[str, Any]) -> Path:
         """Where the result of a stage is, or will be."""
         return self.folder / f"{name}-{digest({'stage': name, 'code': code_digest(), **inputs})[:16]}"
+
+
+@contextmanager
+def sealed(target: Path) -> Iterator[Path]:
+    """An empty folder to fill, which gets its name and its seal when the block ends well, else vanishes."""
+    with staged(target) as temporary:
+        temporary.mkdir()
+        yield temporary
+        (temporary / SEAL).write_text(json.dumps(_contents(temporary), sort_keys=True), encoding="utf-8")
+
+
+def _as_sealed(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / SEAL).read_bytes()) == _contents(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """Hex sha256 of every file in a folder and below, by name."""
+    return {name: file_sha256(folder / name) for name in _state(folder) if name != SEAL}
+
+
+def _state(folder: Path) -> State:
+    files = {path.relative_to(folder).as_posix(): path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in files.items()}
+
+
+def _remove(target: Path) -> None:
+    """At once, so that nobody finds half of it, and under a name that is swept up if this process is killed."""
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", suffix=".part", dir=target.parent) as place:
+        os.replace(target, Path(place) / target.name)
 
 
 def digest(value: Any) -> str:
@@ -56,6 +120,6 @@ def code_digest() -> str:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """Hex sha256 of every file directly in a folder, by name."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    """Hex sha256 of every file directly in a folder, by name; a stage's seal is none of them."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SEAL)
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -119,6 +119,24 @@ def test_a_cache_that_is_cleared_under_a_run_is_named(job: TinyJob, calm: Path, 
     assert content(tmp_path / "results") == content(calm)
 
 
+@slow
+@pytest.mark.xdist_group("interruption")
+def test_a_cache_with_damaged_files_is_mended(job: TinyJob, calm: Path, tmp_path: Path) -> None:
+    """A file of every step is cut off, as where the power failed, or gone, as where old files are cleared away."""
+    cache = Path(shutil.copytree(calm / "cache", tmp_path / "cache"))
+    stages = sorted((cache / "stages").iterdir())
+    for index, stage in enumerate(stages):
+        file = max((path for path in stage.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+        content_before = file.read_bytes()
+        file.unlink()
+        if index % 2:
+            file.write_bytes(content_before[: len(content_before) // 2])
+    code, said = job.run(cache, tmp_path / "results")
+    assert code == 0, said
+    assert said.count("was damaged since it was written; it is made again") == len(stages) > 5, said
+    assert content(tmp_path / "results") == content(calm)
+
+
 def test_what_a_killed_process_left_is_swept_up(tmp_path: Path) -> None:
     """Not what a living one works on, nor what is as young as one that has not locked it yet, nor of other targets."""
     old, young, other = (tmp_path / f".{name}.part" for name in ("plan-x", "plan-young", "other-x"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
 
 from quant import stage
-from quant.stage import StageStore, code_digest, digest, file_digests
+from quant.stage import SEAL, StageStore, code_digest, digest, file_digests
 
 
 def write(text: str) -> stage.Callable[[Path], None]:
@@ -63,6 +64,56 @@ def test_a_result_that_another_process_finished_meanwhile_is_kept(tmp_path: Path
 
     assert (store.result("plan", {}, build) / "result.txt").read_text() == "theirs"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "gone", "added", "no seal", "cut seal"])
+def test_a_damaged_result_is_made_again(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """At the start of a run, and in the middle of one that has used it before."""
+    store = StageStore(tmp_path)
+
+    def build(folder: Path) -> None:
+        (folder / "below").mkdir()
+        (folder / "below" / "deep.txt").write_text("whole", encoding="utf-8")
+
+    for user in (store, StageStore(tmp_path)):
+        folder = store.result("plan", {}, build)
+        file, seal = folder / "below" / "deep.txt", folder / SEAL
+        user.result("plan", {}, never)
+        harm: dict[str, stage.Callable[[], object]] = {
+            "cut": lambda file=file: file.write_text("who", encoding="utf-8"),
+            "other": lambda file=file: file.write_text("other", encoding="utf-8"),
+            "gone": file.unlink,
+            "added": lambda file=file: (file.parent / "more.txt").touch(),
+            "no seal": seal.unlink,
+            "cut seal": lambda seal=seal: seal.write_text("{", encoding="utf-8"),
+        }
+        harm[damage]()
+        assert not user.holds(folder) and not folder.exists()
+        assert user.result("plan", {}, build) == folder and file.read_text(encoding="utf-8") == "whole"
+        assert f"{folder} was damaged since it was written; it is made again" in caplog.text
+        assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+        caplog.clear()
+
+
+def test_files_are_read_once_and_again_when_they_were_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    original = stage.file_sha256
+    monkeypatch.setattr(stage, "file_sha256", lambda path: read.append(path.name) or original(path))
+    folder = StageStore(tmp_path).result("plan", {}, write("whole"))
+    read.clear()
+    store = StageStore(tmp_path)
+    for _ in range(3):
+        assert store.holds(folder)
+    assert read == ["result.txt"]
+    os.utime(folder / "result.txt", (0, 0))
+    assert store.holds(folder) and read == 2 * ["result.txt"]
+
+
+def test_a_seal_is_no_part_of_a_result(tmp_path: Path) -> None:
+    folder = StageStore(tmp_path).result("plan", {}, write("whole"))
+    assert file_digests(folder).keys() == {"result.txt"} and (folder / SEAL).is_file()
 
 
 def test_digests(tmp_path: Path) -> None:
