@@ -1,8 +1,9 @@
 """Ray: models, and shards of large evaluations, as tasks on the nodes of a cluster.
 
 A task gets what it needs as bytes, and what comes of it is bytes with their hash: runs as a zip, outcomes as a file.
-What is lost with a node is done again on another one. Ray waits for ever for a node that is large enough; here it is
-said at once what is asked for and what there is.
+What is lost with a node is done again, on another one where there is one: Ray by itself may choose the same again, and
+repeats for ever what a node has no memory for. Ray also waits for ever for a node that is large enough; here it
+is said at once what is asked for and what there is.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import random
 import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -34,6 +36,8 @@ from quant.stage import digest
 from quant.work import USUAL_PEAK, Attempt, Ended, ModelJob, Shard, Task, attempt_job, failed, judge_shard, known_peak
 
 RETRIES = 3
+_LOST = (-signal.SIGTERM, -signal.SIGKILL)
+"""Codes of what a node ends that goes down, or has no memory left."""
 
 _GIB = 1 << 30
 _STORE = 1 << 30
@@ -63,7 +67,19 @@ class Unfit(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """What a node did was ended from outside, as where the node goes down before Ray knows of it."""
+    """What a node did was ended from outside, as where the node goes down before Ray knows of it; names the node."""
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A task that the cluster was given.
+
+    Attributes:
+        lost_by: ids of the nodes that it was given to before; "" where Ray does not say which that was.
+    """
+
+    task: Task
+    lost_by: tuple[str, ...] = ()
 
 
 class RayPool:
@@ -88,13 +104,13 @@ class RayPool:
         self._ray, self._own = _connected(address)
         self._perform, self._perform_shard = map(self._ray.remote, (perform, perform_shard))
         self._results = results
-        self._waiting: dict[Any, Task] = {}
+        self._waiting: dict[Any, _Given] = {}
         self._failed: list[tuple[Task, Ended]] = []
         self._asked: dict[tuple[str, str], Needs] = {}
         try:
             self._given = contents({word for job in jobs for word in job.arguments})
             nodes = self._nodes()
-            if small := [said for job in jobs if (said := too_large(job.model, self._needs(job), nodes))]:
+            if small := [said for job in jobs if (said := too_large(job.model, self._needs(job), nodes.values()))]:
                 raise InputError(small[0])
         except BaseException:
             self.__exit__(None, None, None)
@@ -112,26 +128,29 @@ class RayPool:
 
     def submit(self, task: Task) -> None:
         # A job goes on where its finished steps lie.
-        self._start(task, task.node if isinstance(task, Attempt) else "")
+        self._start(_Given(task), task.node if isinstance(task, Attempt) else "")
 
-    def _start(self, task: Task, node: str) -> None:
+    def _start(self, given: _Given, node: str) -> None:
         """Give a task to a node, if that lives, else to any."""
-        needs = self._needs(task)
-        options: dict[str, Any] = {"num_cpus": needs.cores, "memory": needs.memory}
-        options |= {"max_retries": RETRIES, "retry_exceptions": [Interrupted]}
+        task, needs = given.task, self._needs(given.task)
+        options: dict[str, Any] = {"num_cpus": needs.cores, "memory": needs.memory, "max_retries": 0}
+        if given.lost_by:
+            options["scheduling_strategy"] = "SPREAD"
         if node:
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
         if isinstance(task, Shard):
             offer = task.offer
-            given = (task.share, offer.models, offer.pictures[task.number], program_digest(), offer.machine)
-            reference = self._perform_shard.options(**options).remote(*given)
+            files = (offer.models, offer.pictures[task.number])
+            reference = self._perform_shard.options(**options).remote(
+                task.share, *files, program_digest(), offer.machine
+            )
         else:
             known = newest_runs_of(task.job, self._results) if task.job.action == "eval" else b""
             paths = {word: self._given[word] for word in task.job.arguments if word in self._given}
             reference = self._perform.options(**options).remote(task, known, program_digest(), paths)
-        self._waiting[reference] = task
+        self._waiting[reference] = given
 
     def next_ended(self) -> tuple[Task, Ended]:
         while True:
@@ -139,24 +158,41 @@ class RayPool:
                 return self._failed.pop()
             ready, _ = self._ray.wait(list(self._waiting), num_returns=1, timeout=_LOOK_SECONDS)
             if ready:
-                task = self._waiting.pop(ready[0])
-                if ended := self._ended(task, ready[0]):
-                    return task, ended
+                given = self._waiting.pop(ready[0])
+                if ended := self._ended(given, ready[0]):
+                    return given.task, ended
                 continue
             self._give_up_too_large()
 
-    def _ended(self, task: Task, reference: Any) -> Ended | None:
+    def _ended(self, given: _Given, reference: Any) -> Ended | None:
         """How a task has ended; None: it was begun anew."""
-        errors = self._ray.exceptions
+        errors, task = self._ray.exceptions, given.task
         try:
             return self._kept(self._ray.get(reference))
         except errors.RayTaskError as error:
+            if isinstance(error.cause, Interrupted):
+                return self._again(given, str(error.cause), "ended from outside")
             if isinstance(error.cause, Unfit) and isinstance(task, Shard) and task.home:
-                self._start(replace(task, home=""), task.home)
+                self._start(replace(given, task=replace(task, home="")), task.home)
                 return None
             return failed(f"{task.model}: a node cannot do it ({error.cause})")
         except errors.RayError as error:
-            return failed(f"{task.model}: its node was lost, and {RETRIES} times another one ({type(error).__name__})")
+            return self._again(given, self._node_in(str(error)), type(error).__name__)
+
+    def _again(self, given: _Given, node: str, why: str) -> Ended | None:
+        """Give a task that a node has lost to another one, unless too many have."""
+        lost = replace(given, lost_by=(*given.lost_by, node))
+        if len(lost.lost_by) > RETRIES:
+            return failed(f"{given.task.model}: its node was lost, and {RETRIES} times another one ({why})")
+        needs = self._needs(given.task)
+        others = [name for name, has in self._nodes().items() if name not in lost.lost_by and needs.within(has)]
+        # Not always the first: a node that goes down loses many tasks at once.
+        self._start(lost, random.choice(others) if others and node else "")
+        return None
+
+    def _node_in(self, message: str) -> str:
+        """The node that Ray names in a message, if it names one."""
+        return next((node["NodeID"] for node in self._ray.nodes() if node["NodeID"] in message), "")
 
     def _kept(self, ended: Ended) -> Ended:
         """The same, with the files of its offers in the cluster's memory, each once, while a task needs them."""
@@ -175,27 +211,28 @@ class RayPool:
         """
         asked = self._asked.get((task.model, task.kind))
         if asked is None:
-            large = max((node.memory for node in self._nodes() if node.cores >= task.threads), default=USUAL_PEAK)
+            nodes = self._nodes().values()
+            large = max((node.memory for node in nodes if node.cores >= task.threads), default=USUAL_PEAK)
             asked = Needs(task.threads, known_peak(task, self._results) or min(USUAL_PEAK, large))
             self._asked[task.model, task.kind] = asked
         return asked
 
-    def _nodes(self) -> list[Needs]:
-        """What the nodes that live have in all."""
-        found = [node.get("Resources", {}) for node in self._ray.nodes() if node["Alive"]]
-        return [Needs(int(node.get("CPU", 0)), int(node.get("memory", 0))) for node in found]
+    def _nodes(self) -> dict[str, Needs]:
+        """What the nodes that live have in all, by their ids."""
+        found = {node["NodeID"]: node.get("Resources", {}) for node in self._ray.nodes() if node["Alive"]}
+        return {name: Needs(int(has.get("CPU", 0)), int(has.get("memory", 0))) for name, has in found.items()}
 
     def _give_up_too_large(self) -> None:
         """Tasks that wait for a node that was lost, when no other one is large enough."""
-        nodes = self._nodes()
-        for reference, task in list(self._waiting.items()):
-            if said := too_large(task.model, self._needs(task), nodes):
+        nodes = self._nodes().values()
+        for reference, given in list(self._waiting.items()):
+            if said := too_large(given.task.model, self._needs(given.task), nodes):
                 self._ray.cancel(reference, force=True)
                 del self._waiting[reference]
-                self._failed.append((task, failed(said)))
+                self._failed.append((given.task, failed(said)))
 
 
-def too_large(model: str, needs: Needs, nodes: Sequence[Needs]) -> str:
+def too_large(model: str, needs: Needs, nodes: Collection[Needs]) -> str:
     """Why no node can do a task, and how to mend it; empty where one can."""
     if any(needs.within(node) for node in nodes):
         return ""
@@ -260,8 +297,8 @@ def perform_shard(share: Share, models: bytes, pictures: bytes, code: str, wante
 
 
 def _whole(ended: Ended) -> Ended:
-    if ended.code == -signal.SIGTERM:
-        raise Interrupted("it was ended from outside; start the command again")
+    if ended.code in _LOST:
+        raise Interrupted(_node())
     return ended
 
 

@@ -7,8 +7,10 @@ import json
 import re
 import signal
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -281,8 +283,8 @@ class Cluster:
         self.over = True
 
     def nodes(self) -> list[dict[str, Any]]:
-        dead = {"Alive": False, "Resources": {"CPU": 64.0, "memory": 64.0 * GIB}}
-        return [dead, {"Alive": True, "Resources": {"CPU": 2.0, "memory": float(self.memory)}}]
+        dead = {"NodeID": "dead", "Alive": False, "Resources": {"CPU": 64.0, "memory": 64.0 * GIB}}
+        return [dead, {"NodeID": "one", "Alive": True, "Resources": {"CPU": 2.0, "memory": float(self.memory)}}]
 
     def remote(self, function: Any) -> Any:
         def options(**asked: Any) -> SimpleNamespace:
@@ -327,7 +329,8 @@ def test_what_fails_on_a_node_fails_one_job_alone(tmp_path: Path, monkeypatch: p
         with pytest.raises(InputError, match=f"^{name}: .*{said[name]}"):
             end.rows()
         assert (end.code, end.parcel) == (2, b"")
-    assert stand_in.over and {asked["max_retries"] for asked in stand_in.asked} == {cluster.RETRIES}
+    assert stand_in.over and {asked["max_retries"] for asked in stand_in.asked} == {0}
+    assert len(stand_in.asked) == len(answers) + cluster.RETRIES
 
 
 class Kept:
@@ -511,14 +514,58 @@ def test_other_recipes_are_another_version(tmp_path: Path, monkeypatch: pytest.M
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_what_was_ended_from_outside_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The processes of a node that goes down end before Ray knows that it does."""
-    monkeypatch.setattr(cluster, "attempt_job", lambda *_: ended(code=-signal.SIGTERM))
-    with pytest.raises(cluster.Interrupted, match="ended from outside"):
+@pytest.mark.parametrize("code", [signal.SIGTERM, signal.SIGKILL])
+def test_what_was_ended_from_outside_names_its_node(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a node that goes down end before Ray knows that it does; one without memory kills them."""
+    monkeypatch.setattr(cluster, "attempt_job", lambda *_: ended(code=-code))
+    monkeypatch.setattr(cluster, "_node", lambda: "this node")
+    with pytest.raises(cluster.Interrupted, match="this node"):
         perform(Attempt(job()), b"", program_digest(), {})
-    stand_in = Cluster({"m": ended()})
-    on_cluster(stand_in, [job()], tmp_path, monkeypatch)
-    assert [asked["retry_exceptions"] for asked in stand_in.asked] == [[cluster.Interrupted]]
+
+
+class LosingCluster(Cluster):
+    """Three nodes, of which one is too small; each in turn loses what it was given, until they have done so enough."""
+
+    class Ended(Cluster.RayTaskError):
+        def __init__(self, node: str) -> None:
+            self.cause = cluster.Interrupted(node)  # type: ignore[assignment]
+
+    def __init__(self, losses: list[Exception]) -> None:
+        super().__init__({"m": ended()})
+        self.losses = losses
+
+    def nodes(self) -> list[dict[str, Any]]:
+        large = [{**super(LosingCluster, self).nodes()[1], "NodeID": name} for name in ("node-a", "node-b")]
+        return [*large, {"NodeID": "small", "Alive": True, "Resources": {"CPU": 2.0, "memory": 1.0}}]
+
+    def get(self, reference: str) -> Ended:
+        if self.losses:
+            raise self.losses.pop(0)
+        return super().get(reference)
+
+
+OF_A, OF_B = LosingCluster.Ended("node-a"), LosingCluster.Ended("node-b")
+
+
+@pytest.mark.parametrize(
+    ("losses", "places"),
+    [
+        ([OF_A], [None, ("node-b", True)]),
+        ([Cluster.RayError("node-b has died")], [None, ("node-a", True)]),
+        ([Cluster.RayError("a worker was lost")], [None, "SPREAD"]),
+        ([OF_A, OF_B, OF_A], [None, ("node-b", True), "SPREAD", "SPREAD"]),
+        ([OF_A, OF_B, OF_A, OF_A], [None, ("node-b", True), "SPREAD", "SPREAD"]),
+    ],
+)
+def test_what_a_node_has_lost_goes_to_another_one(
+    losses: list[Exception], places: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduling(monkeypatch)
+    stand_in = LosingCluster(list(losses))
+    end = on_cluster(stand_in, [job()], tmp_path, monkeypatch)["m"]
+    assert [asked.get("scheduling_strategy") for asked in stand_in.asked] == places
+    assert end.code == (0 if len(losses) <= cluster.RETRIES else 2)
+    assert end.code == 0 or end.said == "m: its node was lost, and 3 times another one (ended from outside)"
 
 
 def test_what_is_given_by_a_path_is_the_same_on_a_node(tmp_path: Path) -> None:
@@ -658,6 +705,48 @@ def test_models_side_by_side_end_like_one_by_one(tmp_path: Path, monkeypatch: py
         assert ("shard" in peaks(results)) == bool(shard_samples)
         monkeypatch.setenv("QUANT_CACHE", str(tmp_path / "another-cache"))
     assert all(content(tmp_path / "alone", name) == content(tmp_path / "beside", name) for name in NAMES[:2])
+
+
+@contextmanager
+def ending_commands_of(raylet: int) -> Iterator[list[int]]:
+    """End all commands that a node starts, as a system does that goes down; their ids."""
+    ended_there: list[int] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            with suppress(psutil.NoSuchProcess):
+                for process in psutil.Process(raylet).children(recursive=True):
+                    if process.pid not in ended_there and "quant.cli" in process.cmdline():
+                        process.terminate()
+                        ended_there.append(process.pid)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield ended_there
+    over.set()
+    watcher.join()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("interruption")
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (the extra `ray`)")
+def test_a_node_that_ends_all_that_it_is_given_spoils_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is free again at once and would be given the same; the other one does it."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    bad, _ = [cluster.add_node(num_cpus=1, memory=2 * GIB) for _ in range(2)]
+    jobs = [ModelJob("eval", f"m{index}", ("PP-OCRv4_mobile_det", "--dry-run"), 1) for index in range(4)]
+    try:
+        with ending_commands_of(bad.all_processes["raylet"][0].process.pid) as ended_there:
+            ends = [end for _, end in spread(jobs, tmp_path, "ray", None, cluster.address)]
+    finally:
+        cluster.shutdown()
+    assert ended_there and len(ends) == len(jobs)
+    assert [end.said for end in ends if "not quantized yet" not in end.said] == []
 
 
 @pytest.mark.slow
