@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from eval.gate import POOLED
-from quant.archive import Progress, install, staged
+from quant.archive import Progress, install
 from quant.document import DocumentError, parse_yaml
 from quant.errors import InputError, Unavailable
 from quant.recipe import Sha256, Task
 from quant.source import cache_dir, search_path
+from quant.stage import StageStore, sealed
 
 LabelFormat = Literal["det_label", "rec_label", "cls_label", "coco", "table_label", "latex_lines"]
 GeneratedKind = Literal["text_lines", "text_pages", "document_pages", "layout_pages", "tables", "formulas"]
@@ -329,7 +330,7 @@ def generated_dataset(kind: GeneratedKind, samples: int, seed: int, progress: Pr
     """
     module, label_format, labels = GENERATED_SETS[kind]
     folder = generated_folder(kind, samples, seed)
-    if not folder.is_dir():
+    if not StageStore(folder.parent).holds(folder):
         write = getattr(import_module(module), f"write_{kind}")
         what = f"generating {kind.replace('_', ' ')}"
 
@@ -338,8 +339,7 @@ def generated_dataset(kind: GeneratedKind, samples: int, seed: int, progress: Pr
                 progress(what, done, samples)
 
         try:
-            with staged(folder) as temporary:
-                temporary.mkdir()
+            with sealed(folder) as temporary:
                 write(temporary, samples, seed, step)
         except OSError as error:
             reason = f"the generated data cannot be written to {folder}: {error.strerror or error}"

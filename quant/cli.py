@@ -41,6 +41,10 @@ _STORAGE_ERRORS = (
     errno.ENOTDIR,
     errno.EISDIR,
     errno.EFBIG,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EIO,
+    errno.ESTALE,
 )
 
 # typer brings a click of its own and names only its subclasses; `BadParameter`'s parent is click's UsageError.
@@ -116,11 +120,13 @@ def _guarded(arguments: list[str]) -> int:
             error.show()
             return INPUT_ERROR
         return _failed(error.format_message(), INPUT_ERROR)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as error:
+        if isinstance(error.__cause__, EOFError):  # typer takes the end of any file for that of its input
+            return _internal_error(error.__cause__)
         return _failed("interrupted; the next run goes on from the last finished step", INTERRUPTED)
     except OSError as error:
-        if error.errno == errno.ENOENT and _in_cache(error.filename):
-            said = "vanished while it was needed; run the command again when nothing clears the cache"
+        if error.errno == errno.ENOENT and _ours(error.filename):
+            said = "vanished while it was needed; run the command again when nothing clears the folder"
             return _failed(f"{error.filename} {said}", INPUT_ERROR)
         if error.errno not in _STORAGE_ERRORS:
             return _internal_error(error)
@@ -132,10 +138,13 @@ def _guarded(arguments: list[str]) -> int:
         return _internal_error(error)
 
 
-def _in_cache(file: Any) -> bool:
+def _ours(file: Any) -> bool:
+    """Whether a file is one of the cache, or of a folder of results that is being written."""
     from quant.source import cache_dir
 
-    return isinstance(file, str | Path) and Path(file).is_relative_to(cache_dir())
+    if not isinstance(file, str | Path):
+        return False
+    return Path(file).is_relative_to(cache_dir()) or any(part.endswith(".part") for part in Path(file).parts)
 
 
 def _failed(message: str, code: int) -> int:

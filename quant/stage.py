@@ -60,7 +60,7 @@ class StageStore:
         state = _state(target)
         if self._checked.get(target) != state:
             if not _as_sealed(target):
-                log.warning("%s was damaged since it was written; it is made again", target)
+                log.warning("%s is not as it was written; it is made again", target)
                 _remove(target)
                 return False
             self._checked[target] = state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -185,13 +186,29 @@ def test_wrong_use_is_one_sentence(capfd: Text, arguments: list[str], said: str)
     assert said.casefold() in failure(capfd, *arguments).casefold()
 
 
-def test_a_cache_that_is_cleared_meanwhile(
-    own_cache: Path, tmp_path: Path, capfd: Text, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("place", ["cache/stages/plan", "out/m/.0123456789ab-x.part/0123456789ab"])
+def test_a_folder_that_is_cleared_meanwhile(
+    own_cache: Path, place: str, tmp_path: Path, capfd: Text, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lost = own_cache / "stages" / "plan" / "plan.json"
+    """The cache, and results that are being written."""
+    lost = own_cache.parent / place / "plan.json"
     monkeypatch.setattr(pipeline, "run_model", raising(FileNotFoundError(errno.ENOENT, "No such file", str(lost))))
     said = failure(capfd, "run", REC, "--out", str(tmp_path))
     assert f"{lost} vanished while it was needed" in said
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ENAMETOOLONG])
+def test_a_place_that_cannot_be_written(
+    number: int, own_cache: Path, tmp_path: Path, capfd: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "run_model", raising(OSError(number, os.strerror(number), "/somewhere")))
+    assert f"/somewhere: {os.strerror(number)}." in failure(capfd, "run", REC, "--out", str(tmp_path))
+
+
+def test_the_end_of_a_file_is_no_interruption(tmp_path: Path, capfd: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "run_model", raising(EOFError("no data left")))
+    assert cli._guarded(["run", REC, "--out", str(tmp_path)]) == cli.INTERNAL_ERROR
+    assert "EOFError: no data left" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["run", "eval"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -133,8 +134,16 @@ def test_a_cache_with_damaged_files_is_mended(job: TinyJob, calm: Path, tmp_path
             file.write_bytes(content_before[: len(content_before) // 2])
     code, said = job.run(cache, tmp_path / "results")
     assert code == 0, said
-    assert said.count("was damaged since it was written; it is made again") == len(stages) > 5, said
+    assert said.count("is not as it was written; it is made again") == len(stages) > 5, said
     assert content(tmp_path / "results") == content(calm)
+
+
+def test_fifty_kills_were_tried_and_nothing_was_lost() -> None:
+    """What `benchmarks/interruption.py` wrote last."""
+    page = (Path(__file__).parents[1] / "results" / "interruption.md").read_text(encoding="utf-8")
+    found = {what: int(number) for what, number in re.findall(r"^\| (.*) \| (\d+) \|$", page, re.MULTILINE)}
+    kills, early, latest, runs, *losses = found.values()
+    assert kills >= 50 > early and latest > 1 and runs > 1 and losses == [0, 0, 0], found
 
 
 def test_what_a_killed_process_left_is_swept_up(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from calib_data.registry import (
 from quant import archive
 from quant.errors import InputError, Unavailable
 from quant.recipe import load_recipe, recipe_names
+from quant.stage import SEAL
 
 REC_SET = {"top/train.txt": b"images/1.png\tone\n", "top/val.txt": b"images/2.png\ttwo\n", "top/images/1.png": b"1"}
 
@@ -208,6 +209,18 @@ def test_the_generated_set_is_made_once(cache: Path, monkeypatch: pytest.MonkeyP
     assert os.listdir(cache / "data") == [first.folder.name]
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_damaged_generated_set_is_made_again(gone: bool) -> None:
+    """Else a label file that is gone would be missed for ever, and a picture that is cut off would be left out."""
+    made = generated_dataset("text_lines", 4, 3)
+    files = sorted(path for path in made.folder.rglob("*") if path.is_file() and path.name != SEAL)
+    before = [path.read_bytes() for path in files]
+    for path in files if gone else files[-1:]:
+        path.unlink() if gone else path.write_bytes(path.read_bytes()[:9])
+    assert generated_dataset("text_lines", 4, 3) == made
+    assert [path.read_bytes() for path in files] == before
+
+
 def test_generated_sets_differ_by_what_they_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def write(directory: Path, count: int, seed: int, progress: Callable[[int], None] | None) -> None:
         (directory / "label.txt").write_text(json.dumps([count, seed]))
@@ -236,7 +249,7 @@ def test_two_processes_generate_at_once(cache: Path, monkeypatch: pytest.MonkeyP
     others: list[Path] = []
     monkeypatch.setattr(generator, "write_text_lines", write)
     data = generated_dataset("text_lines", 8, 0)
-    assert files_below(cache) == [f"data/{data.folder.name}/label.txt"]
+    assert files_below(cache) == [f"data/{data.folder.name}/{name}" for name in (SEAL, "label.txt")]
 
 
 def test_a_full_disk_while_generating(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def test_a_damaged_result_is_made_again(damage: str, tmp_path: Path, caplog: pyt
         harm[damage]()
         assert not user.holds(folder) and not folder.exists()
         assert user.result("plan", {}, build) == folder and file.read_text(encoding="utf-8") == "whole"
-        assert f"{folder} was damaged since it was written; it is made again" in caplog.text
+        assert f"{folder} is not as it was written; it is made again" in caplog.text
         assert [path.name for path in tmp_path.iterdir()] == [folder.name]
         caplog.clear()
 
