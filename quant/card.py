@@ -234,6 +234,8 @@ def _limits(subject: Subject) -> list[str]:
 def _hashes(manifest: Manifest, target: TargetName) -> list[str]:
     named = [("this artifact", name, sha256) for name, sha256 in manifest.artifacts[target].items()]
     named += [("the FP32 model", name, sha256) for name, sha256 in manifest.model_sha256.items()]
+    plan = f"plans/{target}/plan."  # the JSON and its weights
+    named += [("its plan", name, sha256) for name, sha256 in manifest.files.items() if name.startswith(plan)]
     named += [("the recipe", manifest.model, manifest.recipe_sha256)]
     named += [("this program", "its source", manifest.code_sha256)]
     files = [[of, plain(name), plain(sha256)] for of, name, sha256 in named]

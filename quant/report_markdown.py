@@ -6,9 +6,19 @@ from collections.abc import Sequence
 
 from quant.card import markdown_table, plain
 from quant.report import ModelReport, TargetReport
-from quant.report_tables import Table, diff_table, ladder_table, operator_table, size_table, slice_table
+from quant.report_tables import (
+    Table,
+    diff_table,
+    front_table,
+    ladder_table,
+    operator_table,
+    range_table,
+    size_table,
+    slice_table,
+)
 
 _SHOWN_OPERATORS = 10
+_SHOWN_RANGES = 10
 _SHOWN_PICTURES = 12
 
 
@@ -18,6 +28,7 @@ def report_markdown(models: Sequence[ModelReport]) -> str:
     for model in models:
         manifest = model.manifest
         parts += [f"## {plain(model.title)}", f"Run {plain(manifest.run)}, made from {plain(manifest.source)}."]
+        parts += ["Speed against FP32 as shipped, and accuracy:", _markdown(front_table(model))]
         for target in model.targets:
             parts += _target(target)
     return "\n\n".join(parts) + "\n"
@@ -27,6 +38,7 @@ def _target(target: TargetReport) -> list[str]:
     parts = [f"### {plain(target.target)}", "Steps of the ladder:", _markdown(ladder_table(target))]
     parts += ["Operators that INT8 hurts most:", _markdown(operator_table(target), _SHOWN_OPERATORS)]
     parts += ["Size by type of operator:", _markdown(size_table(target))]
+    parts += ["Ranges that clip most:", _markdown(range_table(target), _SHOWN_RANGES)]
     exhibits = target.exhibits
     if exhibits is None:
         return parts

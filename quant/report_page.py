@@ -20,11 +20,10 @@ from rapidfuzz.distance import Levenshtein
 
 from eval.exhibits import Exhibit, Finding
 from eval.formula_metric import latex_tokens
-from eval.gate import JudgedRow
 from quant.charts import Dot, histogram, scatter
 from quant.errors import InputError
 from quant.report import ModelReport, TargetReport
-from quant.report_tables import diff_table, ladder_table, operator_table, size_table, slice_table
+from quant.report_tables import diff_table, ladder_table, operator_table, size_table, slice_table, standings
 
 MOST_PICTURES = 12
 """Shown of a target."""
@@ -126,28 +125,21 @@ def _targets(model: ModelReport, album: Album) -> list[dict[str, Any]]:
 
 def _target_front(model: ModelReport) -> Markup | None:
     """The targets beside one another, by speed against FP32 as shipped and by drop."""
-    rows = [t.pooled for t in model.targets if t.pooled and t.pooled.speedup]
-    if not rows:
+    shown = standings(model)
+    if not shown:
         return None
-    points = [(row, row.speedup or 0.0) for row in rows if isinstance(row, JudgedRow)]
     dots = [
         Dot(
-            speed,
-            row.drop,
-            row.target,
-            bound=row.drop_upper95,
-            front=not any(_beats(other, (row, speed)) for other in points),
+            standing.speed,
+            standing.row.drop,
+            standing.row.target,
+            bound=standing.row.drop_upper95,
+            front=standing.front,
             chosen=True,
         )
-        for row, speed in points
+        for standing in shown
     ]
-    return scatter(dots, "speed against FP32 as shipped", "drop, points", limit=rows[0].gate.max_drop)
-
-
-def _beats(other: tuple[JudgedRow, float], one: tuple[JudgedRow, float]) -> bool:
-    """Whether another target is as good on both axes and better on one."""
-    at_least = other[1] >= one[1] and other[0].drop <= one[0].drop
-    return at_least and (other[1] > one[1] or other[0].drop < one[0].drop)
+    return scatter(dots, "speed against FP32 as shipped", "drop, points", limit=shown[0].row.gate.max_drop)
 
 
 def _search_front(target: TargetReport) -> Markup | None:

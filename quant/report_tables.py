@@ -36,6 +36,31 @@ class Table:
         return [any(row[column].value is not None for row in self.rows) for column in range(len(self.headings))]
 
 
+@dataclass(frozen=True)
+class Standing:
+    """A target among those of its model: how fast it is against FP32 as shipped, and whether no other beats it.
+
+    Attributes:
+        front: no other is as good in speed and in drop, and better in one of them.
+    """
+
+    row: JudgedRow
+    speed: float
+    front: bool
+
+
+def standings(model: ModelReport) -> list[Standing]:
+    """The targets that were judged and timed."""
+    rows = [(row, row.speedup) for target in model.targets if (row := target.pooled) and row.speedup]
+    return [Standing(row, speed, not any(_beats(other, (row, speed)) for other in rows)) for row, speed in rows]
+
+
+def _beats(other: tuple[JudgedRow, float], one: tuple[JudgedRow, float]) -> bool:
+    """Whether another target is as good on both axes and better on one."""
+    at_least = other[1] >= one[1] and other[0].drop <= one[0].drop
+    return at_least and (other[1] > one[1] or other[0].drop < one[0].drop)
+
+
 def number(value: float | None, digits: int = 2, unit: str = "") -> Cell:
     """A number, rounded for the eye."""
     if value is None:
@@ -84,6 +109,22 @@ def _mark(row: JudgedRow) -> str:
     return "passed" if row.gate.passed else "failed"
 
 
+def front_table(model: ModelReport) -> Table:
+    """Speed and accuracy of the targets, the fastest first, and which of them no other beats in both."""
+    ordered = sorted(standings(model), key=lambda standing: -standing.speed)
+    rows = [
+        [
+            Cell(standing.row.target),
+            number(standing.speed, 2, "x"),
+            number(standing.row.drop),
+            number(standing.row.drop_upper95),
+            Cell("yes" if standing.front else "no"),
+        ]
+        for standing in ordered
+    ]
+    return Table(["Target", "Speed", "Drop", "≤", "On the front"], rows, [""] * len(rows))
+
+
 def ladder_table(target: TargetReport) -> Table:
     """Every step that was tried, what it gave on the search split, and which limits it missed."""
     headings = ["Step", "Work in INT8 %", "Back in FP32", "Error of outputs %", "Drop", "Rel. %", "Differ %", "Result"]
@@ -127,6 +168,20 @@ def operator_table(target: TargetReport) -> Table:
             ]
         )
     return Table(headings, rows, ["" if op.quantized else "kept" for op in worst])
+
+
+def range_table(target: TargetReport) -> Table:
+    """What calibration saw of each tensor and what its quantizer covers, the most clipped first."""
+    headings = ["Tensor", "Seen from", "to", "Covered from", "to", "Clipped %"]
+    rows = [
+        [
+            Cell(chart.tensor),
+            *(number(value, 3) for value in (chart.minimum, chart.maximum, chart.low, chart.high)),
+            number(100 * chart.clipped, 3),
+        ]
+        for chart in target.ranges
+    ]
+    return Table(headings, rows, [""] * len(rows))
 
 
 def size_table(target: TargetReport) -> Table:

@@ -42,7 +42,8 @@ def run_snippet(code: str, folder: Path) -> str:
 @pytest.mark.parametrize("target", EXPORTED)
 def test_it_says_what_made_the_artifact(tiny: TinyRun, target: str) -> None:
     card, manifest = card_of(tiny.folder, target), load_manifest(tiny.folder)
-    hashes = [*manifest.artifacts[target].values(), *manifest.model_sha256.values(), manifest.recipe_sha256]
+    plan = [manifest.files[f"plans/{target}/plan.{kind}"] for kind in ("json", "safetensors")]
+    hashes = [*manifest.artifacts[target].values(), *manifest.model_sha256.values(), manifest.recipe_sha256, *plan]
     for fact in (NAME, manifest.run, *hashes, *(f"{k} {v}" for k, v in manifest.versions.items())):
         assert plain(fact) in card or fact in card
     rows = [row for row in read_report(tiny.folder).rows if row.target == target]

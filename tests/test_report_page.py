@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import chain
 from pathlib import Path
@@ -30,7 +31,7 @@ from quant.report import read_run, write_report
 from quant.report_markdown import report_markdown
 from quant.report_page import report_page as page_of
 from quant.report_page import table_cells
-from quant.report_tables import diff_table, ladder_table, operator_table, size_table
+from quant.report_tables import diff_table, front_table, ladder_table, number, operator_table, size_table
 from quant.sensitivity_report import Sensitivity
 
 ADDRESS = re.compile(r"(?:https?:)?//", re.IGNORECASE)
@@ -264,6 +265,27 @@ def test_hostile_markdown_makes_no_markup(hostile: Path, tmp_path: Path) -> None
         assert plain(f"{HOSTILE} {name}") in text
     (operator, *_) = read_run(hostile).targets[0].plan.operators
     assert plain(operator.name) in text
+
+
+def test_the_markdown_tells_the_front_and_the_ranges(tiny: TinyRun, tmp_path: Path) -> None:
+    """A target that another beats in speed and in drop is not on the front."""
+    run = read_run(copied(tiny, tmp_path))
+    measured = {"onnxruntime": (1.2, 0.3), "openvino": (2.0, 0.5), "paddle": (1.5, 0.1)}
+    targets = []
+    for target in run.targets:
+        speed, drop = measured.get(target.target, (None, 0.0))
+        rows = [row for row in target.rows if row.status == "judged"]
+        timed = [row.model_copy(update={"speedup": speed, "drop": drop}) for row in rows]
+        targets.append(replace(target, rows=[*timed]))
+    model = replace(run, targets=targets)
+    front = [(row[0].text, row[1].text, row[-1].text) for row in front_table(model).rows]
+    assert front == [("openvino", "2.00x", "yes"), ("paddle", "1.50x", "yes"), ("onnxruntime", "1.20x", "no")]
+    text = report_markdown([model])
+    assert "| openvino | 2.00x | 0.50 |" in text and "On the front" in text
+    charts = load_ranges(run.folder / "plans" / "openvino" / "ranges.json")
+    assert charts and all(
+        f"| {plain(chart.tensor)} | {number(chart.minimum, 3).text} |" in text for chart in charts[:10]
+    )
 
 
 def test_tables_are_read_as_spans_alone() -> None:
