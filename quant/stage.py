@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.archive import file_sha256, staged
+from quant.document import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def sealed(target: Path) -> Iterator[Path]:
 
 def _as_sealed(folder: Path) -> bool:
     try:
-        return bool(json.loads((folder / SEAL).read_bytes()) == _contents(folder))
+        return bool(parse_json((folder / SEAL).read_bytes()) == _contents(folder))
     except (OSError, ValueError):
         return False
 

@@ -1,4 +1,7 @@
-"""The manual cannot go stale: its commands parse, its example is a recipe, what it quotes stands in the program."""
+"""The manual cannot go stale: its commands parse, its example is a recipe, what it quotes stands in the program.
+
+What the commands do is tried by tests/test_manual_commands.py.
+"""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_a_result_that_another_process_finished_meanwhile_is_kept(tmp_path: Path
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("damage", ["cut", "other", "gone", "added", "no seal", "cut seal"])
+@pytest.mark.parametrize("damage", ["cut", "other", "gone", "added", "no seal", "cut seal", "deep seal"])
 def test_a_damaged_result_is_made_again(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """At the start of a run, and in the middle of one that has used it before."""
     store = StageStore(tmp_path)
@@ -86,6 +86,7 @@ def test_a_damaged_result_is_made_again(damage: str, tmp_path: Path, caplog: pyt
             "added": lambda file=file: (file.parent / "more.txt").touch(),
             "no seal": seal.unlink,
             "cut seal": lambda seal=seal: seal.write_text("{", encoding="utf-8"),
+            "deep seal": lambda seal=seal: seal.write_text("[" * 100_000, encoding="utf-8"),
         }
         harm[damage]()
         assert not user.holds(folder) and not folder.exists()
