@@ -22,6 +22,7 @@ from quant.pir import (
     attributes_of,
     inner_operators,
     kind_of,
+    list_length,
     operands_of,
     region_arguments,
     results_of,
@@ -472,6 +473,18 @@ def _write_split(lowering: Lowering, operator: Document) -> None:
     lowering.emit("split", operator, inputs, {"Out": parts}, axis=axis, num=number, sections=sections)
 
 
+def _write_unbind(lowering: Lowering, operator: Document) -> None:
+    parts = lowering.declare_list(operator, list_length(operator))
+    lowering.emit("unbind", operator, {"X": lowering.operand(operator, 0)}, {"Out": parts}, **attributes_of(operator))
+
+
+def _write_einsum(lowering: Lowering, operator: Document) -> None:
+    """Beside the product stand lists, a value for each operand, that only its gradient reads."""
+    operands, result = lowering.operand(operator, 0), lowering.declare(operator)
+    unread = {slot: [f"{result}.{slot}{place}" for place in range(len(operands))] for slot in ("InnerCache", "XShape")}
+    lowering.emit("einsum", operator, {"Operands": operands}, {"Out": [result]} | unread, **attributes_of(operator))
+
+
 def _write_topk(lowering: Lowering, operator: Document) -> None:
     values = {**attributes_of(operator), "k": lowering.integers(operator, 1)[0]}
     outputs = {"Out": [lowering.declare(operator)], "Indices": [lowering.declare(operator, 1)]}
@@ -519,12 +532,18 @@ _SAME: dict[str, Renamed] = {
     "minimum": _binary("elementwise_min"),
     "elementwise_pow": _binary("elementwise_pow"),
     "equal": _binary("equal"),
+    "not_equal": _binary("not_equal"),
     "less_than": _binary("less_than"),
+    "less_equal": _binary("less_equal"),
     "greater_than": _binary("greater_than"),
+    "greater_equal": _binary("greater_equal"),
     "logical_and": _binary("logical_and"),
     "logical_or": _binary("logical_or"),
+    "bitwise_and": Renamed("bitwise_and", ("X", "Y")),
+    "bmm": Renamed("bmm", ("X", "Y")),
     "conv2d": Renamed("conv2d", _CONV, ("Output",)),
     "depthwise_conv2d": Renamed("depthwise_conv2d", _CONV, ("Output",)),
+    "embedding": Renamed("lookup_table_v2", ("Ids", "W"), attributes={"sparse": "is_sparse"}),
     "flatten": Renamed("flatten_contiguous_range", unused=("XShape",)),
     "gather_nd": Renamed("gather_nd", ("X", "Index")),
     "grid_sample": Renamed("grid_sampler", ("X", "Grid"), ("Output",)),
@@ -532,16 +551,19 @@ _SAME: dict[str, Renamed] = {
     "hardsigmoid": Renamed("hard_sigmoid"),
     "layer_norm": Renamed("layer_norm", ("X", "Scale", "Bias"), ("Y", "Mean", "Variance")),
     "leaky_relu": Renamed("leaky_relu", attributes={"negative_slope": "alpha"}),
+    "masked_fill": Renamed("masked_fill", ("x", "mask", "value"), ("out",)),
     "matmul": Renamed("matmul_v2", ("X", "Y"), attributes={"transpose_x": "trans_x", "transpose_y": "trans_y"}),
     "multiclass_nms3": Renamed("multiclass_nms3", ("BBoxes", "Scores", "RoisNum"), ("Out", "Index", "NmsRoisNum")),
     "nearest_interp": Renamed("nearest_interp_v2", ("X", "OutSize", "SizeTensor", "Scale")),
     "bilinear_interp": Renamed("bilinear_interp_v2", ("X", "OutSize", "SizeTensor", "Scale")),
+    "pow": Renamed("pow", attributes={"y": "factor"}),
     "stack": Renamed("stack", outputs=("Y",)),
     "swish": Renamed("swish", fixed={"beta": 1.0}),
     "transpose": Renamed("transpose2", attributes={"perm": "axis"}, unused=("XShape",)),
     "where": Renamed("where", ("Condition", "X", "Y")),
-    **{kind: Renamed(kind) for kind in ("abs", "assign", "erf", "exp", "flip", "floor", "gelu", "log", "logical_not")},
-    **{kind: Renamed(kind) for kind in ("relu", "relu6", "rsqrt", "sigmoid", "silu", "softmax", "sqrt", "tanh")},
+    **{kind: Renamed(kind) for kind in ("abs", "assign", "bitwise_not", "erf", "exp", "flip", "floor", "gelu")},
+    **{kind: Renamed(kind) for kind in ("log", "logical_not", "relu", "relu6", "rsqrt", "sigmoid", "silu")},
+    **{kind: Renamed(kind) for kind in ("softmax", "sqrt", "tanh")},
 }
 """Operators whose operands and attributes are the same, by PIR's names."""
 
@@ -566,13 +588,16 @@ _WRITERS: dict[str, Writer] = {
     "clip": _with_numbers("clip", {"min": 1, "max": 2}),
     "concat": _write_concat,
     "conv2d_transpose": _write_conv_transpose,
+    "cumsum": _with_numbers("cumsum", {"axis": 1}),
     "dropout": _write_dropout,
+    "einsum": _write_einsum,
     "expand": _with_sizes("expand_v2", "shape", "Shape"),
     "full": _write_full,
     "full_int_array": _write_full_int_array,
     "full_like": _with_numbers("fill_any_like", {"value": 1}),
     "full_with_tensor": _write_full_with_tensor,
     "one_hot": _with_numbers("one_hot_v2", {"depth": 1}),
+    "pad": _with_numbers("pad", {"pad_value": 1}),
     "pool2d": _write_pool,
     "reshape": _with_sizes("reshape2", "shape", "Shape", "XShape"),
     "scale": _with_numbers("scale", {"scale": 1}),
@@ -584,6 +609,7 @@ _WRITERS: dict[str, Writer] = {
     "squeeze": _with_sizes("squeeze2", "axes", "AxesTensor", "XShape"),
     "tile": _with_sizes("tile", "repeat_times", "RepeatTimes"),
     "topk": _write_topk,
+    "unbind": _write_unbind,
     "unsqueeze": _with_sizes("unsqueeze2", "axes", "AxesTensor", "XShape"),
 }
 """Operators that differ in more than names."""

@@ -26,7 +26,7 @@ from quant.loop import check_repeats, check_runtime, has_loop
 from quant.manifest import EXHIBITS, Manifest, artifact_digests, load_manifest, make_newest, now, processor, versions
 from quant.plan import QuantPlan, load_plan
 from quant.planning import calibrated_statistics, planned_stage
-from quant.prepare import old_ir_form, read_proof
+from quant.prepare import missing_loop, old_ir_form, read_proof
 from quant.recipe import Recipe
 from quant.record import read_record
 from quant.runtime import target_format
@@ -115,8 +115,7 @@ def quantize(job: Job, target: TargetName) -> Quantized:
     graph = prepared_graph(job)
     original = old_ir_form(prepared_stage(job))
     if original is None and has_loop(graph) and target_format(target) == "paddle":
-        reason = "the Paddle artifact takes the loop of a model from its PIR program, and this one has none"
-        raise Unavailable(reason, "Give the model's folder with inference.json by --model-dir")
+        raise missing_loop(prepared_stage(job))
     plan = fitted(target, graph, plan, original)
     plan.target = target
     try:

@@ -92,6 +92,11 @@ def results_of(operator: Document) -> list[tuple[int, str, list[int] | None]]:
     return [(value["%"], *_type_of(value["TT"])) for value in _results(operator)]
 
 
+def list_length(operator: Document) -> int:
+    """How many values the list holds that a written operator writes."""
+    return len(_results(operator)[0]["TT"]["D"])
+
+
 def attributes_of(operator: Document) -> dict[str, Any]:
     """Attributes of a written operator as plain values."""
     return {attribute["N"]: _plain(attribute["AT"]) for attribute in operator["A"]}

@@ -16,7 +16,7 @@ from quant.bridge import NotCarried, bridge
 from quant.child import answer_job, ask, model_limits
 from quant.comparison import largest_difference
 from quant.conversion import ANCHORS, Imported, import_model, load_feeds, save_feeds, trace_anchors
-from quant.errors import InputError
+from quant.errors import InputError, Unavailable
 from quant.fold import fold
 from quant.graph import Graph
 from quant.invariants import hoist_invariants
@@ -105,6 +105,16 @@ def old_ir_form(folder: Path) -> Path | None:
     """The folder of the old-IR form of a PIR model that `prepare` wrote, if it did."""
     bridged = folder / "bridged"
     return bridged if bridged.is_dir() else None
+
+
+def missing_loop(folder: Path) -> Unavailable:
+    """Why `prepare` left no program that a Paddle artifact could take a loop from, and what to do about it."""
+    said = read_proof(folder).bridge
+    if said:
+        reason = f"the Paddle artifact takes the loop of a model from its old-IR form, and the bridge made none: {said}"
+        return Unavailable(reason, "Use this model on another target, for example --target onnxruntime")
+    reason = "the Paddle artifact takes the loop of a model from its PIR program, and this model came as an old-IR one"
+    return Unavailable(reason, "Give the model's folder with inference.json by --model-dir")
 
 
 def _bridged(files: ModelFiles, feed: Feed, tolerance: float, threads: int, folder: Path) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from quant.document import MOST_JSON, parse_json, read_bounded
 from quant.lowering import unknown_kinds
+from quant.pir import all_kinds
 from quant.recipe import Recipe, TargetChoice
 from quant.source import local_format, local_program, local_source, without_places
 from quant.target import TARGETS, TargetName
@@ -60,11 +61,13 @@ def _bridge(recipe: Recipe) -> str:
     if model is None:
         return f"{_BRIDGE}, if it knows all operators: that shows when the model is here"
     try:
-        unknown = unknown_kinds(parse_json(read_bounded(model, MOST_JSON)))
+        document = parse_json(read_bounded(model, MOST_JSON))
+        unknown, loops = unknown_kinds(document), "while" in all_kinds(document)
     except (OSError, ValueError, LookupError, TypeError):
         return f"none: {model.name} is damaged, or no PIR program"
     if unknown:
-        return f"none: the bridge does not know {', '.join(unknown)}; targets that take ONNX are not concerned"
+        without = "; no Paddle artifact then, which takes the loop from there" if loops else ""
+        return f"none: the bridge does not know {', '.join(unknown)}{without}; targets that take ONNX are not concerned"
     return f"{_BRIDGE}: it knows all operators"
 
 

@@ -22,7 +22,7 @@ from quant.export import check_artifact, export_artifact, fitted
 from quant.graph import Graph
 from quant.lowering import unknown_kinds
 from quant.observer import make_range_method
-from quant.pir import kind_of, written_operators
+from quant.pir import all_kinds, kind_of, written_operators
 from quant.plan import quantizable_operators
 from quant.prepare import _bridged, old_ir_form, prepare
 from quant.program import write_program
@@ -93,8 +93,65 @@ class Loop(nn.Layer):
             step += 1
         return found[:, : 4], state
 
+class Windows(nn.Layer):
+    '''Attention inside of a window, with relative positions, as the encoder of PP-FormulaNet-L has it.'''
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2D(3, 8, 4, 4)
+        self.all = nn.Linear(8, 24)
+        self.rows, self.columns = self.create_parameter([5, 4]), self.create_parameter([5, 4])
+        self.scale = self.create_parameter([8])
+
+    def forward(self, x):
+        y = self.patches(x).transpose([0, 2, 3, 1])                  # [n, 2, 4, 8]
+        y = F.pad(y, (0, 0, 0, 1, 0, 0, 0, 0))[:, :, :3, :]          # [n, 3, 3, 8]
+        parts = self.all(y).reshape([-1, 9, 3, 2, 4]).transpose([2, 0, 3, 1, 4])
+        queries, keys, values = parts.reshape([3, -1, 9, 4]).unbind(0)
+        apart = paddle.arange(3).unsqueeze(1) - paddle.arange(3).unsqueeze(0) + 2
+        asked = queries.reshape([-1, 3, 3, 4])
+        down = paddle.einsum("nhwc,hkc->nhwk", asked, self.rows[apart])
+        along = paddle.einsum("nhwc,wkc->nhwk", asked, self.columns[apart])
+        match = (queries @ keys.transpose([0, 2, 1])).reshape([-1, 3, 3, 3, 3])
+        match = (match + down.unsqueeze(-1) + along.unsqueeze(-2)).reshape([-1, 9, 9])
+        seen = (F.softmax(match, -1) @ values).reshape([-1, 2, 9, 4]).transpose([0, 2, 1, 3]).reshape([-1, 9, 8])
+        centred = seen - seen.mean(-1, keepdim=True)
+        return self.scale * centred / paddle.sqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+class Decoder(nn.Layer):
+    '''Three tokens at a step, with a cache of keys and a mask, as the decoder of PP-FormulaNet-S writes them.'''
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2D(3, 8, 3, padding=1)
+        self.tokens, self.places = nn.Embedding(11, 8, 1), nn.Embedding(32, 8)
+        self.ask, self.key, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 11)
+
+    def forward(self, x):
+        seen = self.conv(x).mean([2, 3]).unsqueeze(1)
+        count = paddle.shape(x)[0]
+        token = paddle.zeros([count, 3], "int64")
+        ids, unfinished, keys = token, paddle.ones_like(token), paddle.zeros([count, 0, 8])
+        paddle.jit.api.set_dynamic_shape(keys, [-1, -1, -1])
+        step = paddle.full([], 0, "int64")
+        while step < 5:
+            places = paddle.arange(keys.shape[1], keys.shape[1] + 3, dtype="int64").expand([count, -1])
+            y = self.tokens(token) * 8**0.5 + self.places(places + 2) + seen
+            keys = paddle.concat([keys, self.key(y)], 1)
+            hidden = (1.0 - paddle.ones(paddle.shape(ids))).unsqueeze(1).expand([count, 3, -1])
+            hidden = hidden.masked_fill(hidden.cast("bool"), -1e30)
+            match = F.softmax(paddle.bmm(self.ask(y), keys.transpose([0, 2, 1])) + hidden, -1)
+            token = self.out(paddle.bmm(match, keys) + y).argmax(-1)
+            token = token * unfinished + 1 - unfinished
+            ids = paddle.concat([ids, token], 1)
+            unfinished = unfinished & ~(token == 2).cast("int64")
+            if (paddle.cumsum((ids == 2).cast("int64"), 1)[:, -1] >= 1).all():
+                break
+            step += 1
+        return ids, keys
+
 paddle.seed(0)
-net = {"shapes": Shapes, "loop": Loop}[sys.argv[2]]()
+net = {"shapes": Shapes, "loop": Loop, "windows": Windows, "decoder": Decoder}[sys.argv[2]]()
 net.eval()
 paddle.jit.save(net, sys.argv[1], input_spec=[paddle.static.InputSpec([None, 3, 8, 16], "float32", "x")])
 """
@@ -134,6 +191,19 @@ def test_operators_of_official_models_are_equal_bit_for_bit(tmp_path: Path) -> N
 def test_a_loop_with_a_branch_is_equal_bit_for_bit(tmp_path: Path) -> None:
     files = written(tmp_path / "pir", "loop")
     assert "while" in {kind_of(operator) for operator in written_operators(document_of(files))}
+    assert bridged(files, tmp_path / "old").difference == 0
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        ("windows", {"einsum", "pad", "pow", "unbind"}),
+        ("decoder", {"bitwise_and", "bitwise_not", "bmm", "cumsum", "embedding", "greater_equal", "masked_fill"}),
+    ],
+)
+def test_operators_of_formula_models_are_equal_bit_for_bit(network: str, expected: set[str], tmp_path: Path) -> None:
+    files = written(tmp_path / "pir", network)
+    assert expected <= all_kinds(document_of(files))
     assert bridged(files, tmp_path / "old").difference == 0
 
 

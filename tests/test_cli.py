@@ -97,6 +97,23 @@ def test_describe_says_the_route(tmp_path: Path, capfd: Text, monkeypatch: pytes
     assert sorted(route["targets"]) == ["onnxruntime", "openvino", "paddle", "tensorrt"]
 
 
+@pytest.mark.parametrize(("kind", "loses"), [("while", True), ("if", False)])
+def test_describe_says_what_the_bridge_lacks(
+    kind: str, loses: bool, tmp_path: Path, capfd: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside of a loop, too; and that no Paddle artifact is made without it."""
+    operators = [{"#": f"1.{kind}", "regions": [{"blocks": [{"ops": [{"#": "1.fft"}]}]}]}]
+    folder = tmp_path / "PP-FormulaNet-S"
+    folder.mkdir()
+    document = {"base_code": {"magic": "pir"}, "program": {"regions": [{"blocks": [{"ops": operators}]}]}}
+    (folder / "inference.json").write_text(json.dumps(document), encoding="utf-8")
+    (folder / "inference.pdiparams").write_bytes(b"x")
+    monkeypatch.setenv("QUANT_MODEL_HOME", str(tmp_path))
+    assert cli._guarded(["describe", "PP-FormulaNet-S", "--json"]) == 0
+    said = json.loads(capfd.readouterr().out)["route"]["bridge"]
+    assert said.startswith("none: the bridge does not know fft") and ("no Paddle artifact" in said) is loses
+
+
 def test_validate_accepts_all_recipes(capfd: Text) -> None:
     assert cli._guarded(["validate"]) == 0
     assert capfd.readouterr().out == "".join(f"{name}: valid\n" for name in recipe_names())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from tiny_models import TinyNet, kinds, run, small_detector
 from quant.errors import InputError
 from quant.fold import fold
 from quant.graph import Graph
-from quant.prepare import first_operator_apart, prepare, read_proof
+from quant.prepare import Proof, first_operator_apart, missing_loop, prepare, read_proof
 from quant.runtime import Feed
 from quant.source import ModelFiles, file_sha256
 
@@ -55,6 +56,23 @@ def test_graphs_without_a_common_name() -> None:
     other.op("Relu", "x", name="b")
     place = first_operator_apart(one.graph(), other.graph(), one.feed(), 1e-3, 1)
     assert place == "an operator whose output has no counterpart"
+
+
+# --- a loop that the Paddle artifact cannot take over ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bridge", "reason", "fix"),
+    [
+        ("", "its PIR program, and this model came as an old-IR one", "inference.json by --model-dir"),
+        ("not carried: PIR operator fft", "the bridge made none: not carried: PIR operator fft", "another target"),
+        ("not kept: an output differs by 2", "the bridge made none: not kept: an output differs by 2", "another"),
+    ],
+)
+def test_why_there_is_no_loop_to_take_over(bridge: str, reason: str, fix: str, tmp_path: Path) -> None:
+    (tmp_path / "proof.json").write_text(json.dumps(asdict(Proof(0.0, 1e-3, 1, {}, bridge))), encoding="utf-8")
+    said = missing_loop(tmp_path)
+    assert said.reason.endswith(reason) and fix in said.fix
 
 
 # --- a real model ----------------------------------------------------------------------------------

@@ -42,6 +42,16 @@ LEAST = {
 }
 """What FP32 reaches at least on the twin's own world, in percent, by one of its task's measures."""
 
+CLASSES = {
+    "image_classification": "DocImgOrientationClassification",
+    "text_detection": "TextDetection",
+    "text_recognition": "TextRecognition",
+    "layout_detection": "LayoutDetection",
+    "table_structure": "TableStructureRecognition",
+    "formula_recognition": "FormulaRecognition",
+}
+"""PaddleOCR's class for each task of a twin."""
+
 SLOW_TOO = ("PP-LCNet_x1_0_doc_ori", "SLANet_plus")
 """Continuous integration takes the smallest and one with a loop; the others are for `make families` alone."""
 
@@ -99,7 +109,7 @@ def test_every_twin_is_tried() -> None:
 @pytest.mark.parametrize(
     "model", [pytest.param(model, marks=pytest.mark.slow if model in SLOW_TOO else ()) for model in LEAST]
 )
-def test_a_twin_passes_on_every_runtime_and_loads_in_paddlex(model: str, tmp_path: Path) -> None:
+def test_a_twin_passes_on_every_runtime_and_loads_in_its_clients(model: str, tmp_path: Path) -> None:
     measure, least = LEAST[model]
     cache = {"QUANT_CACHE": str(tmp_path / "cache")}
     targets = [part for target in TARGETS for part in ("--target", target)]
@@ -113,22 +123,25 @@ def test_a_twin_passes_on_every_runtime_and_loads_in_paddlex(model: str, tmp_pat
     judged = [row for row in again if row["status"] == "judged"]
     assert [(row["target"], row["int8"]) for row in judged] == [(row["target"], row["int8"]) for row in rows]
     (folder,) = (tmp_path / "twins" / model).iterdir()
-    check_client(model, folder / "onnxruntime", next((tmp_path / "cache" / "data").iterdir()))
+    check_clients(model, folder / "onnxruntime", next((tmp_path / "cache" / "data").iterdir()))
 
 
-def check_client(model: str, artifact: Path, world: Path) -> None:
+def check_clients(model: str, artifact: Path, world: Path) -> None:
+    import paddleocr
     from paddlex import create_model
 
     recipe = load_recipe(model)
     upright = recipe.data.rotations.of if recipe.data.rotations else None
     pictures = [sample.image for sample in read_dataset(resolve_dataset(world, recipe.task, upright=upright)).samples]
-    client = create_model(model, model_dir=str(artifact), device="cpu", engine="onnxruntime")
+    how: dict[str, Any] = {"model_dir": str(artifact), "device": "cpu", "engine": "onnxruntime"}
+    clients = [create_model(model, **how), getattr(paddleocr, CLASSES[recipe.task])(model_name=model, **how)]
     adapter = make_task(recipe.task, read_inference(artifact), model)
     session = open_session("onnxruntime", artifact, threads=2)
     for picture in pictures[:PICTURES]:
         prepared = adapter.preprocess(read_image(picture))
         ours = adapter.postprocess(session.run(prepared.inputs), prepared.context)
-        assert reported(next(iter(client.predict(str(picture), batch_size=1)))) == plain(ours)
+        for client in clients:
+            assert reported(next(iter(client.predict(str(picture), batch_size=1)))) == plain(ours)
 
 
 def read_inference(folder: Path) -> dict[str, Any]:
