@@ -21,7 +21,7 @@ from quant.fold import fold
 from quant.graph import Graph
 from quant.invariants import hoist_invariants
 from quant.loop import check_calls, has_loop, with_clean_bodies
-from quant.runtime import Feed, onnx_session
+from quant.runtime import Feed, Session, onnx_session
 from quant.source import ModelFiles
 from quant.task import TaskAdapter
 
@@ -188,7 +188,7 @@ def _cleaned(graph: Graph) -> Graph:
 def _compare_import(
     graph: Graph, imported: Imported, files: ModelFiles, feeds: list[Feed], tolerance: float, threads: int, work: Path
 ) -> float:
-    session = onnx_session(graph.to_model(), threads)
+    session = _import_session(graph, files, threads)
     if has_loop(graph):
         what = f"{files.model}: the ONNX import differs from Paddle"
         check_calls(session, feeds, imported.reference, tolerance, what)
@@ -203,6 +203,15 @@ def _compare_import(
             )
         worst = max(worst, difference)
     return worst
+
+
+def _import_session(graph: Graph, files: ModelFiles, threads: int) -> Session:
+    try:
+        return onnx_session(graph.to_model(), threads)
+    except RuntimeError as error:
+        better = ". Give its PIR form, inference.json, if it has one" if files.format == "paddle" else ""
+        what = "what paddle2onnx makes of it is no ONNX model that onnxruntime loads"
+        raise InputError(f"{files.model}: {what}{better if has_loop(graph) else ''} ({error})") from error
 
 
 def _first_anchor_apart(graph: Graph, files: ModelFiles, feed: Feed, tolerance: float, threads: int, work: Path) -> str:
