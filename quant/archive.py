@@ -376,6 +376,12 @@ def sweep(parent: Path, name: str | None = None) -> None:
             continue  # another process was faster, or it is not ours
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder so that nobody finds half of it; what a killed process leaves of it is swept up."""
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", suffix=".part", dir=folder.parent) as place:
+        os.replace(folder, Path(place) / folder.name)
+
+
 def unpack(
     archive: Path,
     folder: Path,
