@@ -161,8 +161,9 @@ def test_nobody_finds_half_of_what_is_removed(tmp_path: Path, monkeypatch: pytes
     with staged(folder) as temporary:
         temporary.mkdir()
     assert list(tmp_path.iterdir()) == [folder]
-    discard(folder)
-    assert list(tmp_path.iterdir()) == []
+    for _ in range(2):  # once more, as by another process that found it damaged too
+        discard(folder)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_process_left_is_swept_up(tmp_path: Path) -> None:
