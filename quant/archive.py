@@ -20,7 +20,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
@@ -374,6 +374,15 @@ def sweep(parent: Path, name: str | None = None) -> None:
                     shutil.rmtree(folder, ignore_errors=True)
         except OSError:
             continue  # another process was faster, or it is not ours
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder so that nobody finds half of it; what a killed process leaves of it is swept up."""
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}-", suffix=".part", dir=folder.parent) as place,
+        suppress(FileNotFoundError),  # another process was faster
+    ):
+        os.replace(folder, Path(place) / folder.name)
 
 
 def unpack(

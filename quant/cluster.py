@@ -12,7 +12,6 @@ import hashlib
 import logging
 import os
 import random
-import signal
 import socket
 import tempfile
 import threading
@@ -36,8 +35,6 @@ from quant.stage import digest
 from quant.work import USUAL_PEAK, Attempt, Ended, ModelJob, Shard, Task, attempt_job, failed, judge_shard, known_peak
 
 RETRIES = 3
-_LOST = (-signal.SIGTERM, -signal.SIGKILL)
-"""Codes of what a node ends that goes down, or has no memory left."""
 
 _GIB = 1 << 30
 _STORE = 1 << 30
@@ -297,7 +294,7 @@ def perform_shard(share: Share, models: bytes, pictures: bytes, code: str, wante
 
 
 def _whole(ended: Ended) -> Ended:
-    if ended.code in _LOST:
+    if ended.killed:
         raise Interrupted(_node())
     return ended
 

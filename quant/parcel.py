@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from quant.archive import staged, unpack
+from quant.archive import discard, staged, unpack
 from quant.errors import InputError
 from quant.manifest import make_newest
 from quant.verification import verify
@@ -71,7 +71,7 @@ def receive_runs(data: bytes, results: Path) -> None:
                 raise InputError(f"the run {folder.name} arrived damaged: {problems[0]}")
             target = results / folder.relative_to(arrived)
             if target.is_dir() and not _good(target):
-                shutil.rmtree(target)
+                discard(target)
             with staged(target) as temporary:
                 shutil.copytree(folder, temporary)
             make_newest(target)

@@ -7,13 +7,14 @@ a run can stop anywhere and go on, and the same run done again does no work.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from eval.gate import EvalReport, JudgedRow, SkippedRow, of_twins
-from quant.archive import file_sha256, staged, sweep
+from quant.archive import discard, file_sha256, staged, sweep
 from quant.card import Subject, write_card
 from quant.errors import InputError, Unavailable
 from quant.export import RuntimeDiffers, check_artifact, export_artifact, fitted, misread_operators
@@ -31,8 +32,10 @@ from quant.recipe import Recipe
 from quant.record import read_record
 from quant.runtime import target_format
 from quant.source import without_places
-from quant.stage import SEAL, code_digest, digest, file_digests
+from quant.stage import MADE_AGAIN, SEAL, code_digest, digest, file_digests
 from quant.target import TARGETS, TargetName
+
+log = logging.getLogger(__name__)
 
 CHECK_PICTURES = 12
 
@@ -71,10 +74,11 @@ def run_model(recipe: Recipe, options: Options) -> Finished:
     for place in (folder.parent, job.store.folder):
         sweep(place)
     if folder.is_dir():
-        if load_manifest(folder).intact(folder):
+        if _intact(folder):
             make_newest(folder)
             return Finished(folder, read_report(folder), reused=True)
-        shutil.rmtree(folder)
+        log.warning(MADE_AGAIN, folder)
+        discard(folder)
     with staged(folder) as temporary:
         temporary.mkdir()
         quantized, rows = _quantize_all(job)
@@ -84,6 +88,13 @@ def run_model(recipe: Recipe, options: Options) -> Finished:
         report = EvalReport(rows=of_twins(rows) if job.files.twin else rows)
         _write_run(job, name, quantized, report, temporary)
     return Finished(folder, report, reused=False)
+
+
+def _intact(folder: Path) -> bool:
+    try:
+        return load_manifest(folder).intact(folder)
+    except InputError:
+        return False
 
 
 def _run_name(job: Job) -> str:

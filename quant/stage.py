@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,13 +16,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from quant.archive import file_sha256, staged
+from quant.archive import discard, file_sha256, staged
 from quant.document import parse_json
 
 log = logging.getLogger(__name__)
 
 SEAL = ".seal.json"
 """File of a stage's folder that names all others with their hashes; it is no part of the result."""
+
+MADE_AGAIN = "%s is not as it was written; it is made again"
+"""What is said of a damaged folder."""
 
 State = dict[str, tuple[int, int]]
 """Of files by name: bytes, and when they were written."""
@@ -61,8 +62,8 @@ class StageStore:
         state = _state(target)
         if self._checked.get(target) != state:
             if not _as_sealed(target):
-                log.warning("%s is not as it was written; it is made again", target)
-                _remove(target)
+                log.warning(MADE_AGAIN, target)
+                discard(target)
                 return False
             self._checked[target] = state
         return True
@@ -96,12 +97,6 @@ def _contents(folder: Path) -> dict[str, str]:
 def _state(folder: Path) -> State:
     files = {path.relative_to(folder).as_posix(): path.stat() for path in folder.rglob("*") if path.is_file()}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in files.items()}
-
-
-def _remove(target: Path) -> None:
-    """At once, so that nobody finds half of it, and under a name that is swept up if this process is killed."""
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", suffix=".part", dir=target.parent) as place:
-        os.replace(target, Path(place) / target.name)
 
 
 def digest(value: Any) -> str:

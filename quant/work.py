@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import tempfile
 import threading
@@ -153,7 +154,12 @@ class Ended:
 
     @property
     def said(self) -> str:
-        """Its last words."""
+        """Its last words, or how it was ended without any."""
+        if self.killed:
+            name = signal.Signals(-self.code).name
+            return f"it was killed ({name}), as by a system that is short of memory; run it again, with --jobs 1"
+        if self.code < 0:
+            return f"it crashed ({signal.Signals(-self.code).name})"
         said = [line for line in self.stderr.splitlines() if line.strip()] or [f"it ended with code {self.code}"]
         return said[-1].removeprefix("quant: ")
 
@@ -163,9 +169,14 @@ class Ended:
         return [line for line in self.stderr.splitlines() if line.startswith("quant: ")]
 
     @property
+    def killed(self) -> bool:
+        """Whether it was ended from outside, as where a machine goes down or has no memory left."""
+        return -self.code in (signal.SIGTERM, signal.SIGKILL)
+
+    @property
     def internal(self) -> bool:
         """Whether it ended by an error of ours, or crashed."""
-        return self.code == _INTERNAL or self.code < 0
+        return self.code == _INTERNAL or (self.code < 0 and not self.killed)
 
     def checked_parcel(self) -> bytes:
         """The parcel, if it is what was sent.

@@ -493,9 +493,14 @@ def test_a_job_without_rows_says_why() -> None:
     assert ended().rows() == []
     with pytest.raises(InputError, match="^the picture is broken$"):
         ended(code=2, stdout="", stderr="quant: left out\nquant: the picture is broken\n").rows()
-    with pytest.raises(InputError, match="ended with code -9"):
-        ended(code=-9, stdout="").rows()
-    assert [ended(code=code).internal for code in (0, 1, 2, 70, -11)] == [False, False, False, True, True]
+    warned = "quant: a line was left out\n"
+    for code, said in ((-9, r"was killed \(SIGKILL\).*--jobs 1"), (-15, "SIGTERM"), (-11, r"it crashed \(SIGSEGV\)")):
+        with pytest.raises(InputError, match=said):
+            ended(code=code, stdout="", stderr=warned).rows()
+    with pytest.raises(InputError, match="ended with code 3"):
+        ended(code=3, stdout="").rows()
+    internal = [ended(code=code).internal for code in (0, 1, 2, -9, -15, 70, -11)]
+    assert internal == [False] * 5 + [True] * 2
 
 
 def test_a_node_with_another_version_does_nothing() -> None:

@@ -7,13 +7,14 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from interruptions import TinyJob, content, kill_and_resume, make_job, run_folder
 
-from quant.archive import staged, sweep
+from quant.archive import discard, staged, sweep
 from quant.verification import verify
 
 slow = pytest.mark.slow
@@ -144,6 +145,25 @@ def test_fifty_kills_were_tried_and_nothing_was_lost() -> None:
     found = {what: int(number) for what, number in re.findall(r"^\| (.*) \| (\d+) \|$", page, re.MULTILINE)}
     kills, early, latest, runs, *losses = found.values()
     assert kills >= 50 > early and latest > 1 and runs > 1 and losses == [0, 0, 0], found
+
+
+def test_nobody_finds_half_of_what_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the process is killed before it has removed all."""
+    folder = tmp_path / "run"
+    (folder / "deep").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile.TemporaryDirectory, "__exit__", lambda *_: None)
+        patch.setattr(tempfile.TemporaryDirectory, "_cleanup", lambda *_, **__: None)
+        discard(folder)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".run-") and left.suffix == ".part" and (left / "run" / "deep").is_dir()
+    os.utime(left, (0, 0))
+    with staged(folder) as temporary:
+        temporary.mkdir()
+    assert list(tmp_path.iterdir()) == [folder]
+    for _ in range(2):  # once more, as by another process that found it damaged too
+        discard(folder)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_process_left_is_swept_up(tmp_path: Path) -> None:
