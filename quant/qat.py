@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quant.distillation import Teacher, aims, loss
+from quant.distillation import Aim, Teacher, aims, loss
+from quant.errors import InputError
 from quant.graph import Graph
 from quant.plan import QuantPlan
 from quant.recipe import Training
 from quant.runtime import Feed
-from quant.student import whole_student
+from quant.student import Student, whole_student
 from quant.training import Schedule, Trainer, batches, load_checkpoint, save_checkpoint, shuffled
 
 
@@ -85,11 +86,13 @@ def distil(
 
     Raises:
         NotTrainable: an operator has no differentiable counterpart.
+        InputError: a tensor of `nodes` is not there, or not in this plan.
     """
     import paddle
 
     student = whole_student(prepared, plan, settings.learned)
-    sought = aims(prepared, settings.nodes)
+    sought = aims(prepared, settings.nodes, outputs=settings.outputs, nodes_weight=settings.nodes_weight)
+    _check_nodes(sought, student)
     teacher, inputs = Teacher(prepared, sought, threads), batches(prepared, feeds, settings.batch)
     trainer = Trainer(student.parameters, Schedule(settings.learning_rate, settings.warm_up, settings.iterations))
     with paddle.no_grad():  # an operator that cannot be trained shows itself before minutes are spent
@@ -120,6 +123,13 @@ def distil(
             save_checkpoint(checkpoint, _document(progress, student.state(), trainer.state()))
     student.restore(progress.best)
     return (student.refined(plan) if progress.stale() < len(progress.curve) - 1 else plan), progress.curve
+
+
+def _check_nodes(sought: Sequence[Aim], student: Student) -> None:
+    """Raise InputError for a tensor that stands inside of an integer chain, where it is scaled or not computed."""
+    whole = {name for node in student.nodes for name in node.output} - set(student.traced.factors)
+    if lost := [aim.tensor for aim in sought if aim.tensor not in whole]:
+        raise InputError(f"qat.nodes: '{lost[0]}' flows in integers in this plan; name a tensor before or after it")
 
 
 def _document(progress: _Progress, student: dict[str, Any], trainer: dict[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ MethodName = Literal["ptq", "paddleslim"]
 BiasCorrection = Literal["none", "fast", "full"]
 Learned = Literal["weights", "biases", "scales", "ranges"]
 LadderMethod = Literal["auto", "ptq", "recon", "qat"]
+OutputLoss = Literal["soft_labels", "logits", "probabilities"]
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy", "moving_average", "per_tensor"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -222,7 +223,15 @@ class Reconstruction(_Part):
 class Training(_Part):
     """Training the whole network against FP32 (see `quant.qat`)."""
 
-    nodes: list[str] = Field([], description="inner tensors that are to be like FP32's, beside the outputs")
+    outputs: OutputLoss = Field(
+        "soft_labels", description="divergence from FP32's probabilities; logits, probabilities: squared distance"
+    )
+    nodes: list[str | Annotated[int, Field(lt=0)]] = Field(
+        [],
+        description="inner tensors that are to be like FP32's, by name; -3: what the third last operator with weights "
+        "reads, whatever an export named it",
+    )
+    nodes_weight: float = Field(1.0, gt=0, description="of each of them, beside an output")
     learned: list[Learned] = Field(
         ["weights", "biases", "scales"], min_length=1, description="ranges: scales of activations"
     )

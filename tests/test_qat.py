@@ -18,6 +18,7 @@ from quant.distillation import Aim, Teacher, aims, loss
 from quant.errors import InputError
 from quant.kernels import tensor
 from quant.plan import QuantPlan
+from quant.program import import_paddle
 from quant.qat import Evaluation, distil
 from quant.recipe import Training
 from quant.runtime import Feed
@@ -25,6 +26,12 @@ from quant.student import KINDS, student_outputs, trace, whole_student
 from quant.training import Schedule, batches, shuffled
 
 FEW = {"iterations": 40, "batch": 2, "warm_up": 4, "learning_rate": 5e-2, "evaluate_every": 10, "patience": 9}
+
+
+@pytest.fixture(autouse=True)
+def at_once() -> None:
+    """Paddle computes when it is called; other tests of this process may have left it otherwise."""
+    import_paddle().disable_static()
 
 
 class Killed(Exception):
@@ -152,6 +159,22 @@ def test_a_loss_does_not_hang_on_batch_and_size() -> None:
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "plain"])
+@pytest.mark.parametrize("axis", [0, 2, 3])
+def test_a_loss_and_its_gradient_are_means_over_places(kind: Any, axis: int) -> None:
+    rng = np.random.default_rng(0)
+    mine, exact = (rng.standard_normal((2, 5, 3, 4)).astype(np.float32) for _ in range(2))
+
+    def found(times: int) -> tuple[float, float]:
+        given = tensor(np.concatenate([mine] * times, axis))
+        given.stop_gradient = False
+        value = loss([Aim("t", kind, axis=1)], {"t": given}, [np.concatenate([exact] * times, axis)])
+        value.backward()
+        return float(value), float(np.abs(given.grad.numpy()).sum())
+
+    assert found(3) == pytest.approx(found(1), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid", "plain"])
 def test_a_loss_is_nothing_where_student_and_teacher_agree(kind: Any) -> None:
     values = 3 * np.random.default_rng(0).standard_normal((2, 5, 7)).astype(np.float32)
     aim = [Aim("t", kind)]
@@ -169,6 +192,26 @@ def test_aims_are_found_before_softmax_and_sigmoid() -> None:
         aims(detector.graph(), ["nowhere"])
 
 
+def test_outputs_are_compared_as_the_recipe_says() -> None:
+    graph = small_recognizer().graph()
+    (soft,), (before,) = aims(graph), aims(graph, outputs="logits")
+    assert (before.kind, before.tensor) == ("plain", soft.tensor)
+    assert aims(graph, outputs="probabilities") == [Aim("characters", "plain")]
+    headless = TinyNet((1, 3, 4, 4))
+    headless.conv("x", 3, 2)
+    assert aims(headless.graph(), outputs="logits") == aims(headless.graph(), outputs="probabilities")
+
+
+def test_an_inner_tensor_counts_by_its_weight() -> None:
+    rng = np.random.default_rng(0)
+    mine, exact = (rng.standard_normal((1, 3, 2, 2)).astype(np.float32) for _ in range(2))
+    (alone,) = aims(small_detector().graph(), ["t1"])[1:]
+    (doubled,) = aims(small_detector().graph(), ["t1"], nodes_weight=2)[1:]
+    values = [float(loss([aim], {"t1": tensor(mine)}, [exact])) for aim in (alone, doubled)]
+    expected = np.square(mine - exact).mean() / exact.var()
+    assert values == pytest.approx([expected, 2 * expected], rel=1e-5)
+
+
 def test_names_of_the_model_stay_whatever_is_quantized() -> None:
     """Nodes that a recipe names are found in students of every placement."""
     net = mobile_block()
@@ -176,6 +219,30 @@ def test_names_of_the_model_stay_whatever_is_quantized() -> None:
     for plan in (plan_of(net), flowing_plan(net), flowing_plan(net).with_only({"deep"}, "some")):
         kept = {name for node in trace(net.graph(), plan).nodes for name in node.output}
         assert {"first", "deep", "last"} <= kept & names
+
+
+def test_a_place_from_the_end_is_the_same_tensor_whatever_it_is_called() -> None:
+    """Other settings of an export give other names."""
+    graph, renamed = small_detector().graph(), small_detector().graph()
+    for node in renamed.nodes:
+        node.input[:] = [f"p2o.{name}" if name.startswith("t") else name for name in node.input]
+        node.output[:] = [f"p2o.{name}" if name.startswith("t") else name for name in node.output]
+    for place, name in ((-3, "t1"), (-2, "t3"), (-1, "t4")):
+        assert aims(graph, [place])[1:] == [Aim(name, "plain")]
+        assert aims(renamed, [place])[1:] == [Aim(f"p2o.{name}", "plain")]
+    with pytest.raises(InputError, match=r"qat.nodes: -5 is before the first of 4 operators"):
+        aims(graph, [-5])
+    with pytest.raises(InputError, match=r"qat.nodes: 'x' is no tensor"):
+        aims(graph, [-4])
+
+
+def test_a_node_inside_of_integer_flow_is_refused() -> None:
+    """What stands there is scaled, or not computed at all."""
+    net = mobile_block()
+    plan = flowing_plan(net)
+    for name in ("first", "t1"):
+        with pytest.raises(InputError, match=f"'{name}' flows in integers"):
+            taught(net, plan, nodes=[name])
 
 
 def test_looking_at_pictures_moves_nothing() -> None:
