@@ -90,7 +90,7 @@ def distil(
     """
     import paddle
 
-    student = whole_student(prepared, plan, settings.learned)
+    student = whole_student(prepared, plan, settings.learned, settings.quantizers)
     sought = aims(prepared, settings.nodes, outputs=settings.outputs, nodes_weight=settings.nodes_weight)
     _check_nodes(sought, student)
     teacher, inputs = Teacher(prepared, sought, threads), batches(prepared, feeds, settings.batch)
@@ -110,6 +110,7 @@ def distil(
             break
         found = student.run(inputs[chosen], [aim.tensor for aim in sought])
         losses.append(trainer.step(step, loss(sought, found, teacher.answer(inputs[chosen]))))
+        student.follow(settings.momentum)
         advance()
         late = time.monotonic() - begun > 60 * settings.minutes
         if (step + 1) % settings.evaluate_every and step + 1 < settings.iterations and not late:

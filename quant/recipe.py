@@ -42,6 +42,7 @@ MethodName = Literal["ptq", "paddleslim"]
 BiasCorrection = Literal["none", "fast", "full"]
 Learned = Literal["weights", "biases", "scales", "ranges"]
 LadderMethod = Literal["auto", "ptq", "recon", "qat"]
+Quantizers = Literal["lsq", "pact", "moving_average"]
 OutputLoss = Literal["soft_labels", "logits", "probabilities"]
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy", "moving_average", "per_tensor"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -235,6 +236,8 @@ class Training(_Part):
     learned: list[Learned] = Field(
         ["weights", "biases", "scales"], min_length=1, description="ranges: scales of activations"
     )
+    quantizers: Quantizers = Field("lsq", description="how ranges move, where they are learned; see `quant.quantizer`")
+    momentum: Fraction = Field(0.9, description="of quantizers: moving_average; what is kept of the batches before")
     samples: int = Field(128, ge=1, description="calibration pictures")
     learning_rate: float = Field(2e-3, gt=0, description="integer steps per iteration, about, for weights")
     warm_up: int = Field(20, ge=0, description="iterations over which the rate rises")
@@ -243,6 +246,12 @@ class Training(_Part):
     minutes: float = Field(10, gt=0, description="no iteration begins later")
     evaluate_every: int = Field(25, ge=1, description="iterations between two looks at pictures of the search split")
     patience: int = Field(4, ge=1, description="looks without a better state before it stops")
+
+    @model_validator(mode="after")
+    def _moves_something(self) -> Training:
+        if self.quantizers != "lsq" and "ranges" not in self.learned:
+            raise ValueError(f"quantizers: {self.quantizers} moves ranges; add ranges to learned")
+        return self
 
 
 class PaddleSlim(_Part):
