@@ -242,6 +242,9 @@ class Training(_Part):
     learning_rate: float = Field(2e-3, gt=0, description="integer steps per iteration, about, for weights")
     warm_up: int = Field(20, ge=0, description="iterations over which the rate rises")
     batch: int = Field(8, ge=1, description="pictures, of one size")
+    processes: int = Field(
+        1, ge=1, description="of Paddle's launcher, with a batch each: on a GPU each where there are as many"
+    )
     iterations: int = Field(300, ge=1)
     minutes: float = Field(10, gt=0, description="no iteration begins later")
     evaluate_every: int = Field(25, ge=1, description="iterations between two looks at pictures of the search split")

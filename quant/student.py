@@ -30,6 +30,7 @@ from quant.quantizer import ROUNDINGS, followed, spanning_step
 from quant.recipe import Quantizers
 from quant.runtime import Feed
 from quant.simulation import FloatWriter, integer_limits
+from quant.team import ALONE, Team
 
 Kind = Literal["weights", "biases", "scales", "ranges"]
 KINDS: tuple[Kind, ...] = ("weights", "biases", "scales", "ranges")
@@ -273,9 +274,10 @@ class Student:
         quantizer = self.plan.outputs.get(source) or self.plan.activations[source]
         return np.asarray(weight.scale * _largest(weight) * np.float32(quantizer.scale))
 
-    def follow(self, momentum: float) -> None:
+    def follow(self, momentum: float, team: Team = ALONE) -> None:
         """Let ranges that no gradient moves follow what the last run spanned; for steps of training alone."""
-        for number, spanned in self._spanned.items():
+        largest = team.largest([*self._spanned.values()])
+        for number, spanned in zip(self._spanned, largest, strict=True):
             part, name, quantizer = self.traced.quantizers[number - 1]
             if (parameter := self.parameters.get(("ranges", f"{part}:{name}"))) is not None:
                 step = followed(quantizer.scale * math.exp(float(parameter)), spanned, momentum)
