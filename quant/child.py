@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quant.errors import INPUT_ERROR, InputError, Unavailable
+from quant.errors import INPUT_ERROR, InputError, NotTrainable, Unavailable
 
 _GIB = 1 << 30
 _WATCH_SECONDS = 0.1
@@ -139,6 +139,8 @@ def answer(folder: Path, work: Callable[[], object]) -> None:
     follow_parent()
     try:
         work()
+    except NotTrainable as error:
+        _say(folder, {"kind": "not trainable", "message": str(error)})
     except Unavailable as error:
         _say(folder, {"kind": "unavailable", "reason": error.reason, "fix": error.fix})
     except InputError as error:
@@ -248,6 +250,8 @@ def _say(folder: Path, error: Mapping[str, Any]) -> None:
 def _said(error: Mapping[str, Any]) -> Exception:
     if error["kind"] == "unavailable":
         return Unavailable(error["reason"], error["fix"])
+    if error["kind"] == "not trainable":
+        return NotTrainable(error["message"])
     if error["kind"] == "storage":
         return OSError(error["errno"], os.strerror(error["errno"]), error["file"] or None)
     return InputError(error["message"])

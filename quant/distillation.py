@@ -2,7 +2,8 @@
 
 Where an output ends in Softmax or Sigmoid, the student is given the teacher's probabilities (Hinton et al., "Distilling
 the Knowledge in a Neural Network", 2015): the divergence of its own from them, counted from the values before. Other
-outputs, and the inner tensors that a recipe names, count by their squared distance in units of their variance.
+outputs, and the inner tensors that a recipe names (Romero et al., "FitNets", 2015), count by their squared distance in
+units of their variance; so do logits or probabilities where the recipe prefers them to soft labels.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from onnx import NodeProto
 from quant.errors import InputError
 from quant.graph import Graph, attribute
 from quant.kernels import Array, Value, tensor
+from quant.plan import quantizable_operators
+from quant.recipe import OutputLoss
 from quant.runtime import Feed, onnx_session
 from quant.training import relative_square
 
@@ -32,19 +35,50 @@ class Aim:
 
     Attributes:
         axis: of the classes, for softmax.
+        weight: in the sum of all.
     """
 
     tensor: str
     kind: Literal["softmax", "sigmoid", "plain"]
     axis: int = -1
+    weight: float = 1.0
 
 
-def aims(prepared: Graph, nodes: Sequence[str] = ()) -> list[Aim]:
-    """One for each output, and for each inner tensor of `nodes`; raises InputError for a name that is none."""
+def aims(
+    prepared: Graph,
+    nodes: Sequence[str | int] = (),
+    *,
+    outputs: OutputLoss = "soft_labels",
+    nodes_weight: float = 1.0,
+) -> list[Aim]:
+    """One for each output, and for each inner tensor of `nodes`; raises InputError for one that there is not.
+
+    Args:
+        nodes: names of tensors; a negative number stands for what an operator with weights reads, counted from the end.
+        outputs: what counts of outputs that end in Softmax or Sigmoid.
+    """
     producers = prepared.producers()
-    if unknown := [name for name in nodes if name not in producers]:
+    names = [_node_name(prepared, node) for node in nodes]
+    if unknown := [name for name in names if name not in producers]:
         raise InputError(f"qat.nodes: '{unknown[0]}' is no tensor of the prepared model; see its inference.onnx")
-    return [*(_output_aim(producers, name) for name in prepared.outputs), *(Aim(name, "plain") for name in nodes)]
+    inner = [Aim(name, "plain", weight=nodes_weight) for name in names]
+    return [*(_chosen(_output_aim(producers, name), name, outputs) for name in prepared.outputs), *inner]
+
+
+def _node_name(prepared: Graph, node: str | int) -> str:
+    if isinstance(node, str):
+        return node
+    weighted = [op for op in quantizable_operators(prepared, {}) if op.weight is not None and not op.in_loop]
+    if -node > len(weighted):
+        raise InputError(f"qat.nodes: {node} is before the first of {len(weighted)} operators with weights")
+    return weighted[node].activations[0]
+
+
+def _chosen(aim: Aim, output: str, outputs: OutputLoss) -> Aim:
+    """What a recipe wants compared of an output, given its aim by soft labels."""
+    if outputs == "soft_labels" or aim.kind == "plain":
+        return aim
+    return Aim(aim.tensor if outputs == "logits" else output, "plain")
 
 
 def _output_aim(producers: Mapping[str, NodeProto], output: str) -> Aim:
@@ -70,7 +104,8 @@ class Teacher:
 
 def loss(sought: Sequence[Aim], found: Mapping[str, Value], exact: Sequence[Array]) -> Any:
     """How far a student is from the teacher, 0 where it gives the same."""
-    return sum(_distance(aim, found[aim.tensor], taught) for aim, taught in zip(sought, exact, strict=True))
+    pairs = zip(sought, exact, strict=True)
+    return sum(aim.weight * _distance(aim, found[aim.tensor], taught) for aim, taught in pairs)
 
 
 def _distance(aim: Aim, found: Any, taught: Array) -> Any:

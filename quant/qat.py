@@ -11,15 +11,18 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from quant.distillation import Teacher, aims, loss
+from quant.distillation import Aim, Teacher, aims, loss
+from quant.errors import InputError
 from quant.graph import Graph
 from quant.plan import QuantPlan
 from quant.recipe import Training
 from quant.runtime import Feed
-from quant.student import whole_student
+from quant.student import Student, whole_student
+from quant.team import ALONE, Team
 from quant.training import Schedule, Trainer, batches, load_checkpoint, save_checkpoint, shuffled
 
 
@@ -74,6 +77,7 @@ def distil(
     threads: int,
     checkpoint: Path | None = None,
     advance: Callable[[], None] = lambda: None,
+    team: Team = ALONE,
 ) -> tuple[QuantPlan, list[Evaluation]]:
     """The best plan seen, and the learning curve.
 
@@ -82,44 +86,56 @@ def distil(
         evaluate: error of a plan on pictures that are not among them.
         checkpoint: file to go on from where it exists, written at every evaluation.
         advance: called after each iteration.
+        team: of processes that train together; each calls this with the same arguments.
 
     Raises:
         NotTrainable: an operator has no differentiable counterpart.
+        InputError: a tensor of `nodes` is not there, or not in this plan.
     """
     import paddle
 
-    student = whole_student(prepared, plan, settings.learned)
-    sought = aims(prepared, settings.nodes)
+    student = whole_student(prepared, plan, settings.learned, settings.quantizers)
+    sought = aims(prepared, settings.nodes, outputs=settings.outputs, nodes_weight=settings.nodes_weight)
+    _check_nodes(sought, student)
     teacher, inputs = Teacher(prepared, sought, threads), batches(prepared, feeds, settings.batch)
     trainer = Trainer(student.parameters, Schedule(settings.learning_rate, settings.warm_up, settings.iterations))
     with paddle.no_grad():  # an operator that cannot be trained shows itself before minutes are spent
         student.run(inputs[0], [aim.tensor for aim in sought])
-    progress = _Progress([Evaluation(0, None, evaluate(plan))], student.state())
+    progress = _Progress([Evaluation(0, None, team.first(evaluate(plan) if team.leads else 0.0)[0])], student.state())
     if checkpoint is not None and (saved := load_checkpoint(checkpoint)) is not None:
         progress = _Progress([Evaluation(**point) for point in saved["curve"]], saved["best"], saved["seconds"])
         student.restore(saved["student"])
         trainer.restore(saved["trainer"])
     begun, losses = time.monotonic() - progress.seconds, list[float]()
-    for step, chosen in enumerate(shuffled(len(inputs), settings.iterations, seed)):
+    mine = islice(shuffled(len(inputs), settings.iterations * team.size, seed), team.rank, None, team.size)
+    for step, chosen in enumerate(mine):
         if step < progress.done:
             continue
         if progress.over(settings):  # perhaps it was so already when the checkpoint was written
             break
         found = student.run(inputs[chosen], [aim.tensor for aim in sought])
-        losses.append(trainer.step(step, loss(sought, found, teacher.answer(inputs[chosen]))))
+        losses.append(trainer.step(step, loss(sought, found, teacher.answer(inputs[chosen])), team))
+        student.follow(settings.momentum, team)
         advance()
-        late = time.monotonic() - begun > 60 * settings.minutes
+        late = team.first(time.monotonic() - begun)[0] > 60 * settings.minutes
         if (step + 1) % settings.evaluate_every and step + 1 < settings.iterations and not late:
             continue
-        error = evaluate(student.refined(plan))
+        error, seconds = team.first(evaluate(student.refined(plan)) if team.leads else 0.0, time.monotonic() - begun)
         if error < progress.best_error():
             progress.best = student.state()
         progress.curve.append(Evaluation(step + 1, math.fsum(losses) / len(losses), error))
-        progress.seconds, losses = time.monotonic() - begun, []
-        if checkpoint is not None:
+        progress.seconds, losses = seconds, []
+        if checkpoint is not None and team.leads:
             save_checkpoint(checkpoint, _document(progress, student.state(), trainer.state()))
     student.restore(progress.best)
     return (student.refined(plan) if progress.stale() < len(progress.curve) - 1 else plan), progress.curve
+
+
+def _check_nodes(sought: Sequence[Aim], student: Student) -> None:
+    """Raise InputError for a tensor that stands inside of an integer chain, where it is scaled or not computed."""
+    whole = {name for node in student.nodes for name in node.output} - set(student.traced.factors)
+    if lost := [aim.tensor for aim in sought if aim.tensor not in whole]:
+        raise InputError(f"qat.nodes: '{lost[0]}' flows in integers in this plan; name a tensor before or after it")
 
 
 def _document(progress: _Progress, student: dict[str, Any], trainer: dict[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,8 @@ MethodName = Literal["ptq", "paddleslim"]
 BiasCorrection = Literal["none", "fast", "full"]
 Learned = Literal["weights", "biases", "scales", "ranges"]
 LadderMethod = Literal["auto", "ptq", "recon", "qat"]
+Quantizers = Literal["lsq", "pact", "moving_average"]
+OutputLoss = Literal["soft_labels", "logits", "probabilities"]
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy", "moving_average", "per_tensor"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -222,18 +224,37 @@ class Reconstruction(_Part):
 class Training(_Part):
     """Training the whole network against FP32 (see `quant.qat`)."""
 
-    nodes: list[str] = Field([], description="inner tensors that are to be like FP32's, beside the outputs")
+    outputs: OutputLoss = Field(
+        "soft_labels", description="divergence from FP32's probabilities; logits, probabilities: squared distance"
+    )
+    nodes: list[str | Annotated[int, Field(lt=0)]] = Field(
+        [],
+        description="inner tensors that are to be like FP32's, by name; -3: what the third last operator with weights "
+        "reads, whatever an export named it",
+    )
+    nodes_weight: float = Field(1.0, gt=0, description="of each of them, beside an output")
     learned: list[Learned] = Field(
         ["weights", "biases", "scales"], min_length=1, description="ranges: scales of activations"
     )
+    quantizers: Quantizers = Field("lsq", description="how ranges move, where they are learned; see `quant.quantizer`")
+    momentum: Fraction = Field(0.9, description="of quantizers: moving_average; what is kept of the batches before")
     samples: int = Field(128, ge=1, description="calibration pictures")
     learning_rate: float = Field(2e-3, gt=0, description="integer steps per iteration, about, for weights")
     warm_up: int = Field(20, ge=0, description="iterations over which the rate rises")
     batch: int = Field(8, ge=1, description="pictures, of one size")
+    processes: int = Field(
+        1, ge=1, description="of Paddle's launcher, with a batch each: on a GPU each where there are as many"
+    )
     iterations: int = Field(300, ge=1)
     minutes: float = Field(10, gt=0, description="no iteration begins later")
     evaluate_every: int = Field(25, ge=1, description="iterations between two looks at pictures of the search split")
     patience: int = Field(4, ge=1, description="looks without a better state before it stops")
+
+    @model_validator(mode="after")
+    def _moves_something(self) -> Training:
+        if self.quantizers != "lsq" and "ranges" not in self.learned:
+            raise ValueError(f"quantizers: {self.quantizers} moves ranges; add ranges to learned")
+        return self
 
 
 class PaddleSlim(_Part):

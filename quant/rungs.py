@@ -8,13 +8,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from quant.calibration import collect_statistics
 from quant.errors import NotTrainable
 from quant.graph import Graph
 from quant.job import Job, counted, first_feeds, prepared_graph, sample_ids
 from quant.ladder import Judge, Rung, badness, try_plan
+from quant.launch import distil_together
 from quant.observer import MinMax
 from quant.plan import QuantPlan, quantizable_operators
 from quant.ptq import activation_tensors, make_plan
@@ -141,17 +142,12 @@ def _trained(job: Job, graph: Graph, done: Trained, method: Method, judge: Judge
     feeds = first_feeds(job, job.selection.calibration, recipe.qat.samples)
     advance = counted(job.options.progress, job.title("QAT"), recipe.qat.iterations)
     done.checkpoints.append(_checkpoint(job, plan))
-    candidate, curve = distil(
-        graph,
-        plan,
-        feeds,
-        recipe.qat,
-        judge.error,
-        seed=recipe.seed,
-        threads=threads,
-        checkpoint=done.checkpoints[-1],
-        advance=advance,
-    )
+    shared: dict[str, Any] = {"seed": recipe.seed, "threads": threads, "checkpoint": done.checkpoints[-1]}
+    if recipe.qat.processes > 1:
+        held_out = first_feeds(job, job.selection.search, recipe.ladder.error_samples)
+        candidate, curve = distil_together(graph, plan, feeds, held_out, recipe.qat, **shared)
+    else:
+        candidate, curve = distil(graph, plan, feeds, recipe.qat, judge.error, **shared, advance=advance)
     _write(curve, folder / "qat.json")
     best = min(curve, key=lambda point: point.error)
     note = f"QAT: error {best.error:.4f} after {best.iteration} iterations, {curve[0].error:.4f} before"

@@ -1,9 +1,9 @@
 """The student: a plan's quantized network as trainable Paddle operators, from the plan and back into it.
 
 It is the graph that simulation and export write too (`quant.placement`), with quantizers as nodes of their own.
-Rounding passes gradients straight through where nothing was clipped, and a scale learns from what it rounds and clips
-(Esser et al., "Learned Step Size Quantization", 2020, section 2.1). Everything trained is counted in units that fit
-every layer, so that one learning rate does:
+Rounding passes gradients straight through where nothing was clipped; scales of weights learn from what they round and
+clip, those of activations as `quant.quantizer` says. Everything trained is counted in units that fit every layer, so
+that one learning rate does:
 
 * weights in integer steps, from the exact value, moved to within a quarter of a step of the plan's integer;
 * biases in steps of the integer accumulator times its reach;
@@ -12,6 +12,7 @@ every layer, so that one learning rate does:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -25,8 +26,11 @@ from quant.kernels import Array, Value, compute, straight_round, tensor
 from quant.placement import place, written_chains
 from quant.plan import ActivationQuantizer, IntegerWeight, QuantPlan, corrected_graph
 from quant.program import import_paddle
+from quant.quantizer import ROUNDINGS, followed, spanning_step
+from quant.recipe import Quantizers
 from quant.runtime import Feed
 from quant.simulation import FloatWriter, integer_limits
+from quant.team import ALONE, Team
 
 Kind = Literal["weights", "biases", "scales", "ranges"]
 KINDS: tuple[Kind, ...] = ("weights", "biases", "scales", "ranges")
@@ -120,6 +124,7 @@ class Student:
         nodes: of the traced graph.
         kinds: what is trained; everything else keeps the plan's values.
         fixed: what students of other nodes learned, which holds here too and is not trained again.
+        quantizers: how ranges move, where they are trained.
     """
 
     def __init__(
@@ -129,8 +134,11 @@ class Student:
         nodes: Sequence[NodeProto],
         kinds: Collection[Kind],
         fixed: Mapping[tuple[Kind, str], Any] | None = None,
+        quantizers: Quantizers = "lsq",
     ) -> None:
         import_paddle().disable_static()
+        self._quantizers = quantizers
+        self._spanned: dict[int, float] = {}
         self.plan, self.traced, self.nodes = plan, traced, nodes
         self._fixed = dict(fixed or {})
         self._writers = {node.output[0]: node for node in traced.nodes if node.op_type in (_ROUNDED, _WEIGHT)}
@@ -149,7 +157,7 @@ class Student:
     def _add_parameters(self, node: NodeProto, kinds: Collection[Kind]) -> None:
         if node.op_type == _ROUNDED and "ranges" in kinds:
             part, name, _ = self.traced.quantizers[_number(node) - 1]
-            self._add("ranges", f"{part}:{name}", np.zeros(1))
+            self._add("ranges", f"{part}:{name}", np.zeros(1), by_gradient=self._quantizers != "moving_average")
         elif node.op_type == _WEIGHT:
             name, weight = _weight_of(node), self.plan.integers[_weight_of(node)]
             if "weights" in kinds:
@@ -160,7 +168,7 @@ class Student:
             assert operator.weight is not None
             self._add("biases", operator.name, np.zeros(len(self.traced.weights[operator.weight].scale)))
 
-    def _add(self, kind: Kind, name: str, start: Array) -> None:
+    def _add(self, kind: Kind, name: str, start: Array, *, by_gradient: bool = True) -> None:
         import paddle
 
         if (kind, name) in self._fixed:
@@ -170,6 +178,7 @@ class Student:
         shape = list(start.shape)
         self.parameters[kind, name] = paddle.create_parameter(shape, "float32", default_initializer=begin)
         self.parameters[kind, name].name = f"{kind}:{name}"
+        self.parameters[kind, name].stop_gradient = not by_gradient
 
     def _learned(self, kind: Kind, name: str) -> Any:
         """A parameter, of this student or of one before; None where it is not trained."""
@@ -186,6 +195,7 @@ class Student:
             values: what the nodes read and do not write.
             keep: names of tensors to give back, written here or given.
         """
+        self._spanned.clear()
         known: dict[str, Value] = {**self._constants, **values}
         nodes = _leading_to(keep, self.nodes)
         last = {name: index for index, node in enumerate(nodes) for name in reads(node)}
@@ -216,15 +226,17 @@ class Student:
     def _integer_bias(self, node: NodeProto, bias: Any) -> Any:
         """In steps of the accumulator, as integer kernels add it; these follow the scales that are learned."""
         read, weight = self._writers[node.input[0]], self._writers[node.input[1]]
-        step = self._range(_number(read)) * self._scale(_weight_of(weight))
+        of_input = self._range(_number(read))
+        step = (of_input.detach() if self._quantizers == "pact" else of_input) * self._scale(_weight_of(weight))
         return straight_round(tensor(bias) / step) * step
 
     def _rounded(self, number: int, values: Any) -> Any:
         _, _, quantizer = self.traced.quantizers[number - 1]
         smallest, largest = integer_limits(quantizer.dtype)
-        scale = self._range(number)
         low, high = float(smallest - quantizer.zero_point), float(largest - quantizer.zero_point)
-        return straight_round((tensor(values) / scale).clip(low, high)) * scale
+        if self._quantizers == "moving_average":
+            self._spanned[number] = spanning_step(tensor(values), low, high)
+        return ROUNDINGS[self._quantizers](tensor(values), self._range(number), low, high)
 
     def _range(self, number: int) -> Any:
         """The step of a quantizer, float32[1], with what was learned."""
@@ -261,6 +273,16 @@ class Student:
         source = operator.activations[0]
         quantizer = self.plan.outputs.get(source) or self.plan.activations[source]
         return np.asarray(weight.scale * _largest(weight) * np.float32(quantizer.scale))
+
+    def follow(self, momentum: float, team: Team = ALONE) -> None:
+        """Let ranges that no gradient moves follow what the last run spanned; for steps of training alone."""
+        largest = team.largest([*self._spanned.values()])
+        for number, spanned in zip(self._spanned, largest, strict=True):
+            part, name, quantizer = self.traced.quantizers[number - 1]
+            if (parameter := self.parameters.get(("ranges", f"{part}:{name}"))) is not None:
+                step = followed(quantizer.scale * math.exp(float(parameter)), spanned, momentum)
+                parameter.set_value(np.array([math.log(step / quantizer.scale)], dtype=np.float32))
+        self._spanned.clear()
 
     def refined(self, plan: QuantPlan) -> QuantPlan:
         """A plan with what this student learned; what never moved stays as it is."""
@@ -301,10 +323,10 @@ class Student:
             value.set_value(state[f"{kind}:{name}"])
 
 
-def whole_student(prepared: Graph, plan: QuantPlan, kinds: Collection[Kind]) -> Student:
+def whole_student(prepared: Graph, plan: QuantPlan, kinds: Collection[Kind], quantizers: Quantizers = "lsq") -> Student:
     """The student of all of a plan."""
     traced = trace(prepared, plan)
-    return Student(plan, traced, traced.nodes, kinds)
+    return Student(plan, traced, traced.nodes, kinds, quantizers=quantizers)
 
 
 def student_outputs(student: Student, feed: Feed) -> list[Array]:

@@ -15,6 +15,7 @@ from quant.graph import Graph
 from quant.kernels import Array
 from quant.runtime import Feed
 from quant.student import Kind
+from quant.team import ALONE, Team
 
 RATES: dict[Kind, float] = {"weights": 1.0, "biases": 0.03, "scales": 0.01, "ranges": 0.01}
 """Rates beside one another, in the units of `quant.student`: while an integer goes one step, a bias goes
@@ -53,18 +54,19 @@ class Trainer:
         ]
         clip = nn.ClipGradByGlobalNorm(1.0)
         self._adam = optimizer.Adam(schedule.rate, beta2=0.99, parameters=groups, grad_clip=clip)
-        self._schedule = schedule
+        self._schedule, self._parameters = schedule, [*parameters.values()]
 
-    def step(self, number: int, loss: Any) -> float:
-        """One step, counted from 0; returns the loss before it."""
+    def step(self, number: int, loss: Any, team: Team = ALONE) -> float:
+        """One step, counted from 0, by the mean of what a team found; returns the loss before it."""
         from paddle.utils import unique_name
 
         self._adam.set_lr(self._schedule.at(number))
         loss.backward()
+        team.average_gradients(self._parameters)
         with unique_name.guard():  # its moments are named by what they belong to alone, in every process
             self._adam.step()
         self._adam.clear_grad()
-        return float(loss)
+        return team.mean(float(loss))
 
     def state(self) -> dict[str, Any]:
         return dict(self._adam.state_dict())

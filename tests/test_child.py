@@ -27,7 +27,7 @@ from quant.child import (
     raise_answer,
     run_child,
 )
-from quant.errors import InputError, Unavailable
+from quant.errors import InputError, NotTrainable, Unavailable
 from quant.prepare import prepare_apart
 from quant.source import ModelFiles
 
@@ -116,6 +116,10 @@ def _broken() -> None:
     raise InputError("a sentence\nof two lines")
 
 
+def _untrainable() -> None:
+    raise NotTrainable("operator 'strange' is a Erf")
+
+
 def _full() -> None:
     raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/file")
 
@@ -125,6 +129,7 @@ def _full() -> None:
     [
         (_missing, Unavailable, "not installed. Install it"),
         (_broken, InputError, "two lines"),
+        (_untrainable, NotTrainable, "'strange' is a Erf"),
         (_full, OSError, "file"),
     ],
 )

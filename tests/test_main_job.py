@@ -8,11 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import yaml
 from main_jobs import HAS_DATA, THREADS, MainJobs, pooled, quant, together
 
 from eval.metric import make_metric
+from quant.distillation import aims
+from quant.graph import Graph
 from quant.job import Options, start
 from quant.recipe import load_recipe
 from quant.task import BoxPrediction, Prediction, TextPrediction
@@ -73,6 +76,17 @@ def test_passes_on_real_pictures_on_every_target(model: str, main_jobs: MainJobs
     expected = paddlex_value(model, done.results, THREADS)
     for row in done.rows.values():
         assert row["fp32"] == pytest.approx(expected, abs=ROUNDING_POINTS)
+
+
+@pytest.mark.parametrize("model", together(DET, REC, bare=True))
+def test_training_finds_the_features_that_the_head_reads(model: str, main_jobs: MainJobs) -> None:
+    cache = Path(main_jobs.bare(model).environment["QUANT_CACHE"])
+    (file,) = cache.glob("stages/prepared-*/prepared/inference.onnx")
+    graph = Graph(onnx.load(file))
+    _, features = aims(graph, load_recipe(model).qat.nodes)
+    readers = {node.op_type: node for node in graph.consumers()[features.tensor]}
+    kind, width = ("Conv", 96) if model == DET else ("MatMul", 120)
+    assert graph.constants[readers[kind].input[1]].shape[1 if model == DET else 0] == width
 
 
 @pytest.mark.parametrize("model", together(DET, REC, bare=True))

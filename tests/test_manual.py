@@ -15,7 +15,7 @@ import typer
 import yaml
 
 from quant.cli import app
-from quant.recipe import load_recipe
+from quant.recipe import load_recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,6 +51,14 @@ def test_a_command_is_one_that_the_program_knows(page: str, line: str) -> None:
         name, command, rest = command.resolve_command(context, rest)
         context = command.make_context(name, list(rest), parent=context)
     assert not context.args
+
+
+@pytest.mark.parametrize("line", [line for _, line in commands() if "--set" in line])
+def test_a_setting_is_one_that_recipes_know(line: str) -> None:
+    words = shlex.split(line)
+    settings = [words[index + 1] for index, word in enumerate(words) if word == "--set"]
+    for model in [word for word in words if word in recipe_names()]:
+        assert load_recipe(model, settings) != load_recipe(model)
 
 
 def test_the_example_is_a_recipe(tmp_path: Path) -> None:

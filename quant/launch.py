@@ -1,0 +1,139 @@
+"""QAT by several processes of Paddle's own launcher: on as many GPUs where there are so many, else on the processor.
+
+The job goes into a folder, `python -m paddle.distributed.launch` starts the processes on it, and the one that leads
+leaves the plan and the learning curve there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import runpy
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from quant.child import Limits, answer, child_command, child_environment, ending, follow_parent, raise_answer, run_child
+from quant.graph import Graph
+from quant.plan import QuantPlan, load_plan
+from quant.program import import_paddle
+from quant.qat import Evaluation, distil
+from quant.recipe import Training
+from quant.runtime import Feed, onnx_session
+from quant.sensitivity import output_error
+from quant.simulation import simulated_session
+from quant.team import launched_team
+
+_SCRIPT = "from pathlib import Path\n\nfrom quant.launch import train\n\ntrain(Path(__file__).parent)\n"
+"""What each process runs: the launcher takes files alone, and one inside of the package would hide other modules."""
+
+
+def distil_together(
+    prepared: Graph,
+    plan: QuantPlan,
+    feeds: Sequence[Feed],
+    held_out: Sequence[Feed],
+    settings: Training,
+    *,
+    seed: int,
+    threads: int,
+    checkpoint: Path | None = None,
+) -> tuple[QuantPlan, list[Evaluation]]:
+    """What `distil` gives, by `settings.processes` of them.
+
+    Args:
+        held_out: pictures that the error is measured on.
+        threads: of each process.
+
+    Raises:
+        NotTrainable, InputError: as of `distil`.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        onnx.save(prepared.to_model(), str(folder / "prepared.onnx"))
+        plan.save(folder / "plan")
+        _write_feeds(feeds, folder / "learned")
+        _write_feeds(held_out, folder / "held_out")
+        (folder / "train.py").write_text(_SCRIPT, encoding="utf-8")
+        job = {"settings": settings.model_dump(), "seed": seed, "threads": threads, "checkpoint": str(checkpoint or "")}
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        _launch(folder, settings.processes)
+        curve = json.loads((folder / "curve.json").read_text(encoding="utf-8"))
+        return load_plan(folder / "found"), [Evaluation(**point) for point in curve]
+
+
+def train(folder: Path) -> None:
+    """What each process does with the job in a folder."""
+    answer(folder, lambda: _train(folder))
+
+
+def _train(folder: Path) -> None:
+    team, job = launched_team(), json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    graph, threads = Graph(onnx.load(str(folder / "prepared.onnx"))), job["threads"]
+    held_out, exact_session = _read_feeds(folder / "held_out"), onnx_session(graph.to_model(), threads)
+    exact = [exact_session.run(feed) for feed in held_out] if team.leads else []
+    found, curve = distil(
+        graph,
+        load_plan(folder / "plan"),
+        _read_feeds(folder / "learned"),
+        Training.model_validate(job["settings"]),
+        lambda plan: output_error(simulated_session(graph, plan, threads), held_out, exact),
+        seed=job["seed"],
+        threads=threads,
+        checkpoint=Path(job["checkpoint"]) if job["checkpoint"] else None,
+        team=team,
+    )
+    if team.leads:
+        found.save(folder / "found")
+        (folder / "curve.json").write_text(json.dumps([asdict(point) for point in curve]), encoding="utf-8")
+
+
+def _launch(folder: Path, processes: int) -> None:
+    """Run the launcher to its end; everything ends with this process."""
+    import psutil
+
+    log, limits = folder / "launcher.log", Limits(math.inf, psutil.virtual_memory().total)
+    code = run_child(child_command("quant.launch", folder, *_places(processes)), log, child_environment(), limits)
+    if code:
+        raise_answer(folder, code)
+        raise RuntimeError(f"the training of {processes} processes failed: {ending(code, log)}")
+
+
+def _places(processes: int) -> list[str]:
+    """Arguments of the launcher that say where the processes run."""
+    found = import_paddle().device.cuda.device_count()
+    if found < processes:
+        return ["--nproc_per_node", str(processes), "--backend", "gloo"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") or ",".join(map(str, range(found)))
+    return ["--devices", ",".join(visible.split(",")[:processes])]
+
+
+def _write_feeds(feeds: Sequence[Feed], folder: Path) -> None:
+    folder.mkdir()
+    for number, feed in enumerate(feeds):
+        np.savez(folder / f"{number}.npz", **dict[str, Any](feed))
+
+
+def _read_feeds(folder: Path) -> list[Feed]:
+    files = sorted(folder.iterdir(), key=lambda file: int(file.stem))
+    return [dict(np.load(file, allow_pickle=False)) for file in files]
+
+
+def main() -> None:
+    """Paddle's launcher as a child of this project, and its processes as its own children."""
+    follow_parent()
+    os.environ.update(child_environment())
+    folder, places = Path(sys.argv[1]), sys.argv[2:]
+    sys.argv[1:] = [*places, "--log_dir", str(folder / "log"), str(folder / "train.py")]
+    runpy.run_module("paddle.distributed.launch", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
