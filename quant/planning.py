@@ -66,6 +66,7 @@ from quant.ptq import (
     correct_biases,
     make_plan,
     observed_outputs,
+    scales_for_biases,
     stored_outputs,
     with_damages,
 )
@@ -243,6 +244,7 @@ def full_stage(job: Job, choice: TargetChoice) -> Path:
             plan.notes.append(f"weights rounded by second moments: {', '.join(sorted(moments))}")
         if recipe.calibration.range == "per_tensor" and choice.method == "ptq":
             plan = _with_best_ranges(job, equalized, plan, choice)
+        plan.integers = scales_for_biases(equalized, plan)
         if recipe.calibration.bias_correction == "fast":
             plan.bias_shifts = _fast_biases(job, equalized, plan, None)
         _with_full_biases(job, graph, plan).save(folder)

@@ -15,6 +15,7 @@ from quant.placement import active_chains, numbers_of
 from quant.plan import (
     FULL_WEIGHTS,
     ActivationQuantizer,
+    IntegerWeight,
     Operator,
     QuantPlan,
     WeightQuantizer,
@@ -57,6 +58,37 @@ def make_plan(
             weights[op.weight] = WeightQuantizer(tensor=op.weight, axis=axis)
             integers[op.weight] = quantize_weight(graph.constants[op.weight], axis, largest)
     return QuantPlan(model, "", "ptq", prepared_sha256, operators, activations, weights, integers, {}, [])
+
+
+_BIAS_STEPS = 2**28
+"""Most steps of a bias; S32 holds eight times as many, for what is corrected, equalized and learned later on."""
+
+
+def scales_for_biases(graph: Graph, plan: QuantPlan) -> dict[str, IntegerWeight]:
+    """The plan's integer weights, on larger scales where a bias would not fit into 32 bits.
+
+    Kernels store a bias in steps of its channel's weights times those of the input. The weights of dead channels are
+    next to 0, and what such a channel gives on is its bias alone.
+
+    Args:
+        graph: the graph that the plan was made on.
+    """
+    nodes = {node.output[0]: node for node in graph.nodes if node.output}
+    integers = dict(plan.integers)
+    for operator in plan.quantized().values():
+        node = nodes.get(operator.name)
+        if node is None or node.op_type != "Conv" or operator.weight is None:
+            continue
+        if len(node.input) < 3 or not graph.is_constant(node.input[2]):
+            continue
+        source, weight = operator.activations[0], integers[operator.weight]
+        steps = [part[source].scale for part in (plan.activations, plan.outputs) if source in part]
+        least = np.abs(graph.constants[node.input[2]]) / (min(steps) * _BIAS_STEPS)
+        if (weight.scale < least).any():
+            scale = np.maximum(weight.scale, least).astype(np.float32)
+            shares = (weight.scale / scale).reshape(-1, *(1,) * (weight.values.ndim - 1))
+            integers[operator.weight] = IntegerWeight(np.rint(weight.values * shares).astype(np.int8), scale)
+    return integers
 
 
 def read_activations(

@@ -17,8 +17,9 @@ from quant.export import quantized_model
 from quant.flow import find_chains
 from quant.graph import Graph
 from quant.observer import MinMax
-from quant.plan import QuantPlan, load_plan, quantizable_operators
-from quant.ptq import activation_tensors, make_plan, observed_outputs, stored_outputs
+from quant.placement import written_chains
+from quant.plan import QuantPlan, corrected_graph, load_plan, quantizable_operators
+from quant.ptq import activation_tensors, make_plan, observed_outputs, scales_for_biases, stored_outputs
 from quant.simulation import simulated_model
 
 
@@ -38,6 +39,16 @@ def mobile_block(shift: float = 0.25) -> TinyNet:
     return net
 
 
+def block_with_dead_channels() -> TinyNet:
+    """As trained networks have them: weights next to 0, so that a bias is all that comes out."""
+    net = mobile_block()
+    for name, size in (("first", 1e-17), ("deep", 0.0)):
+        weight, bias = next(node for node in net.nodes if node.output[0] == name).input[1:]
+        net.constants[weight][5] *= size
+        net.constants[bias][5] = 1.5
+    return net
+
+
 def flowing_plan(net: TinyNet, scope: str = "depthwise") -> QuantPlan:
     graph, feeds = net.graph(), [net.feed(seed) for seed in range(4)]
     equalizers = make_equalizers(graph, scope, feeds, 1)  # type: ignore[arg-type]
@@ -48,6 +59,7 @@ def flowing_plan(net: TinyNet, scope: str = "depthwise") -> QuantPlan:
     plan = make_plan(equalized, operators, statistics, MinMax(), model="t", dtype="uint8", prepared_sha256="")
     plan.equalizers = equalizers
     plan.outputs = stored_outputs(outputs, statistics, MinMax(), "uint8")
+    plan.integers = scales_for_biases(equalized, plan)
     return plan
 
 
@@ -145,3 +157,16 @@ def test_graphs_keep_scalars() -> None:
     net.op("Mul", "x", net.const(np.float32(3)))
     (constant,) = Graph(net.graph().to_model()).constants.values()
     assert constant.shape == ()
+
+
+def test_what_dead_channels_give_on_is_not_lost() -> None:
+    """Their biases are stored in steps of their weights, which are next to 0."""
+    net = block_with_dead_channels()
+    plan, feed = flowing_plan(net), net.feed(9)
+    chains = written_chains(corrected_graph(net.graph(), plan), plan)
+    factors = {chain.writer: chain.factor[5] for chain in chains if chain.factor is not None}
+    for model in (simulated_model(net.graph(), plan), quantized_model(net.graph(), plan, {})):
+        for name in ("first", "deep"):
+            exact = run(net.graph().ending_at([name]).to_model(), feed)[0]
+            found = run(Graph(model).ending_at([name]).to_model(), feed)[0]
+            np.testing.assert_allclose(found[:, 5] / factors.get(name, 1.0), exact[:, 5], atol=1e-3)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_flow import flowing_plan, mobile_block
+from test_flow import block_with_dead_channels, flowing_plan, mobile_block
 from test_plan import plan_of
 from tiny_models import TinyNet, run, simulate, small_detector, small_recognizer
 
@@ -30,6 +30,7 @@ CASES = {
     "recognizer": lambda: (small_recognizer(), plan_of(small_recognizer())),
     "symmetric": lambda: (small_recognizer(), plan_of(small_recognizer(), dtype="int8")),
     "chain": chain,
+    "dead": lambda: (block_with_dead_channels(), flowing_plan(block_with_dead_channels())),
     "partly": lambda: (small_detector(), plan_of(small_detector()).with_only({"t0", "t6"}, "some")),
 }
 SIZES: dict[Kind, float] = {"weights": 0.6, "biases": 8.0, "scales": 0.1, "ranges": 0.1}
