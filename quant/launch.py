@@ -20,7 +20,17 @@ from typing import Any
 import numpy as np
 import onnx
 
-from quant.child import Limits, answer, child_command, child_environment, ending, follow_parent, raise_answer, run_child
+from quant.child import (
+    Limits,
+    answer,
+    child_command,
+    child_environment,
+    ending,
+    follow_parent,
+    last_line,
+    raise_answer,
+    run_child,
+)
 from quant.graph import Graph
 from quant.plan import QuantPlan, load_plan
 from quant.program import import_paddle
@@ -103,7 +113,8 @@ def _launch(folder: Path, processes: int) -> None:
     code = run_child(child_command("quant.launch", folder, *_places(processes)), log, child_environment(), limits)
     if code:
         raise_answer(folder, code)
-        raise RuntimeError(f"the training of {processes} processes failed: {ending(code, log)}")
+        said = [f"{file.name}: {last_line(file)}" for file in sorted((folder / "log").glob("workerlog.*"))]
+        raise RuntimeError(f"the training of {processes} processes failed; {'; '.join(said) or ending(code, log)}")
 
 
 def _places(processes: int) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.distillation import Aim, Teacher, aims, loss
-from quant.errors import InputError
+from quant.errors import NotTrainable
 from quant.graph import Graph
 from quant.plan import QuantPlan
 from quant.recipe import Training
@@ -89,8 +89,8 @@ def distil(
         team: of processes that train together; each calls this with the same arguments.
 
     Raises:
-        NotTrainable: an operator has no differentiable counterpart.
-        InputError: a tensor of `nodes` is not there, or not in this plan.
+        NotTrainable: an operator has no differentiable counterpart, or a tensor of `nodes` is not in this plan.
+        InputError: a tensor of `nodes` is not there.
     """
     import paddle
 
@@ -101,7 +101,7 @@ def distil(
     trainer = Trainer(student.parameters, Schedule(settings.learning_rate, settings.warm_up, settings.iterations))
     with paddle.no_grad():  # an operator that cannot be trained shows itself before minutes are spent
         student.run(inputs[0], [aim.tensor for aim in sought])
-    progress = _Progress([Evaluation(0, None, team.first(evaluate(plan) if team.leads else 0.0)[0])], student.state())
+    progress = _Progress([Evaluation(0, None, team.led(lambda: evaluate(plan)))], student.state())
     if checkpoint is not None and (saved := load_checkpoint(checkpoint)) is not None:
         progress = _Progress([Evaluation(**point) for point in saved["curve"]], saved["best"], saved["seconds"])
         student.restore(saved["student"])
@@ -117,14 +117,14 @@ def distil(
         losses.append(trainer.step(step, loss(sought, found, teacher.answer(inputs[chosen])), team))
         student.follow(settings.momentum, team)
         advance()
-        late = team.first(time.monotonic() - begun)[0] > 60 * settings.minutes
+        late = team.first(time.monotonic() - begun) > 60 * settings.minutes
         if (step + 1) % settings.evaluate_every and step + 1 < settings.iterations and not late:
             continue
-        error, seconds = team.first(evaluate(student.refined(plan)) if team.leads else 0.0, time.monotonic() - begun)
+        error = team.led(lambda: evaluate(student.refined(plan)))
         if error < progress.best_error():
             progress.best = student.state()
         progress.curve.append(Evaluation(step + 1, math.fsum(losses) / len(losses), error))
-        progress.seconds, losses = seconds, []
+        progress.seconds, losses = team.first(time.monotonic() - begun), []
         if checkpoint is not None and team.leads:
             save_checkpoint(checkpoint, _document(progress, student.state(), trainer.state()))
     student.restore(progress.best)
@@ -132,10 +132,10 @@ def distil(
 
 
 def _check_nodes(sought: Sequence[Aim], student: Student) -> None:
-    """Raise InputError for a tensor that stands inside of an integer chain, where it is scaled or not computed."""
+    """Raise NotTrainable for a tensor that stands inside of an integer chain, where it is scaled or not computed."""
     whole = {name for node in student.nodes for name in node.output} - set(student.traced.factors)
     if lost := [aim.tensor for aim in sought if aim.tensor not in whole]:
-        raise InputError(f"qat.nodes: '{lost[0]}' flows in integers in this plan; name a tensor before or after it")
+        raise NotTrainable(f"qat.nodes: '{lost[0]}' flows in integers in this plan; name a tensor before or after it")
 
 
 def _document(progress: _Progress, student: dict[str, Any], trainer: dict[str, Any]) -> dict[str, Any]:

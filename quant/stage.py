@@ -6,11 +6,12 @@ is made again; nothing is ever computed from it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,10 @@ MADE_AGAIN = "%s is not as it was written; it is made again"
 """What is said of a damaged folder."""
 
 State = dict[str, tuple[int, int]]
-"""Of files by name: bytes, and when they were written."""
+"""Size and time of writing of each file, by name."""
+
+_ELSEWHERE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES)
+"""Errors of reading that say nothing about what would be read."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,16 @@ class StageStore:
 
         Files are read once, and again when they have changed since.
         """
-        if not target.is_dir():
-            return False
-        state = _state(target)
-        if self._checked.get(target) != state:
-            if not _as_sealed(target):
-                log.warning(MADE_AGAIN, target)
-                discard(target)
-                return False
-            self._checked[target] = state
-        return True
+        while target.is_dir():
+            with suppress(FileNotFoundError):  # another process found it damaged, and has just removed it
+                state = _state(target)
+                if self._checked.get(target) == state or _as_sealed(target):
+                    self._checked[target] = state
+                    return True
+                if _state(target) == state:  # else another process has made it again meanwhile
+                    log.warning(MADE_AGAIN, target)
+                    discard(target)
+        return False
 
     def place(self, name: str, inputs: dict[str, Any]) -> Path:
         """Where the result of a stage is, or will be."""
@@ -83,9 +87,14 @@ def sealed(target: Path) -> Iterator[Path]:
 
 
 def _as_sealed(folder: Path) -> bool:
+    """Whether all files are there and hold what they held when they were written; raises OSError that says neither."""
     try:
         return bool(parse_json((folder / SEAL).read_bytes()) == _contents(folder))
-    except (OSError, ValueError):
+    except OSError as error:
+        if error.errno in _ELSEWHERE:
+            raise
+        return False
+    except ValueError:
         return False
 
 

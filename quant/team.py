@@ -7,8 +7,9 @@ are those of the first of them, so that no two decide differently.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ class Team:
 
     rank: int = 0
     size: int = 1
+    _asked: Iterator[int] = field(default_factory=count, compare=False, repr=False)
 
     @property
     def leads(self) -> bool:
@@ -47,15 +49,26 @@ class Team:
         """Each of some values, where it is largest."""
         return self._reduced(values, "MAX")
 
-    def first(self, *values: float) -> list[float]:
+    def first(self, value: float) -> float:
         """What the process that leads gives."""
         if self.size == 1:
-            return [*values]
+            return value
         from paddle import distributed
 
-        shared = self._shared(values)
+        shared = self._shared([value])
         distributed.broadcast(shared, 0)
-        return list(map(float, shared.numpy()))
+        return float(shared)
+
+    def led(self, work: Callable[[], float]) -> float:
+        """What the process that leads works out while the others wait: gloo itself gives up after half a minute."""
+        if self.size == 1:
+            return work()
+        from paddle.base import core
+
+        store, name = core.create_or_get_global_tcp_store(), f"led/{next(self._asked)}"
+        if self.leads:
+            store.set(name, repr(work()))
+        return float(store.get(name))
 
     def _reduced(self, values: Sequence[float], operation: str) -> list[float]:
         if self.size == 1 or not values:

@@ -728,9 +728,11 @@ def ending_commands_of(raylet: int) -> Iterator[list[int]]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    yield ended_there
-    over.set()
-    watcher.join()
+    try:
+        yield ended_there
+    finally:
+        over.set()
+        watcher.join()
 
 
 @pytest.mark.slow
