@@ -190,7 +190,7 @@ def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
         if trains(recipe.ladder, best_rung(rungs)):
             from quant.rungs import train_on  # not above: Paddle is wanted where something is trained
 
-            trained = train_on(job, graph, best, best_rung(rungs), judge, folder)
+            trained = train_on(job, graph, best, best_rung(rungs), judge, refine, folder)
             best, rungs = trained.plan, rungs + trained.rungs
             write_seconds(trained.seconds, folder)
             checkpoints.extend(trained.checkpoints)

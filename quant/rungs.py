@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -51,11 +51,20 @@ class Trained:
     checkpoints: list[Path] = field(default_factory=list)
 
 
-def train_on(job: Job, graph: Graph, plan: QuantPlan, rung: Rung, judge: Judge, folder: Path) -> Trained:
+def train_on(
+    job: Job,
+    graph: Graph,
+    plan: QuantPlan,
+    rung: Rung,
+    judge: Judge,
+    corrected: Callable[[QuantPlan], QuantPlan],
+    folder: Path,
+) -> Trained:
     """Train from a plan, method after method until one passes.
 
     Args:
         rung: of the plan.
+        corrected: corrects the biases of what was trained anew, which is kept where it makes the error smaller.
         folder: receives `recon.json`, the error of each part before and after, and `qat.json`, the learning curve.
     """
     done = Trained(plan)
@@ -68,6 +77,7 @@ def train_on(job: Job, graph: Graph, plan: QuantPlan, rung: Rung, judge: Judge, 
                 raise
             log.warning("%s: %s is left out: %s", job.recipe.name, method, error)
             break
+        candidate = min((candidate, corrected(candidate)), key=judge.error)
         candidate.method = f"{done.plan.method}+{method}"
         found = try_plan(method, candidate, rung.reverted, job.recipe.ladder, job.recipe.gate, judge)
         done.seconds[method] = round(time.monotonic() - begun, 1)

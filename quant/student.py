@@ -5,7 +5,7 @@ Rounding passes gradients straight through where nothing was clipped; scales of 
 clip, those of activations as `quant.quantizer` says. Everything trained is counted in units that fit every layer, so
 that one learning rate does:
 
-* weights in integer steps, from the exact value, moved to within a quarter of a step of the plan's integer;
+* weights in integer steps, from the exact value, or its mirror image where the plan did not round to the nearest;
 * biases in steps of the integer accumulator times its reach;
 * scales of weights and of activations as logarithms. Zero points stay: 0 has to be an integer.
 """
@@ -37,9 +37,8 @@ KINDS: tuple[Kind, ...] = ("weights", "biases", "scales", "ranges")
 """What can be trained: integers, biases, scales of weights, scales of activations."""
 
 _ROUNDED, _GATE, _WEIGHT = "Rounded", "Gate", "IntegerWeight"
-_REACH = (
-    0.25  # steps from the plan's integer at which a weight begins at most: no touch flips what was chosen with care
-)
+_EDGE = 0.499
+"""Farthest that a weight begins from the plan's integer, in steps; at half a step it would be another one."""
 
 
 @dataclass
@@ -353,12 +352,17 @@ def _host_or_tensor(value: Array) -> Value:
 
 
 def _latent(exact: Array, weight: IntegerWeight, axis: int) -> Array:
-    """Exact weights in integer steps, moved where they are not next to the plan's integers."""
+    """Exact weights in integer steps.
+
+    Where the plan rounded one to the integer on the other side it begins on the plan's side, mirrored at the boundary
+    between both: what is likely to change stays so, and no multitude of weights crosses at once.
+    """
     places = [1] * exact.ndim
     places[axis] = -1
     values = weight.values.astype(np.float64)
-    steps = exact / weight.scale.reshape(places)
-    return np.asarray(np.clip(steps, values - _REACH, values + _REACH), dtype=np.float32)
+    off = exact / weight.scale.reshape(places) - values
+    mirrored = np.sign(off) * np.maximum(1 - np.abs(off), 0)
+    return np.asarray(values + np.clip(np.where(np.abs(off) > 0.5, mirrored, off), -_EDGE, _EDGE), dtype=np.float32)
 
 
 def _largest(weight: IntegerWeight) -> int:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_flow import flowing_plan, mobile_block
 from test_plan import plan_of
 from test_qat import feeds_of
 from test_reconstruction import coarse, error
 from tiny_models import TinyNet, small_detector
 
 from eval.dataset import Sample
+from quant.bias import sequential_biases
 from quant.errors import InputError, NotTrainable
 from quant.job import Job, Options
 from quant.ladder import (
@@ -70,11 +73,17 @@ def job_of(method: str, place: Path, monkeypatch: pytest.MonkeyPatch, net: TinyN
     return Job(recipe, options, files, Selection([], [], [], {}, {}), StageStore(place / "stages"))
 
 
-def climbed(job: Job, net: TinyNet, plan: QuantPlan, enough: float) -> tuple[QuantPlan, list[Rung], dict[str, float]]:
+def climbed(
+    job: Job,
+    net: TinyNet,
+    plan: QuantPlan,
+    enough: float,
+    corrected: Callable[[QuantPlan], QuantPlan] = lambda trained: trained,
+) -> tuple[QuantPlan, list[Rung], dict[str, float]]:
     judge = ErrorJudge(net, enough)
     rung = try_plan("ptq", plan, 0, job.recipe.ladder, job.recipe.gate, judge)
     job.options.results.mkdir(exist_ok=True)
-    done = train_on(job, net.graph(), plan, rung, judge, job.options.results)
+    done = train_on(job, net.graph(), plan, rung, judge, corrected, job.options.results)
     return done.plan, done.rungs, done.seconds
 
 
@@ -89,6 +98,35 @@ def test_the_first_method_that_passes_is_the_last_one(tmp_path: Path, monkeypatc
     assert [part["aim"] for part in parts] == list(plan.quantized())
     found.save(tmp_path / "plan")
     assert error(net, load_plan(tmp_path / "plan")) == pytest.approx(error(net, found))
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_biases_corrected_anew_are_kept_where_they_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, better: bool
+) -> None:
+    net = small_detector()
+    plan = coarse(plan_of(net))
+
+    def corrected(trained: QuantPlan) -> QuantPlan:
+        moved = sequential_biases(net.graph(), trained, feeds_of(net), 1)
+        return replace(trained, bias_shifts={name: shift if better else shift + 9 for name, shift in moved.items()})
+
+    found, *_ = climbed(job_of("recon", tmp_path, monkeypatch, net), net, plan, 0.0, corrected)
+    again = error(net, corrected(found))
+    assert (error(net, found) == pytest.approx(again)) if better else error(net, found) < again
+    assert found.method == "ptq+recon"
+
+
+def test_what_reconstruction_gained_stays_where_qat_cannot_compare_a_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe names nodes for all models of its task; in some of them one flows in integers."""
+    net = mobile_block()
+    job = job_of("auto", tmp_path, monkeypatch, net, "qat.nodes=[-1]")
+    found, rungs, _ = climbed(job, net, flowing_plan(net), 0.0)
+    assert [rung.name for rung in rungs] == ["recon"]
+    with pytest.raises(NotTrainable, match="flows in integers"):
+        climbed(job_of("qat", tmp_path, monkeypatch, net, "qat.nodes=[-1]"), net, found, 0.0)
 
 
 def test_qat_goes_on_from_what_reconstruction_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +160,7 @@ def test_no_checkpoint_is_left_of_a_finished_stage(tmp_path: Path, monkeypatch: 
     coarse(plan_of(net)).save(tmp_path / "full")
     monkeypatch.setattr("quant.planning.full_stage", lambda job, choice: tmp_path / "full")
     monkeypatch.setattr("quant.planning.prepared_graph", lambda job: net.graph())
+    monkeypatch.setattr("quant.planning.first_feeds", lambda job, samples, count: feeds_of(net)[:count])
     monkeypatch.setattr("quant.planning.SearchJudge", lambda job, graph: ErrorJudge(net, 0.0))
     job = job_of("qat", tmp_path, monkeypatch, net)
     stage = _laddered_stage(job, job.recipe.targets["onnxruntime"])
