@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/qat.py PP-OCRv4_mobile_rec [--target onnxruntime] [--minutes 45] [--set KEY=VALUE]
 
 Each method starts from the same PTQ plan and ends as an artifact that is judged on its own runtime, on the report
-split; the difference to PTQ comes with the bound of the paired bootstrap. Writes results/qat/MODEL-TARGET.json and the
+split; the difference to PTQ comes with the bound of the paired bootstrap, and so does that of the outputs' error, which
+tells more: it changes on every picture, outcomes on few. Writes results/qat/MODEL-TARGET.json and the
 learning curve beside it. What is done is kept in the cache of stages, an interrupted QAT goes on from its checkpoint.
 """
 
@@ -15,12 +16,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from eval.evaluation import readable
 from eval.metric import Metric, make_metric
 from eval.statistics import estimate_drop
-from quant.job import Job, Options, start
+from quant.job import Job, Options, prepared_graph, start
 from quant.judging import outcomes_of
 from quant.pipeline import Quantized, quantize
+from quant.plan import QuantPlan
 from quant.recipe import limited_to, load_recipe
+from quant.runtime import onnx_session
+from quant.sensitivity import relative_errors
+from quant.simulation import simulated_session
 
 METHODS = ("ptq", "recon", "qat")
 RESULTS = Path(__file__).parents[1] / "results"
@@ -37,12 +45,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     arguments = parser.parse_args()
-    outcomes, report = {}, {"model": arguments.model, "target": arguments.target, "methods": {}}
+    outcomes, errors = {}, {}
+    report: dict[str, Any] = {"model": arguments.model, "target": arguments.target, "methods": {}}
     for method in dict.fromkeys(["ptq", *arguments.methods.split(",")]):
         job = _job(arguments, method)
         done = quantize(job, arguments.target)
         outcomes[method] = outcomes_of(job, arguments.target, done.artifact, job.selection.report)
+        errors[method] = _errors(job, done.plan)
         report["methods"][method] = found = _compared(job, done, outcomes, method)
+        found["output_error"] = float(errors[method].mean())
+        if method != "ptq":
+            found["output_error_change"] = _change(errors["ptq"], errors[method], job.recipe.seed)
         print(json.dumps({method: found}, indent=1), flush=True)
     file = RESULTS / "qat" / f"{arguments.model}-{arguments.target}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +85,21 @@ def _compared(job: Job, done: Quantized, outcomes: dict[str, Any], method: str) 
         found["against_ptq"] = _estimate(metric, outcomes["ptq"].int8, mine.int8)
     curve = done.planned / "qat.json"
     return {**found, "curve": json.loads(curve.read_text(encoding="utf-8"))} if curve.is_file() else found
+
+
+def _errors(job: Job, plan: QuantPlan) -> np.ndarray:
+    """Relative L1 error of the plan's outputs for each picture of the report split, float64[pictures]."""
+    graph, threads = prepared_graph(job), job.options.threads
+    exact, simulated = onnx_session(graph.to_model(), threads), simulated_session(graph, plan, threads)
+    feeds = (prepared.inputs for _, prepared in readable(job.selection.report, job.adapter, []))
+    return np.array([relative_errors([simulated.run(feed)], [exact.run(feed)])[0] for feed in feeds])
+
+
+def _change(before: np.ndarray, after: np.ndarray, seed: int) -> dict[str, float]:
+    """Share by which a mean error changed, and the range that holds 95 % of its paired bootstrap (2,000 draws)."""
+    draws = np.random.default_rng(seed).integers(len(before), size=(2000, len(before)))
+    low, high = np.quantile(after[draws].mean(axis=1) / before[draws].mean(axis=1) - 1, [0.025, 0.975])
+    return {"change": float(after.mean() / before.mean() - 1), "low": float(low), "high": float(high)}
 
 
 def _estimate(metric: Metric, before: Any, after: Any) -> dict[str, float]:
