@@ -4,7 +4,7 @@
 
 Each method starts from the same PTQ plan and ends as an artifact that is judged on its own runtime, on the report
 split; the difference to PTQ comes with the bound of the paired bootstrap, and so does that of the outputs' error, which
-tells more: it changes on every picture, outcomes on few. Writes results/qat/MODEL-TARGET.json and the
+tells more: it changes on every picture, outcomes on few. Writes results/qat-MODEL-TARGET.json and the
 learning curve beside it. What is done is kept in the cache of stages, an interrupted QAT goes on from its checkpoint.
 """
 
@@ -57,8 +57,7 @@ def main() -> None:
         if method != "ptq":
             found["output_error_change"] = _change(errors["ptq"], errors[method], job.recipe.seed)
         print(json.dumps({method: found}, indent=1), flush=True)
-    file = RESULTS / "qat" / f"{arguments.model}-{arguments.target}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = RESULTS / f"qat-{arguments.model}-{arguments.target}.json"
     file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if curve := report["methods"].get("qat", {}).get("curve"):
         draw_curve(curve, f"{arguments.model} on {arguments.target}, all in INT8", file.with_suffix(".svg"))
