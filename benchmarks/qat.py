@@ -4,7 +4,7 @@
 
 Each method starts from the same PTQ plan and ends as an artifact that is judged on its own runtime, on the report
 split; the difference to PTQ comes with the bound of the paired bootstrap, and so does that of the outputs' error, which
-tells more: it changes on every picture, outcomes on few. Writes results/qat-MODEL-TARGET.json and the
+tells more: it changes on every picture, outcomes on few. Writes results/qat-MODEL-TARGET.json, the table and the
 learning curve beside it. What is done is kept in the cache of stages, an interrupted QAT goes on from its checkpoint.
 """
 
@@ -21,6 +21,7 @@ import numpy as np
 from eval.evaluation import readable
 from eval.metric import Metric, make_metric
 from eval.statistics import estimate_drop
+from quant.card import markdown_table
 from quant.job import Job, Options, prepared_graph, start
 from quant.judging import outcomes_of
 from quant.pipeline import Quantized, quantize
@@ -59,6 +60,7 @@ def main() -> None:
         print(json.dumps({method: found}, indent=1), flush=True)
     file = RESULTS / f"qat-{arguments.model}-{arguments.target}.json"
     file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    file.with_suffix(".md").write_text(table(report), encoding="utf-8")
     if curve := report["methods"].get("qat", {}).get("curve"):
         draw_curve(curve, f"{arguments.model} on {arguments.target}, all in INT8", file.with_suffix(".svg"))
     print(f"written: {file}")
@@ -103,6 +105,34 @@ def _change(before: np.ndarray, after: np.ndarray, seed: int) -> dict[str, float
 
 def _estimate(metric: Metric, before: Any, after: Any) -> dict[str, float]:
     return asdict(estimate_drop(metric, before, after))
+
+
+def table(report: dict[str, Any]) -> str:
+    """What each method gave, in Markdown; changes are those against PTQ."""
+    headings = ["Method", "Coverage", "Drop (95 % bound)", "Discordance", "Error of outputs", "Its change", "Seconds"]
+    methods = report["methods"]
+    rows = [_row(name, found, methods["ptq"]) for name, found in methods.items()]
+    samples = methods["ptq"]["against_fp32"]["samples"]
+    title = f"# {report['model']} on {report['target']}, every convolution and matrix product in INT8"
+    text = (
+        f"Written by `benchmarks/qat.py`. {samples} samples of the report split. Drop in points against FP32; the "
+        "change of the error against PTQ, with 95 % of its paired bootstrap in brackets."
+    )
+    return "\n\n".join([title, text, markdown_table(headings, rows)]) + "\n"
+
+
+def _row(name: str, found: dict[str, Any], ptq: dict[str, Any]) -> list[str]:
+    drop = found["against_fp32"]
+    shares = [f"{found['coverage']:.3f}", f"{drop['drop']:.2f} ({drop['drop_upper95']:.2f})"]
+    errors = [f"{drop['discordance']:.1f} %", f"{found['output_error']:.4f}"]
+    rung, change = found["ladder"][-1], found.get("output_error_change")
+    if name == "ptq":
+        changed = ""
+    elif found["output_error"] == ptq["output_error"]:
+        changed = f"plan kept, since the search split gave {rung['error']:.4f} after {found['ladder'][0]['error']:.4f}"
+    else:
+        changed = f"{100 * change['change']:+.1f} % ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
+    return [name, *shares, *errors, changed, "" if rung["seconds"] is None else f"{rung['seconds']:.0f}"]
 
 
 def draw_curve(curve: list[dict[str, Any]], title: str, file: Path) -> None:

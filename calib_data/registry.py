@@ -18,7 +18,7 @@ from quant.document import DocumentError, parse_yaml
 from quant.errors import InputError, Unavailable
 from quant.recipe import Sha256, Task
 from quant.source import cache_dir, search_path
-from quant.stage import StageStore, sealed
+from quant.stage import holds, sealed
 
 LabelFormat = Literal["det_label", "rec_label", "cls_label", "coco", "table_label", "latex_lines"]
 GeneratedKind = Literal["text_lines", "text_pages", "document_pages", "layout_pages", "tables", "formulas"]
@@ -330,7 +330,7 @@ def generated_dataset(kind: GeneratedKind, samples: int, seed: int, progress: Pr
     """
     module, label_format, labels = GENERATED_SETS[kind]
     folder = generated_folder(kind, samples, seed)
-    if not StageStore(folder.parent).holds(folder):
+    if not holds(folder):
         write = getattr(import_module(module), f"write_{kind}")
         what = f"generating {kind.replace('_', ' ')}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def _run_child(files: ModelFiles, folder: Path, job: dict[str, Any]) -> None:
         )
 
 
-def save_feeds(folder: Path, feeds: list[Feed], stem: str = "feed") -> None:
+def save_feeds(folder: Path, feeds: Sequence[Feed], stem: str = "feed") -> None:
     """Write feeds for a child, each as `STEM` and its number."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, feed in enumerate(feeds):

@@ -41,7 +41,7 @@ from quant.selection import Selection, find_datasets, select, unused
 from quant.shards import OUTCOMES, offer
 from quant.shares import Share, judged_in_processes
 from quant.source import cache_dir, is_twin, local_source, resolve_model
-from quant.stage import StageStore
+from quant.stage import StageStore, holds
 from quant.target import TARGETS, TargetName
 from quant.task import TaskAdapter
 
@@ -176,7 +176,7 @@ def offer_evaluations(job: Job, artifacts: Mapping[TargetName, Path], samples: S
         return
     for target, artifact in artifacts.items():
         stage = job.store.place(_OUTCOMES, _judged_key(job, target, artifact, samples))
-        if TARGETS[target].executed and not job.store.holds(stage):
+        if TARGETS[target].executed and not holds(stage):
             offer(_share(job, target, artifact, samples), stage, folder)
             offered = True
     if offered:

@@ -201,11 +201,10 @@ def climb(
         if not choices:
             continue
         refined = [refine(less) for less in choices] if tried else choices
-        errors = [judge.error(less) for less in refined]
-        candidate = refined[errors.index(min(errors))]
+        candidate, error = nearest(refined, judge)
         reverted = len(plan.quantized()) - len(candidate.quantized())
         name = f"revert {reverted}" if reverted else "ptq"
-        rung = _rung(name, candidate, reverted, min(errors), ladder, gate, judge)
+        rung = rung_at(name, candidate, reverted, error, ladder, gate, judge)
         tried.append((candidate, rung))
         if rung.passed:
             break
@@ -230,14 +229,22 @@ def trains(ladder: Ladder, best: Rung) -> bool:
     return ladder.method in ("recon", "qat") or (ladder.method == "auto" and not best.passed)
 
 
+def nearest(candidates: Sequence[QuantPlan], judge: Judge) -> tuple[QuantPlan, float]:
+    """The first of those whose outputs err least, and their error; each plan is measured once."""
+    errors = {id(candidate): judge.error(candidate) for candidate in candidates}
+    found = min(candidates, key=lambda candidate: errors[id(candidate)])
+    return found, errors[id(found)]
+
+
 def try_plan(name: str, candidate: QuantPlan, reverted: int, ladder: Ladder, gate: Gate, judge: Judge) -> Rung:
     """Measure a plan on the search split; one whose error is too large gets no score."""
-    return _rung(name, candidate, reverted, judge.error(candidate), ladder, gate, judge)
+    return rung_at(name, candidate, reverted, judge.error(candidate), ladder, gate, judge)
 
 
-def _rung(
+def rung_at(
     name: str, candidate: QuantPlan, reverted: int, error: float, ladder: Ladder, gate: Gate, judge: Judge
 ) -> Rung:
+    """The rung of a plan whose error is known."""
     limits = Limits.of(ladder, gate)
     score = judge.score(candidate) if error <= limits.error else None
     passed = score is not None and not limits.missed(error, score)

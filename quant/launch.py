@@ -15,9 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 
 from quant.child import (
@@ -31,6 +29,7 @@ from quant.child import (
     raise_answer,
     run_child,
 )
+from quant.conversion import load_feeds, save_feeds
 from quant.graph import Graph
 from quant.plan import QuantPlan, load_plan
 from quant.program import import_paddle
@@ -69,10 +68,17 @@ def distil_together(
         folder = Path(place)
         onnx.save(prepared.to_model(), str(folder / "prepared.onnx"))
         plan.save(folder / "plan")
-        _write_feeds(feeds, folder / "learned")
-        _write_feeds(held_out, folder / "held_out")
+        save_feeds(folder / "learned", feeds)
+        save_feeds(folder / "held_out", held_out)
         (folder / "train.py").write_text(_SCRIPT, encoding="utf-8")
-        job = {"settings": settings.model_dump(), "seed": seed, "threads": threads, "checkpoint": str(checkpoint or "")}
+        job = {
+            "settings": settings.model_dump(),
+            "seed": seed,
+            "threads": threads,
+            "checkpoint": str(checkpoint or ""),
+            "learned": len(feeds),
+            "held_out": len(held_out),
+        }
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         _launch(folder, settings.processes)
         curve = json.loads((folder / "curve.json").read_text(encoding="utf-8"))
@@ -87,12 +93,13 @@ def train(folder: Path) -> None:
 def _train(folder: Path) -> None:
     team, job = launched_team(), json.loads((folder / "job.json").read_text(encoding="utf-8"))
     graph, threads = Graph(onnx.load(str(folder / "prepared.onnx"))), job["threads"]
-    held_out, exact_session = _read_feeds(folder / "held_out"), onnx_session(graph.to_model(), threads)
+    held_out = load_feeds(folder / "held_out", job["held_out"])
+    exact_session = onnx_session(graph.to_model(), threads)
     exact = [exact_session.run(feed) for feed in held_out] if team.leads else []
     found, curve = distil(
         graph,
         load_plan(folder / "plan"),
-        _read_feeds(folder / "learned"),
+        load_feeds(folder / "learned", job["learned"]),
         Training.model_validate(job["settings"]),
         lambda plan: output_error(simulated_session(graph, plan, threads), held_out, exact),
         seed=job["seed"],
@@ -124,17 +131,6 @@ def _places(processes: int) -> list[str]:
         return ["--nproc_per_node", str(processes), "--backend", "gloo"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") or ",".join(map(str, range(found)))
     return ["--devices", ",".join(visible.split(",")[:processes])]
-
-
-def _write_feeds(feeds: Sequence[Feed], folder: Path) -> None:
-    folder.mkdir()
-    for number, feed in enumerate(feeds):
-        np.savez(folder / f"{number}.npz", **dict[str, Any](feed))
-
-
-def _read_feeds(folder: Path) -> list[Feed]:
-    files = sorted(folder.iterdir(), key=lambda file: int(file.stem))
-    return [dict(np.load(file, allow_pickle=False)) for file in files]
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ class StageStore:
     """Finished stage results below a folder."""
 
     folder: Path
-    _checked: dict[Path, State] = field(default_factory=dict, compare=False, repr=False)
 
     def result(self, name: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> Path:
         """The folder of a stage's result; `build` fills it when it does not exist yet.
@@ -51,30 +50,35 @@ class StageStore:
             build: writes into an empty folder; it appears under its final name only when complete.
         """
         target = self.place(name, inputs)
-        if not self.holds(target):
+        if not holds(target):
             with sealed(target) as temporary:
                 build(temporary)
         return target
 
-    def holds(self, target: Path) -> bool:
-        """Whether a result is there, as it was written; a damaged one is removed.
-
-        Files are read once, and again when they have changed since.
-        """
-        while target.is_dir():
-            with suppress(FileNotFoundError):  # another process found it damaged, and has just removed it
-                state = _state(target)
-                if self._checked.get(target) == state or _as_sealed(target):
-                    self._checked[target] = state
-                    return True
-                if _state(target) == state:  # else another process has made it again meanwhile
-                    log.warning(MADE_AGAIN, target)
-                    discard(target)
-        return False
-
     def place(self, name: str, inputs: dict[str, Any]) -> Path:
         """Where the result of a stage is, or will be."""
         return self.folder / f"{name}-{digest({'stage': name, 'code': code_digest(), **inputs})[:16]}"
+
+
+_CHECKED: dict[Path, State] = {}
+"""What this process has found as it was written."""
+
+
+def holds(target: Path) -> bool:
+    """Whether a sealed folder is there, as it was written; a damaged one is removed.
+
+    Files are read once, and again when they have changed since.
+    """
+    while target.is_dir():
+        with suppress(FileNotFoundError):  # another process found it damaged, and has just removed it
+            state = _state(target)
+            if _CHECKED.get(target) == state or _as_sealed(target):
+                _CHECKED[target] = state
+                return True
+            if _state(target) == state:  # else another process has made it again meanwhile
+                log.warning(MADE_AGAIN, target)
+                discard(target)
+    return False
 
 
 @contextmanager

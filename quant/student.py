@@ -281,7 +281,6 @@ class Student:
             if (parameter := self.parameters.get(("ranges", f"{part}:{name}"))) is not None:
                 step = followed(quantizer.scale * math.exp(float(parameter)), spanned, momentum)
                 parameter.set_value(np.array([math.log(step / quantizer.scale)], dtype=np.float32))
-        self._spanned.clear()
 
     def refined(self, plan: QuantPlan) -> QuantPlan:
         """A plan with what this student learned; what never moved stays as it is."""
