@@ -19,6 +19,9 @@ Pass = Callable[[Graph], int]
 
 _LINEAR = ("Conv", "ConvTranspose", "MatMul")
 
+_ACTIVATIONS = ("Relu", "Sigmoid")
+"""Those that stand around upsamplings; they act on each value alone."""
+
 _STILL = 1 / 64
 """Reach, relative to the largest, up to which a channel stays as it is. A factor without bound would leave so little of
 the weights that read it that the steps of that convolution's integer bias could not hold the bias any more."""
@@ -52,6 +55,7 @@ def fold(graph: Graph) -> dict[str, int]:
     rewrites: dict[str, Pass] = {
         "transposed_conv": rewrite_transposed_convs,
         "activation_before_upsampling": move_activations_before_upsampling,
+        "upsampling_in_steps": join_upsamplings,
         "gate_of_residual": rewrite_gated_residuals,
         "uneven_channels": even_out_channels,
     }
@@ -247,7 +251,7 @@ def move_activations_before_upsampling(graph: Graph) -> int:
     """Let an activation behind DepthToSpace act before it: there it joins the Conv, and no pass over pixels is left."""
     count = 0
     for node in list(graph.nodes):
-        upsampling = graph.producers().get(node.input[0]) if node.op_type in ("Relu", "Sigmoid") else None
+        upsampling = graph.producers().get(node.input[0]) if node.op_type in _ACTIVATIONS else None
         if upsampling is None or upsampling.op_type != "DepthToSpace" or not _only_use(graph, node.input[0]):
             continue
         data = upsampling.input[0]
@@ -257,6 +261,38 @@ def move_activations_before_upsampling(graph: Graph) -> int:
         # Under its old output name would now stand other values: it writes the activation's.
         upsampling.input[0], upsampling.output[0], upsampling.name = active, node.output[0], node.output[0]
         graph.remove(node)
+        count += 1
+    return count
+
+
+def join_upsamplings(graph: Graph) -> int:
+    """Let all that stands between two upsamplings work on the small map: ConvTranspose, activation, 1x1 Conv, blocks.
+
+    With kernel = stride = k the first makes k x k pixels of each one, and the 1x1 Conv treats them alike. So both are
+    1x1 convolutions of the small map, the second with the same weights for each of the k x k pixels and 0 elsewhere,
+    and one DepthToSpace writes the blocks of the blocks. OpenVINO and onnxruntime have fast kernels for these, in
+    integers too; onnxruntime has none for a ConvTranspose.
+    """
+    count = 0
+    for upsampling in list(graph.nodes):
+        path = _upsampling_in_steps(graph, upsampling) if upsampling.op_type == "DepthToSpace" else []
+        if not path:
+            continue
+        first, last = path[0], next(node for node in path if node.op_type == "Conv")
+        size, blocks = graph.constants[first.input[1]].shape[2], attribute(upsampling, "blocksize", 0)
+        wide = {first.output[0]: _blocks_of(graph, first), last.output[0]: _same_in_blocks(graph, last, size, blocks)}
+        data = first.input[0]
+        for node in path:
+            constants = zip(node.input[1:], wide.get(node.output[0], []), strict=True)
+            inputs = [data, *(graph.add_constant(f"{name}_blocks", values) for name, values in constants)]
+            kind = "Conv" if node is first else node.op_type
+            data = graph.fresh_name(f"{node.output[0]}_blocks")
+            graph.insert_before(upsampling, helper.make_node(kind, inputs, [data], name=data))
+            graph.remove(node)
+        output = upsampling.output[0]
+        joined = helper.make_node("DepthToSpace", [data], [output], name=output, blocksize=size * blocks, mode="CRD")
+        graph.insert_before(upsampling, joined)
+        graph.remove(upsampling)
         count += 1
     return count
 
@@ -396,12 +432,59 @@ def _replace_by_affine(graph: Graph, node: NodeProto, affine: Affine) -> None:
     graph.remove(node)
 
 
+def _upsampling_in_steps(graph: Graph, upsampling: NodeProto) -> list[NodeProto]:
+    """ConvTranspose, 1x1 Conv and activations in front of a DepthToSpace to one channel; [] if others stand there."""
+    path: list[NodeProto] = []
+    convolutions, data = 0, upsampling.input[0]
+    while _only_use(graph, data) and (node := graph.producers().get(data)) is not None:
+        path.insert(0, node)
+        if node.op_type == "ConvTranspose":
+            return path if convolutions == 1 and _makes_blocks(graph, node) else []
+        if node.op_type == "Conv" and _is_pointwise(graph, node, attribute(upsampling, "blocksize", 0) ** 2):
+            convolutions += 1
+        elif node.op_type not in _ACTIVATIONS:
+            return []
+        data = node.input[0]
+    return []
+
+
+def _is_pointwise(graph: Graph, node: NodeProto, outputs: int) -> bool:
+    """Whether a Conv is a 1x1 one with constant weights and so many outputs."""
+    if not _foldable_producer(graph, node) or _padded(node) or attribute(node, "group", 1) != 1:
+        return False
+    shape = graph.constants[node.input[1]].shape
+    return shape[2:] == (1, 1) and shape[0] == outputs and all(step == 1 for step in attribute(node, "strides", []))
+
+
+def _blocks_of(graph: Graph, node: NodeProto) -> list[np.ndarray]:
+    """Weights [k * k * C, inputs, 1, 1] and bias, if any, of the 1x1 Conv that a ConvTranspose is, pixel by pixel."""
+    weight, *bias = (graph.constants[name] for name in node.input[1:])
+    pixels = weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0], 1, 1)
+    return [np.ascontiguousarray(pixels), *(np.tile(values, weight[0, 0].size) for values in bias)]
+
+
+def _same_in_blocks(graph: Graph, node: NodeProto, k: int, b: int) -> list[np.ndarray]:
+    """Weights [k * b * k * b, k * k * C, 1, 1] and bias, if any, of a 1x1 Conv to b x b blocks for k x k pixels."""
+    weight, *bias = (graph.constants[name] for name in node.input[1:])
+    wide = np.zeros((k, b, k, b, k, k, weight.shape[1]), dtype=np.float32)
+    for row, column in np.ndindex(k, k):
+        wide[row, :, column, :, row, column] = weight.reshape(b, b, -1)
+    return [
+        wide.reshape((k * b) ** 2, -1, 1, 1),
+        *(np.tile(values.reshape(b, b), (k, k)).reshape(-1) for values in bias),
+    ]
+
+
 def _makes_blocks_of_one_channel(graph: Graph, node: NodeProto) -> bool:
-    """Whether a ConvTranspose makes a square block of one channel from each pixel, and nothing else."""
+    return _makes_blocks(graph, node) and graph.constants[node.input[1]].shape[1] == 1
+
+
+def _makes_blocks(graph: Graph, node: NodeProto) -> bool:
+    """Whether a ConvTranspose makes a square block from each pixel, and nothing else."""
     if not _foldable_producer(graph, node) or _padded(node):
         return False
     shape = graph.constants[node.input[1]].shape
-    if len(shape) != 4 or shape[1] != 1 or shape[2] != shape[3] or shape[2] == 1:
+    if len(shape) != 4 or shape[2] != shape[3] or shape[2] == 1:
         return False
     widened = any(attribute(node, "output_padding", [])) or attribute(node, "output_shape") is not None
     dense = all(step == 1 for step in attribute(node, "dilations", []))

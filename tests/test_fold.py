@@ -318,10 +318,12 @@ def test_batch_norm_after_a_convolution_over_one_axis() -> None:
 # --- faster forms ----------------------------------------------------------------------------------
 
 
-def transposed(net: TinyNet, size: int, channels: int = 4, out: int = 1, *, bias: bool = True, **changed: Any) -> str:
+def transposed(
+    net: TinyNet, size: int, channels: int = 4, out: int = 1, *, data: str = "x", bias: bool = True, **changed: Any
+) -> str:
     """A ConvTranspose with kernel = stride, unless attributes are changed."""
     group = changed.get("group", 1)
-    inputs = ["x", net.const(net.weights(channels, out // group, size, size))]
+    inputs = [data, net.const(net.weights(channels, out // group, size, size))]
     if bias:
         inputs.append(net.const(net.weights(out)))
     attributes = {"strides": [size, size], "kernel_shape": [size, size], "pads": [0] * 4, **changed}
@@ -358,6 +360,53 @@ def test_what_stands_around_a_transposed_convolution_to_one_channel_is_folded_in
     y = net.op("ConvTranspose", "shifted", weight, strides=[2, 2])
     net.op("Sigmoid", net.op("Mul", net.batch_norm(y, 1), net.const([0.7])), name="map")
     assert kinds(folded(net)) == ["Conv", "Sigmoid", "DepthToSpace"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.tuples(*(st.integers(1, 5) for _ in range(4))),
+    st.tuples(st.integers(2, 3), st.integers(2, 3), st.integers(2, 5)),
+    st.tuples(st.booleans(), st.booleans()),
+    st.sampled_from(["", "Sigmoid", "Relu"]),
+    st.integers(0, 1000),
+)
+def test_two_upsamplings_become_one_behind_convolutions_of_the_small_map(
+    shape: tuple[int, ...],
+    sizes: tuple[int, int, int],
+    biases: tuple[bool, bool],
+    activation: str,
+    seed: int,
+) -> None:
+    net = TinyNet(shape, seed, free=(0, 2, 3))
+    first, second, middle = sizes
+    y = transposed(net, first, shape[1], middle, bias=biases[0])
+    if activation:
+        y = net.op(activation, y)
+    y = transposed(net, second, middle, data=y, bias=biases[1])
+    net.op("Tanh", net.op("Sigmoid", y), name="out")
+    after = folded(net)
+    between = [activation] if activation else []
+    assert kinds(after) == ["Conv", *between, "Conv", "Sigmoid", "DepthToSpace", "Tanh"]
+    found, expected = (run(graph.to_model(), net.feed(seed))[0] for graph in (after, net.graph()))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_two_upsamplings_stay_where_something_else_reads_what_stands_between_or_the_first_is_another_kind() -> None:
+    net = TinyNet((1, 4, 3, 3))
+    y = transposed(net, 2, out=3)
+    net.op("Tanh", transposed(net, 2, 3, data=y), name="out")
+    kept = ["ConvTranspose", "Conv", "DepthToSpace"]
+    assert kinds(folded(net, "out", y)) == [*kept, "Tanh"]
+
+    net = TinyNet((1, 4, 3, 3))
+    wide = net.op("Conv", transposed(net, 2, out=3), net.const(net.weights(3, 3, 3, 3)), pads=[1, 1, 1, 1])
+    transposed(net, 2, 3, data=wide)
+    assert kinds(folded(net)) == ["ConvTranspose", "Conv", "Conv", "DepthToSpace"]
+
+    net = TinyNet((1, 4, 3, 3))
+    y = transposed(net, 2, out=3, pads=[1, 1, 1, 1])
+    transposed(net, 2, 3, data=net.op("Relu", y))
+    assert kinds(folded(net)) == ["ConvTranspose", "Relu", "Conv", "DepthToSpace"]
 
 
 @pytest.mark.parametrize(
