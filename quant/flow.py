@@ -149,6 +149,8 @@ def observed(graph: Graph, chains: Collection[Chain], writers: Collection[str]) 
         if all(reader.op_type == "HardSwish" for reader in readers[name]):
             least = result.add_constant(f"{name}_least", np.asarray(HARD_SWISH_END, dtype=np.float32))
             tensor = _insert(result, first, "Max", [tensor, least], f"{name}_clipped")  # hard-swish is 0 below -3
+        elif first.op_type == "Relu" and len(readers[name]) == 1:
+            tensor = first.output[0]
         chain = by_writer.get(name)
         if chain is not None and chain.factor is not None:
             scaled = result.add_constant(f"{name}_factor", chain.factor.reshape(1, -1, 1, 1))

@@ -201,12 +201,15 @@ def climb(
         if not choices:
             continue
         refined = [refine(less) for less in choices] if tried else choices
-        candidate, error = nearest(refined, judge)
-        reverted = len(plan.quantized()) - len(candidate.quantized())
-        name = f"revert {reverted}" if reverted else "ptq"
-        rung = rung_at(name, candidate, reverted, error, ladder, gate, judge)
-        tried.append((candidate, rung))
-        if rung.passed:
+        # The nearest is scored first; where its score fails, by a few samples perhaps, another one may pass.
+        for error, candidate in sorted(((judge.error(less), less) for less in refined), key=lambda pair: pair[0]):
+            reverted = len(plan.quantized()) - len(candidate.quantized())
+            name = f"revert {reverted}" if reverted else "ptq"
+            rung = rung_at(name, candidate, reverted, error, ladder, gate, judge)
+            tried.append((candidate, rung))
+            if rung.passed or rung.score is None:  # the others err more
+                break
+        if tried[-1][1].passed:
             break
     best = best_rung([rung for _, rung in tried])
     chosen, rung = next(pair for pair in tried if pair[1] is best)
@@ -255,7 +258,8 @@ def _choices(plan: QuantPlan, min_coverage: float, ladder: Ladder, tried: Sequen
     """Different plans with at least this coverage, none of which was tried."""
     found: list[QuantPlan] = []
     for faint in FAINT:
-        less = revert_to(plan, min_coverage, ladder.min_weights, faint)
+        # No more of the weights than of the work: otherwise a step that is to cost little would cost file size.
+        less = revert_to(plan, min_coverage, max(min_coverage, ladder.min_weights), faint)
         if all(less.quantized().keys() != other.quantized().keys() for other in (*tried, *found)):
             found.append(less)
     return found
@@ -292,7 +296,9 @@ class _Limit:
     @classmethod
     def of(cls, operators: Sequence[Operator], floor: float, amount: Callable[[Operator], int]) -> _Limit:
         """With a share of the amounts of all operators that has to stay in INT8."""
-        total = sum(map(amount, operators)) or 1
+        total = sum(map(amount, operators))
+        if not total:
+            return cls(lambda op: 0.0, 0.0)
         quantized = sum(amount(op) for op in operators if op.quantized)
         return cls(lambda op: amount(op) / total, quantized / total - floor)
 

@@ -13,6 +13,7 @@ from quant.bodies import loops
 from quant.flow import Chain, find_chains, scale_writer, write_chain, write_inverse
 from quant.flow import Writer as FlowWriter
 from quant.graph import Graph
+from quant.joins import takes
 from quant.plan import ActivationQuantizer, IntegerWeight, Operator, QuantPlan, corrected_graph
 
 
@@ -41,7 +42,8 @@ def place(prepared: Graph, plan: QuantPlan, writer: Writer) -> Graph:
     integers = _scaled_integers(plan, written)
     for chain in written:
         scale_writer(graph, chain)
-    stored = _stored(plan, chains)
+    stored = _stored(graph, plan, chains)
+    clipped = {node.output[0]: node.input[0] for node in graph.nodes if node.op_type == "Relu"}
     quantized, done = plan.quantized(), {}
     for node in list(graph.nodes):
         operator = quantized.get(node.output[0]) if node.output else None
@@ -51,6 +53,8 @@ def place(prepared: Graph, plan: QuantPlan, writer: Writer) -> Graph:
                 rounded = writer.rounded(graph, node, name, *numbers_of(plan.outputs[name]))
                 node.input[index] = write_inverse(graph, node, broken[name], rounded)
             elif quantizer is not None:
+                if stored.get(clipped.get(name, "")) is quantizer:
+                    name = clipped[name]  # what the quantizer leaves is not negative: Relu has nothing left to do
                 if name not in done:
                     source = name
                     if node.output[0] in chains:
@@ -121,13 +125,16 @@ def _is_active(chain: Chain, plan: QuantPlan) -> bool:
     return chain.reader in plan.quantized() and (not chain.shift or chain.product in plan.outputs)
 
 
-def _stored(plan: QuantPlan, chains: Mapping[str, Chain]) -> dict[str, ActivationQuantizer]:
-    """Outputs that all readers read in 8 bits, beside those of active chains.
+def _stored(graph: Graph, plan: QuantPlan, chains: Mapping[str, Chain]) -> dict[str, ActivationQuantizer]:
+    """Tensors that all readers read in 8 bits, beside those of active chains: of convolutions, and between them.
 
     What was calibrated for the scaled output of an equalized chain says nothing about the plain one.
     """
     free = set(plan.quantized()) - {chain.writer for chain in chains.values()}
-    return {name: quantizer for name, quantizer in plan.outputs.items() if name in free and quantizer.tensor == name}
+    written = {name for name, quantizer in plan.outputs.items() if name in free and quantizer.tensor == name}
+    owners = takes(graph, written, plan.quantized()) if plan.outputs else {}
+    known = plan.activations | plan.outputs
+    return {tensor: known[owner] for tensor, owner in owners.items() if owner in known}
 
 
 def _read_by(operator: Operator | None, plan: QuantPlan, name: str) -> ActivationQuantizer | None:

@@ -50,7 +50,7 @@ from quant.ladder import (
     write_seconds,
 )
 from quant.manifest import processor, products_saturate
-from quant.observer import candidate_methods, make_range_method
+from quant.observer import MinMax, candidate_methods, make_range_method
 from quant.plan import (
     FULL_WEIGHTS,
     REDUCED_WEIGHTS,
@@ -359,14 +359,16 @@ def _with_best_ranges(job: Job, graph: Graph, plan: QuantPlan, choice: TargetCho
 
 
 def calibrated_statistics(job: Job, target: TargetName) -> Statistics:
-    """Histograms that the ranges of a target were chosen from; none with PaddleSlim, which keeps none."""
+    """Histograms that the ranges of a target were chosen from, by its quantizers' tensors; none with PaddleSlim."""
     choice = job.recipe.targets[target]
     if choice.method == "paddleslim":
         return {}
     graph = prepared_graph(job)
     equalizers = _equalizers(job, graph, choice)
     equalized = equalize(graph, equalizers, equalizers)
-    return _statistics(job, equalized, _operators(job, equalized, choice), choice)[0]
+    statistics, outputs = _statistics(job, equalized, _operators(job, equalized, choice), choice)
+    quantizers = stored_outputs(outputs, statistics, MinMax(), choice.activations)
+    return statistics | {quantizers[name].tensor: statistics[observed] for name, observed in outputs.items()}
 
 
 def _statistics(

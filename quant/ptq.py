@@ -10,6 +10,7 @@ from onnx import NodeProto, helper
 from quant.calibration import Statistics
 from quant.flow import Chain, find_chains, observed, write_chain
 from quant.graph import Graph
+from quant.joins import is_pooled, takes
 from quant.observer import RangeMethod
 from quant.placement import active_chains, numbers_of
 from quant.plan import (
@@ -103,10 +104,11 @@ def read_activations(
 
 
 def observed_outputs(graph: Graph, operators: Iterable[Operator]) -> tuple[Graph, dict[str, str]]:
-    """Which convolution outputs are stored in 8 bits, and a graph with the tensors to calibrate for them.
+    """Which outputs are stored in 8 bits, and a graph with the tensors to calibrate for them.
 
-    All but those of pooled maps (one value a channel), which gain nothing, those that convolutions read as they are
-    (these have quantizers already), and scores, which a Sigmoid ends.
+    Of convolutions all but those of pooled maps (one value a channel), which gain nothing, those that convolutions read
+    as they are (these have quantizers already), and scores, which a Sigmoid ends; beside these what joins of maps write
+    (see `quant.joins`).
 
     Returns:
         The graph, and the tensor to observe for each output (and each product in a chain, see `quant.flow`).
@@ -117,16 +119,14 @@ def observed_outputs(graph: Graph, operators: Iterable[Operator]) -> tuple[Graph
     writers = [
         op.name
         for op in listed
-        if op.quantized and op.op_type == "Conv" and op.weight is not None and not _is_pooled(graph, op.name)
+        if op.quantized and op.op_type == "Conv" and op.weight is not None and not is_pooled(graph, op.name)
         if op.name not in read and op.name not in graph.outputs
         if any(reader.op_type != "Sigmoid" for reader in readers[op.name])
     ]
-    return observed(graph, find_chains(graph), writers)
-
-
-def _is_pooled(graph: Graph, tensor: str) -> bool:
-    shape = graph.shape(tensor)
-    return shape is not None and len(shape) == 4 and shape[2:] == (1, 1)
+    owners = takes(graph, writers, {op.name: op for op in listed if op.quantized}).values()
+    joined = [name for name in dict.fromkeys(owners) if name not in read and name not in writers]
+    watched, tensors = observed(graph, find_chains(graph), writers)
+    return watched, tensors | {name: name for name in joined}
 
 
 def stored_outputs(

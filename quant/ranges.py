@@ -155,14 +155,14 @@ class _Bench:
         quantized = self.plan.quantized()
         if chain := self.chains.get(name):
             return [node for node in self.consumers[chain.result] if node.output[0] == chain.reader]
-        nodes = self.consumers[name]
+        nodes = self.consumers[self._read_as(name)]
         if name in self.plan.outputs:
             return [node for node in nodes if node.op_type != "Shape"]
         return [node for node in nodes if node.output[0] in quantized and name in quantized[node.output[0]].activations]
 
     def add_trial(self, name: str, nodes: Sequence[NodeProto], quantizer: ActivationQuantizer) -> list[str]:
         """Copies of a tensor's readers for one quantizer; returns their distances."""
-        source = read = name
+        source = read = self._read_as(name)
         if chain := self.chains.get(name):
             plan = replace(self.plan, outputs=self.plan.outputs | {name: quantizer})
             source, read = chain_twin(self.graph, nodes[0], plan, chain), chain.result
@@ -171,6 +171,11 @@ class _Bench:
         found = [distance for node in nodes for distance in self._add_copy(node, read, rounded)]
         self.distances += found
         return found
+
+    def _read_as(self, name: str) -> str:
+        """What Relu gives on of an output that it alone reads: both are one in 8 bits."""
+        nodes = self.consumers[name] if name in self.plan.outputs else []
+        return nodes[0].output[0] if [node.op_type for node in nodes] == ["Relu"] else name
 
     def _add_copy(self, node: NodeProto, read: str, rounded: str) -> list[str]:
         copy = NodeProto()

@@ -127,9 +127,9 @@ def test_of_more_and_fewer_operators_those_are_reverted_that_leave_the_smaller_e
 
 def test_one_operator_far_worse_than_the_rest_does_not_end_the_ladder() -> None:
     operators = [operator("bad", 1, damage=1.0), *(operator(f"op{i}", 2, damage=0.1) for i in range(50))]
-    judge = Scripted(score(9.0), score(9.0), score(0.0))
+    judge = Scripted(score(9.0), score(9.0), score(9.0), score(0.0))
     plan, rungs = climb(plan_with(*operators), ladder(0.9), GATE, 0.7, judge)
-    assert [rung.reverted for rung in rungs] == [0, 1, 15]
+    assert [rung.reverted for rung in rungs] == [0, 1, 5, 15]
     assert plan.coverage() >= 0.7
 
 
@@ -154,6 +154,16 @@ def test_weights_that_bound_the_file_size_stay_in_int8() -> None:
     assert list(revert_to(plan, 0.0, 0.7, FAINT[0]).quantized()) == ["heavy", "light"]
     _, rungs = climb(plan, ladder(min_weights=0.5), GATE, 0.0, Scripted(score(2.0), score(2.0)))
     assert [rung.reverted for rung in rungs] == [0, 1]
+
+
+def test_no_larger_share_of_the_weights_goes_back_than_of_the_work() -> None:
+    heavy = operator("heavy", 1, damage=9, parameters=15)
+    plan = plan_with(heavy, operator("light", 1, damage=0.5, parameters=5), operator("body", 98, parameters=80))
+    damaged = []
+    for scores in ([2.0, 0.0], [2.0, 2.0, 0.0]):
+        chosen, _ = climb(plan, ladder(0.9), GATE, 0.8, Scripted(*map(score, scores)))
+        damaged.append({"heavy", "light"} - chosen.quantized().keys())
+    assert damaged[0] == {"light"} and "heavy" in damaged[1]
 
 
 def test_full_coverage_reverts_nothing() -> None:
@@ -262,10 +272,17 @@ def test_without_any_score_the_smallest_error_is_taken() -> None:
 
 
 def test_a_rung_with_a_score_beats_those_that_the_error_ruled_out() -> None:
-    plan, _ = climb(
-        ten_operators(), ladder(max_error=0.01), GATE, 0.8, Scripted(score(9.0), errors=[0.02, 0.005, 0.006, 0.007])
-    )
-    assert plan.coverage() == 0.8
+    judge = Scripted(score(9.0), errors=[0.02, 0.005, 0.011, 0.012])
+    plan, rungs = climb(ten_operators(), ladder(max_error=0.01), GATE, 0.8, judge)
+    assert plan.coverage() == 0.8 and [rung.error for rung in rungs] == [0.02, 0.005, 0.011]
+
+
+def test_where_the_nearest_choice_fails_by_its_score_the_others_of_its_coverage_are_scored_in_turn() -> None:
+    operators = [operator("bad", 1, damage=1.0), *(operator(f"op{i}", 2, damage=0.1) for i in range(50))]
+    judge = Scripted(score(9.0), score(2.0), score(0.0), errors=[0.02, 0.006, 0.005])
+    _, rungs = climb(plan_with(*operators), ladder(0.9), GATE, 0.7, judge)
+    assert [(rung.error, rung.passed) for rung in rungs] == [(0.02, False), (0.005, False), (0.006, True)]
+    assert rungs[1].reverted > rungs[2].reverted == 1
 
 
 def test_a_gain_passes() -> None:
