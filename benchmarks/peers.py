@@ -24,13 +24,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 from main_job import POLL_SECONDS, resident_gigabytes
 from peer_quantizers import PEERS
 from peer_table import markdown
 from peer_worker import Task
 
+from quant.arrays import write_arrays
 from quant.job import Options, calibration_feeds, prepared_stage, start
 from quant.manifest import processor, versions
 from quant.recipe import load_recipe
@@ -67,7 +67,7 @@ def compared(arguments: argparse.Namespace, overrides: list[str], work: Path) ->
     feeds.mkdir(parents=True)
     count = 0
     for count, feed in enumerate(calibration_feeds(job, "calibration pictures"), start=1):
-        np.savez(feeds / f"{count:06d}.npz", **feed)
+        write_arrays(feeds / f"{count:06d}.npz", **feed)
     task = Task(
         kind="quantize",
         peer="",

@@ -16,9 +16,11 @@ from eval.dataset import BrokenPicture, Sample, picture_of, read_sample
 from eval.gate import POOLED, Evidence, JudgedRow, SkippedRow, judge
 from eval.metric import Metric
 from eval.statistics import estimate_drop, samples_needed
+from quant.arrays import arrays_bytes
 from quant.errors import InputError, Unavailable
 from quant.recipe import Recipe
 from quant.runtime import Feed, Session, target_format
+from quant.storage import write_bytes
 from quant.target import TargetName
 
 
@@ -60,15 +62,19 @@ class Outcomes:
         ids, datasets = ([names[place] for place in places] for names in (self.ids, self.datasets))
         return Outcomes(ids, datasets, self.fp32[chosen], self.int8[chosen], self.broken)
 
-    def save(self, file: Path | IO[bytes]) -> None:
-        """Write a file whose bytes do not depend on which process judged which sample."""
+    def to_bytes(self) -> bytes:
+        """A file's content, which does not depend on which process judged which sample."""
         texts = {"ids": self.ids, "datasets": self.datasets, "broken": sorted(self.broken)}
         arrays = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
-        np.savez(file, fp32=self.fp32, int8=self.int8, **arrays)
+        return arrays_bytes(fp32=self.fp32, int8=self.int8, **arrays)
+
+    def save(self, file: Path) -> None:
+        """Write the file that `load_outcomes` reads."""
+        write_bytes(file, self.to_bytes())
 
 
 def load_outcomes(file: Path | IO[bytes]) -> Outcomes:
-    """Read what `Outcomes.save` wrote."""
+    """Read what `Outcomes.save` wrote, or `Outcomes.to_bytes` gave."""
     with np.load(file, allow_pickle=False) as stored:
         texts = {name: [str(text) for text in stored[name]] for name in ("ids", "datasets", "broken")}
         return Outcomes(texts["ids"], texts["datasets"], stored["fp32"], stored["int8"], texts["broken"])

@@ -27,6 +27,7 @@ from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
 from quant.errors import InputError, Unavailable
+from quant.storage import naming
 from quant.transfer import transfer
 
 Progress = Callable[[str, int, int | None], None]
@@ -335,7 +336,8 @@ def staged(target: Path) -> Iterator[Path]:
         _locked(Path(folder)),
     ):
         temporary = Path(folder) / target.name
-        yield temporary
+        with naming(target):
+            yield temporary
         try:
             os.replace(temporary, target)
         except OSError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from onnx import NodeProto
 
+from quant.arrays import write_arrays
 from quant.bodies import inner_nodes, stepwise
 from quant.errors import InputError
 from quant.graph import Graph
@@ -67,7 +68,7 @@ def collect_statistics(
 def save_statistics(statistics: Statistics, file: Path) -> None:
     """Write histograms as one npz."""
     names = sorted(statistics)
-    np.savez(
+    write_arrays(
         file,
         names=np.array(names),
         limits=np.array([statistics[n].limit for n in names]),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.errors import INPUT_ERROR, InputError, NotTrainable, Unavailable
+from quant.storage import naming
 
 _GIB = 1 << 30
 _WATCH_SECONDS = 0.1
@@ -74,11 +75,18 @@ def child_environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, _PARENT: str(os.getpid()), **variables}
 
 
-def run_child(command: Sequence[str], log: Path, environment: Mapping[str, str], limits: Limits) -> int:
+def run_child(
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str],
+    limits: Limits,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> int:
     """Run a command to its end, and give its exit code; negative where a signal ended it.
 
     Args:
         log: receives what it prints.
+        meanwhile: called now and then as long as it runs, and once when it has ended.
 
     Raises:
         LimitExceeded: it was ended, with all its children.
@@ -86,7 +94,7 @@ def run_child(command: Sequence[str], log: Path, environment: Mapping[str, str],
     with log.open("wb") as stream:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=dict(environment))
     try:
-        return _watched(child, limits)
+        return _watched(child, limits, meanwhile)
     except BaseException:
         kill_family(child.pid)
         child.wait()
@@ -138,7 +146,8 @@ def answer(folder: Path, work: Callable[[], object]) -> None:
     """
     follow_parent()
     try:
-        work()
+        with naming(folder):
+            work()
     except NotTrainable as error:
         _say(folder, {"kind": "not trainable", "message": str(error)})
     except Unavailable as error:
@@ -213,14 +222,18 @@ def kill_family(pid: int) -> None:
             continue
 
 
-def _watched(child: subprocess.Popen[bytes], limits: Limits) -> int:
+def _watched(child: subprocess.Popen[bytes], limits: Limits, meanwhile: Callable[[], object]) -> int:
     end = time.monotonic() + limits.seconds
     while True:
         try:
-            return child.wait(_WATCH_SECONDS)
+            code = child.wait(_WATCH_SECONDS)
         except subprocess.TimeoutExpired:
             if time.monotonic() > end:
                 raise LimitExceeded(f"took more than {_words(limits.seconds)}") from None
+        else:
+            meanwhile()
+            return code
+        meanwhile()
         if family_memory(child.pid) > limits.memory:
             raise LimitExceeded(f"took more than {limits.memory / _GIB:.1f} GiB of memory (see QUANT_CHILD_GIB)")
 

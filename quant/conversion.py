@@ -6,7 +6,6 @@ The child also runs the original model, so that the import can be proven equal.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from quant.arrays import write_arrays
 from quant.child import (
     LimitExceeded,
     answer_job,
@@ -115,9 +115,7 @@ def save_feeds(folder: Path, feeds: Sequence[Feed], stem: str = "feed") -> None:
     """Write feeds for a child, each as `STEM` and its number."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, feed in enumerate(feeds):
-        content = io.BytesIO()  # in memory: np.savez prints a traceback of its own where a disk is full
-        np.savez(content, **feed)
-        (folder / f"{stem}{index}.npz").write_bytes(content.getvalue())
+        write_arrays(folder / f"{stem}{index}.npz", **feed)
 
 
 def load_feeds(folder: Path, count: int, stem: str = "feed") -> list[Feed]:
@@ -170,7 +168,7 @@ def _run_original(model: str, params: str, feeds: list[Feed], folder: Path) -> N
             predictor.get_input_handle(name).copy_from_cpu(values)
         predictor.run()
         arrays = [predictor.get_output_handle(name).copy_to_cpu() for name in outputs]
-        np.savez(folder / f"output{index}.npz", *arrays)
+        write_arrays(folder / f"output{index}.npz", *arrays)
 
 
 def _trace(model: str, params: str, feed: Feed, folder: Path) -> None:
@@ -188,7 +186,7 @@ def _trace(model: str, params: str, feed: Feed, folder: Path) -> None:
     ]
     arrays = executor.run(program, feed=feed, fetch_list=[name for _, name in anchors])
     (folder / "trace.json").write_text(json.dumps(anchors), encoding="utf-8")
-    np.savez(folder / "trace.npz", *arrays)
+    write_arrays(folder / "trace.npz", *arrays)
 
 
 def _trace_pir(model: str, params: str, feed: Feed, folder: Path) -> None:
@@ -208,7 +206,7 @@ def _trace_pir(model: str, params: str, feed: Feed, folder: Path) -> None:
     names = predictor.get_output_names()[-len(operators) :]
     anchors = [(operator.kind, f"%{operator.result} {operator.place}".strip()) for operator in operators]
     (folder / "trace.json").write_text(json.dumps(anchors), encoding="utf-8")
-    np.savez(folder / "trace.npz", *(predictor.get_output_handle(name).copy_to_cpu() for name in names))
+    write_arrays(folder / "trace.npz", *(predictor.get_output_handle(name).copy_to_cpu() for name in names))
 
 
 if __name__ == "__main__":

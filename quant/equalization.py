@@ -23,6 +23,7 @@ from quant.flow import HARD_SWISH_END, LARGEST_STEP, Chain
 from quant.fold import evened_writer, is_depthwise
 from quant.graph import Graph, attribute
 from quant.runtime import Feed, onnx_session
+from quant.storage import write_bytes
 from quant.target import EqualizationScope
 
 STRENGTH = 0.5
@@ -102,9 +103,9 @@ def equalize(graph: Graph, equalizers: Mapping[str, Equalizer], operators: Colle
 
 def save_equalizers(equalizers: Mapping[str, Equalizer], folder: Path) -> None:
     """Write equalizers.safetensors, the same bytes for the same equalizers."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    save_file(equalizer_tensors(equalizers), folder / _FILE)
+    write_bytes(folder / _FILE, save(equalizer_tensors(equalizers)))
 
 
 def load_equalizers(folder: Path) -> dict[str, Equalizer]:

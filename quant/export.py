@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from quant.plan import IntegerWeight, QuantPlan, corrected_graph
 from quant.runtime import Feed, onnx_session, open_session, target_format
 from quant.sensitivity import relative_errors
 from quant.simulation import integer_bias, rounded_constant, simulated_session
+from quant.storage import scratch
 from quant.target import TARGETS, TargetName
 from quant.tensorrt_rules import explicit_quantization_problems
 
@@ -135,10 +135,10 @@ def first_difference(
     for name in (node.output[0] for node in graph.nodes if node.output and node.output[0] in names):
         if graph.shape(name) is None:
             continue
-        with tempfile.TemporaryDirectory() as place:
+        with scratch() as place:
             opened = graph.ending_at([name])
-            export_artifact(target, opened, plan, {}, Path(place))
-            own_error, difference = _differences(target, Path(place), opened, plan, feeds, threads)
+            export_artifact(target, opened, plan, {}, place)
+            own_error, difference = _differences(target, place, opened, plan, feeds, threads)
         if _apart(own_error, difference):
             return name
     return None
@@ -154,9 +154,9 @@ def misread_operators(
     found = []
     for name in plan.quantized():
         alone = plan.with_only({name}, "tried without it")
-        with tempfile.TemporaryDirectory() as place:
-            export_artifact(target, graph, alone, {}, Path(place))
-            if _apart(*_differences(target, Path(place), graph, alone, feeds, threads)):
+        with scratch() as place:
+            export_artifact(target, graph, alone, {}, place)
+            if _apart(*_differences(target, place, graph, alone, feeds, threads)):
                 found.append(name)
     return found
 

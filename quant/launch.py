@@ -11,7 +11,6 @@ import math
 import os
 import runpy
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -38,6 +37,7 @@ from quant.recipe import Training
 from quant.runtime import Feed, onnx_session
 from quant.sensitivity import output_error
 from quant.simulation import simulated_session
+from quant.storage import scratch
 from quant.team import launched_team
 
 _SCRIPT = "from pathlib import Path\n\nfrom quant.launch import train\n\ntrain(Path(__file__).parent)\n"
@@ -64,8 +64,7 @@ def distil_together(
     Raises:
         NotTrainable, InputError: as of `distil`.
     """
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with scratch() as folder:
         onnx.save(prepared.to_model(), str(folder / "prepared.onnx"))
         plan.save(folder / "plan")
         save_feeds(folder / "learned", feeds)

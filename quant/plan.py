@@ -21,6 +21,7 @@ from quant.equalization import Equalizer, equalize, equalizer_tensors, read_equa
 from quant.errors import InputError
 from quant.graph import Graph, attribute
 from quant.record import read_record
+from quant.storage import write_bytes
 from quant.target import ActivationType
 
 QUANTIZABLE = ("Conv", "ConvTranspose", "MatMul")
@@ -177,7 +178,7 @@ class QuantPlan:
 
     def save(self, folder: Path) -> None:
         """Write plan.json and plan.safetensors."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
@@ -187,7 +188,7 @@ class QuantPlan:
         for name in sorted(set(self.bias_shifts) & set(self.quantized())):
             tensors[f"{name}:bias_shift"] = np.ascontiguousarray(self.bias_shifts[name])
         tensors |= equalizer_tensors(self.used_equalizers())
-        save_file(tensors, folder / "plan.safetensors")
+        write_bytes(folder / "plan.safetensors", save(tensors))
         text = json.dumps(self.document(), indent=1, sort_keys=True)
         (folder / "plan.json").write_text(text + "\n", encoding="utf-8")
 

@@ -19,6 +19,7 @@ from eval.dataset import Sample
 from eval.evaluation import readable
 from eval.metric import make_metric
 from eval.statistics import compare_counts
+from quant.arrays import write_array
 from quant.bias import corrected_operators, sequential_biases
 from quant.calibration import Statistics, collect_statistics, load_statistics, mean_work, save_statistics
 from quant.equalization import Equalizer, equalize, load_equalizers, make_equalizers, save_equalizers
@@ -468,7 +469,7 @@ def _exact_search_scores(job: Job, graph: Graph) -> Path:
     def build(folder: Path) -> None:
         session = onnx_session(graph.to_model(), 1)
         scores = _search_scores(job, session, f"{job.recipe.name}: FP32 on the search split")
-        np.save(folder / "scores.npy", scores)
+        write_array(folder / "scores.npy", scores)
 
     search = job.selection.search
     key = {**job.key, "samples": sample_ids(search), "labels": labels_digest(search), "metric": job.recipe.metric}

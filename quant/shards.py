@@ -84,14 +84,7 @@ def joined(parts: Iterable[bytes]) -> bytes:
     ids, datasets, broken = (
         [text for part in found for text in getattr(part, name)] for name in ("ids", "datasets", "broken")
     )
-    return as_bytes(Outcomes(ids, datasets, fp32, int8, broken))
-
-
-def as_bytes(outcomes: Outcomes) -> bytes:
-    """Outcomes as a file."""
-    buffer = io.BytesIO()
-    outcomes.save(buffer)
-    return buffer.getvalue()
+    return Outcomes(ids, datasets, fp32, int8, broken).to_bytes()
 
 
 def take_outcomes(outcomes: Mapping[str, bytes]) -> None:
@@ -138,7 +131,7 @@ def named_as_there(outcomes: bytes, here: Share, there: Share) -> bytes:
     names = {str(own.image): str(other.image) for own, other in zip(here.samples, there.samples, strict=True)}
     for own, other in names.items() if found.broken else ():
         found.broken[:] = [sentence.replace(own, other) for sentence in found.broken]
-    return as_bytes(found)
+    return found.to_bytes()
 
 
 def _pictures(samples: Sequence[Sample]) -> dict[str, Path]:

@@ -10,7 +10,6 @@ import os
 import pickle
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -23,9 +22,9 @@ import numpy as np
 from eval.dataset import Sample
 from eval.evaluation import Outcomes, compare, load_outcomes
 from eval.metric import make_metric
-from quant.child import child_command, child_environment, follow_parent, last_line
-from quant.errors import INPUT_ERROR, InputError
+from quant.child import answer, child_command, child_environment, ending, raise_answer
 from quant.runtime import Session, open_session
+from quant.storage import scratch
 from quant.target import TargetName
 from quant.task import make_task
 
@@ -72,6 +71,7 @@ def judged_in_processes(whole: Share, count: int, advance: Callable[[], None]) -
 
     Raises:
         InputError: as `Share.judged` says it.
+        OSError: there is no room for the outcomes.
         RuntimeError: a process failed otherwise; names the last line of its log.
     """
     if len(whole.samples) < LEAST_SAMPLES * count or count == 1:
@@ -82,8 +82,8 @@ def judged_in_processes(whole: Share, count: int, advance: Callable[[], None]) -
         with lock:
             advance()
 
-    with tempfile.TemporaryDirectory(prefix="shares-") as place, ThreadPoolExecutor(count) as pool:
-        folders = [Path(place) / str(index) for index in range(count)]
+    with scratch() as place, ThreadPoolExecutor(count) as pool:
+        folders = [place / str(index) for index in range(count)]
         children = [_started(replace(whole, samples=whole.samples[k::count]), folders[k]) for k in range(count)]
         try:
             for future in as_completed([pool.submit(_follow, child, step) for child in children]):
@@ -118,10 +118,10 @@ def _follow(child: subprocess.Popen[str], step: Callable[[], None]) -> None:
 def _result(child: subprocess.Popen[str], folder: Path) -> Outcomes:
     if child.returncode == 0:
         return load_outcomes(folder / _OUTCOMES)
-    line = last_line(folder / _LOG)
-    if child.returncode == INPUT_ERROR:
-        raise InputError(line)
-    raise RuntimeError(f"a process that judges ended with {child.returncode}: {line}")
+    raise_answer(folder, child.returncode)
+    raise RuntimeError(
+        f"a process that judges ended with {child.returncode}: {ending(child.returncode, folder / _LOG)}"
+    )
 
 
 def _in_order(parts: Sequence[Outcomes], samples: Sequence[Sample]) -> Outcomes:
@@ -140,14 +140,8 @@ def main(folder: Path) -> None:
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     share: Share = pickle.loads((folder / _SHARE).read_bytes())
-    try:
-        outcomes = share.judged(lambda: print(file=channel, flush=True))
-    except InputError as error:
-        print(" ".join(str(error).split()), file=sys.stderr, flush=True)
-        sys.exit(INPUT_ERROR)
-    outcomes.save(folder / _OUTCOMES)
+    share.judged(lambda: print(file=channel, flush=True)).save(folder / _OUTCOMES)
 
 
 if __name__ == "__main__":
-    follow_parent()
-    main(Path(sys.argv[1]))
+    answer(Path(sys.argv[1]), lambda: main(Path(sys.argv[1])))

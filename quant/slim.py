@@ -7,8 +7,6 @@ static mode, prints and memory stay there. The two processes exchange npz and js
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import types
@@ -21,7 +19,17 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from quant.child import child_command, child_environment, follow_parent, last_line
+from quant.arrays import write_arrays
+from quant.child import (
+    LimitExceeded,
+    answer,
+    child_command,
+    child_environment,
+    ending,
+    model_limits,
+    raise_answer,
+    run_child,
+)
 from quant.errors import InputError
 from quant.graph import Graph
 from quant.plan import (
@@ -37,11 +45,14 @@ from quant.program import MODEL_FILE, PARAMS_FILE, import_paddle, writable_part,
 from quant.recipe import PaddleSlim
 
 LOG_FILE = "paddleslim.log"
+_PROGRESS_FILE = "progress.txt"
 SCALES_FILE = "scales.json"
 WEIGHTS_FILE = "scales.npz"
 
 # As in `quant.plan.quantize_weight`.
 SMALLEST_SCALE = np.float32(1e-12 / 127)
+
+_SECONDS = 6 * 3600.0
 
 _OPERATORS = ["conv2d", "depthwise_conv2d", "conv2d_transpose", "matmul_v2"]
 
@@ -71,8 +82,7 @@ class SlimScales:
         (folder / SCALES_FILE).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         arrays = {f"scale:{name}": self.weights[name] for name in sorted(self.weights)}
         arrays |= {f"values:{name}": self.integers[name] for name in sorted(self.integers)}
-        with (folder / WEIGHTS_FILE).open("wb") as file:
-            np.savez(file, **arrays)
+        write_arrays(folder / WEIGHTS_FILE, **arrays)
 
 
 def load_scales(folder: Path) -> SlimScales:
@@ -102,7 +112,8 @@ def slim_scales(
         progress: called with samples done and samples in all (`hist` and `KL` read each twice).
 
     Raises:
-        InputError: no samples, or an operator that a Paddle program cannot hold.
+        InputError: no samples, an operator that a Paddle program cannot hold, or more time or memory than allowed.
+        OSError: there is no room for the files of the two processes.
         RuntimeError: PaddleSlim failed; names the log and its last line.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +124,7 @@ def slim_scales(
         write_program(part, work / "fp32")
         job = {"algo": settings.algo, "hist_percent": settings.hist_percent, "samples": count}
         (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        _run_child(work, progress)
+        _run_child(work, progress or (lambda done, total: None))
         found = load_scales(work)
     return replace(found, skipped=_left_out(graph, found))
 
@@ -194,35 +205,54 @@ def _save_feeds(feeds: Iterable[dict[str, Array]], folder: Path) -> int:
     folder.mkdir()
     count = 0
     for count, feed in enumerate(feeds, start=1):
-        np.savez(folder / f"{count:06d}.npz", **feed)
+        write_arrays(folder / f"{count:06d}.npz", **feed)
     if not count:
         raise InputError("PaddleSlim needs calibration samples, but there are none")
     return count
 
 
-def _run_child(work: Path, progress: Progress | None) -> None:
-    log = work / LOG_FILE
+def _run_child(work: Path, progress: Progress) -> None:
+    log, weights = work / LOG_FILE, work / "fp32" / PARAMS_FILE
     # One thread: sums, and with them the scales, do not depend on the number of cores.
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     # PaddleX sets the flag to 1 in the environment of the process that loads a model.
     environment = child_environment(**threads, FLAGS_enable_pir_api="0")
     command = child_command("quant.slim", work)
-    with (
-        log.open("wb") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True) as child,
-    ):
-        try:
-            for line in child.stdout or ():
-                if progress is not None:
-                    done, total = line.split()
-                    progress(int(done), int(total))
-        except BaseException:
-            child.kill()
-            raise
-    if child.returncode:
+    limits = model_limits([weights], _SECONDS)
+    try:
+        code = run_child(command, log, environment, limits, _Teller(work / _PROGRESS_FILE, progress).tell)
+    except LimitExceeded as error:
+        raise InputError(f"PaddleSlim {error}; give it fewer samples: --set paddleslim.samples=8") from error
+    if code:
+        raise_answer(work, code)
+        raise RuntimeError(f"PaddleSlim failed with code {code}{_kept(log)}: {ending(code, log)}")
+
+
+@dataclass
+class _Teller:
+    """Tells on what the child has written to its file of progress since it was looked at last."""
+
+    file: Path
+    progress: Progress
+    told: int = 0
+
+    def tell(self) -> None:
+        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.is_file() else []
+        for line in lines[self.told :]:
+            if line.endswith("\n"):
+                self.told += 1
+                done, total = map(int, line.split())
+                self.progress(done, total)
+
+
+def _kept(log: Path) -> str:
+    """Where a copy of the log stays, in words: the working folder vanishes. Nothing where there is no room for one."""
+    try:
         with tempfile.NamedTemporaryFile(prefix="paddleslim-", suffix=".log", delete=False) as kept:
-            kept.write(log.read_bytes())  # the working folder vanishes
-        raise RuntimeError(f"PaddleSlim failed with code {child.returncode}, see {kept.name}: {last_line(log)}")
+            kept.write(log.read_bytes())
+    except OSError:
+        return ""
+    return f", see {kept.name}"
 
 
 def _left_out(graph: Graph, found: SlimScales) -> tuple[str, ...]:
@@ -235,12 +265,11 @@ def _left_out(graph: Graph, found: SlimScales) -> tuple[str, ...]:
 
 
 def _child(folder: Path) -> None:
-    """What the child process does; its stdout carries nothing but `done total` lines."""
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    paddle = import_paddle()
+    """What the child process does; a line `done total` in the file of progress for each sample."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    _quantize(paddle, job, folder, lambda done, total: print(done, total, file=channel, flush=True))
+    with (folder / _PROGRESS_FILE).open("w", encoding="utf-8", buffering=1) as told:
+        paddle = import_paddle()
+        _quantize(paddle, job, folder, lambda done, total: print(done, total, file=told))
     _read_scales(paddle, folder / "int8").save(folder)
 
 
@@ -319,5 +348,4 @@ def _observes(operator: Any) -> bool:
 
 
 if __name__ == "__main__":
-    follow_parent()
-    _child(Path(sys.argv[1]))
+    answer(Path(sys.argv[1]), lambda: _child(Path(sys.argv[1])))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from quant.job import Job, fp32_folders, latency_feed, prepared_graph, prepared_
 from quant.plan import QuantPlan
 from quant.prepare import old_ir_form
 from quant.runtime import open_session, target_format
+from quant.storage import scratch
 from quant.target import TargetName
 
 _DECORATIONS = ("/WithoutBiases", "_nchwc", "/MatmulTransposeFusion/")
@@ -22,10 +22,10 @@ _DECORATIONS = ("/WithoutBiases", "_nchwc", "/MatmulTransposeFusion/")
 def relative_latency(job: Job, target: TargetName, plan: QuantPlan) -> float:
     """INT8 / FP32 on the target, interleaved: FP32 prepared, or as shipped where the target reads no ONNX."""
     fp32 = fp32_folders(job, target)
-    with tempfile.TemporaryDirectory() as place:
+    with scratch() as place:
         folders = {
             "fp32": fp32.get("fp32_prepared", fp32["fp32"]),
-            "int8": _exported(job, target, plan, Path(place)),
+            "int8": _exported(job, target, plan, place),
         }
         sessions = {name: open_session(target, folder, job.options.threads) for name, folder in folders.items()}
         latency = interleaved_latency(sessions, latency_feed(job), job.recipe.latency.runs)
@@ -39,8 +39,8 @@ def measured_gains(job: Job, target: TargetName, full: QuantPlan) -> dict[str, f
     """
     if target_format(target) != "onnx":
         return {}
-    with tempfile.TemporaryDirectory() as place:
-        folder = _exported(job, target, full, Path(place))
+    with scratch() as place:
+        folder = _exported(job, target, full, place)
         int8 = kernel_table(target, folder, latency_feed(job), 1)
     fp32 = kernel_table(target, fp32_folders(job, target)["fp32_prepared"], latency_feed(job), 1)
     return gains(list(full.quantized()), fp32, int8)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quant.archive import staged
-from quant.child import child_command, child_environment, family_memory, kill_family
+from quant.child import child_command, child_environment, family_memory, kill_family, raise_answer
 from quant.document import DocumentError, parse_json
 from quant.errors import HANDED_OVER, INPUT_ERROR, InputError
 from quant.parcel import sha256_of
@@ -212,6 +212,10 @@ def judge_shard(share: Share, stop: threading.Event) -> Ended:
     with tempfile.TemporaryDirectory(prefix="quant-shard-") as place:
         command, outcomes = apart(share, Path(place))
         ended = _watched(command, stop)
+        try:
+            raise_answer(Path(place), ended.code)
+        except (InputError, OSError) as error:
+            return failed(str(error))
         parcel = outcomes.read_bytes() if ended.code == 0 else b""
     return replace(ended, parcel=parcel, sha256=sha256_of(parcel))
 

@@ -31,7 +31,7 @@ from quant.errors import HANDED_OVER, InputError
 from quant.executor import finish, spread
 from quant.manifest import newest_run
 from quant.parcel import packed_runs, receive_runs, run_folders, sha256_of
-from quant.shards import Offer, as_bytes, cut
+from quant.shards import Offer, cut
 from quant.shares import Share
 from quant.stage import file_digests
 from quant.verification import verify
@@ -183,7 +183,7 @@ def offer_of(count: int, size: int) -> Offer:
 
 def judged(samples: list[Sample]) -> Ended:
     counts = np.array([[float(sample.id)] for sample in samples])
-    data = as_bytes(Outcomes([s.id for s in samples], [s.dataset for s in samples], counts, -counts, []))
+    data = Outcomes([s.id for s in samples], [s.dataset for s in samples], counts, -counts, []).to_bytes()
     return ended(parcel=data, sha256=sha256_of(data))
 
 

@@ -25,6 +25,7 @@ from eval.dataset import Sample, read_image
 from eval.gate import JudgedRow, SkippedRow
 from quant import export, judging, pipeline, shares
 from quant.archive import staged
+from quant.child import Limits, child_environment, raise_answer, run_child
 from quant.cli import _export_fp32
 from quant.errors import InputError, Unavailable
 from quant.execution import executed_coverage
@@ -37,7 +38,7 @@ from quant.planning import planned_stage
 from quant.program import write_program
 from quant.recipe import Recipe, limited_to, load_recipe
 from quant.runtime import MODEL_FILES, open_session, target_format
-from quant.shares import Share, judged_in_processes
+from quant.shares import Share, apart, judged_in_processes
 from quant.stage import StageStore, file_digests
 from quant.verification import verify
 
@@ -451,6 +452,17 @@ def test_a_process_that_fails_says_why(
     samples = list(start(place.recipe, place.options()).selection.report)
     with pytest.raises(InputError, match=r"inference.pdmodel is missing"):
         judged_in_processes(share_of(place, tmp_path, samples), 2, lambda: None)
+
+
+def test_a_process_without_room_for_its_outcomes_names_them(place: Place, first: First, tmp_path: Path) -> None:
+    job = start(place.recipe, place.options())
+    share = share_of(place, first.folder / "onnxruntime", list(job.selection.report)[:2])
+    command, outcomes = apart(replace(share, target="onnxruntime", fp32=prepared_stage(job) / "prepared"), tmp_path)
+    outcomes.symlink_to("/dev/full")
+    code = run_child(command, tmp_path / "log", child_environment(), Limits(300, 8 << 30))
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
+        raise_answer(tmp_path, code)
+    assert (code, caught.value.filename) == (2, str(outcomes))
 
 
 # --- the same run again ----------------------------------------------------------------------------

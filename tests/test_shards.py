@@ -19,7 +19,7 @@ from quant.cluster import perform_shard, program_digest
 from quant.errors import HandedOver
 from quant.judging import Evaluation, find_evaluation, judge_target, offer_evaluations
 from quant.plan import load_plan
-from quant.shards import Offer, as_bytes, cut, for_others, joined, machine, offered, take_outcomes
+from quant.shards import Offer, cut, for_others, joined, machine, offered, take_outcomes
 from quant.shares import Share
 from quant.stage import digest
 from quant.target import TargetName
@@ -70,8 +70,8 @@ def test_shards_are_the_whole_to_the_byte(evaluation: Evaluation, monkeypatch: p
     assert [offer.pieces[0].target for offer in offers].count("tensorrt") == 0 and len(offers) == 2
     for offer in offers:
         assert [len(piece.samples) for piece in offer.pieces] == [6, 7, 7]
-        outcomes = joined(as_bytes(piece.judged(lambda: None)) for piece in offer.pieces)
-        assert outcomes == as_bytes(whole(offer).judged(lambda: None))
+        outcomes = joined(piece.judged(lambda: None).to_bytes() for piece in offer.pieces)
+        assert outcomes == whole(offer).judged(lambda: None).to_bytes()
         take_outcomes({offer.stage: outcomes})
     monkeypatch.delattr(judging, "outcomes_of")
     job, folder = evaluation.job, evaluation.folder
@@ -86,7 +86,7 @@ def test_a_shard_brings_its_files_along(evaluation: Evaluation, tmp_path: Path) 
     (offer,) = handed_over(evaluation, "onnxruntime")
     (given,) = for_others([offer])
     number = next(n for n, piece in enumerate(given.pieces) if any("broken" in s.image.name for s in piece.samples))
-    expected = as_bytes(offer.pieces[number].judged(lambda: None))
+    expected = offer.pieces[number].judged(lambda: None).to_bytes()
     moved = replace(given.pieces[number], fp32=Path("no"), int8=Path("no"))
     ended = perform_shard(moved, given.models, given.pictures[number], program_digest(), machine())
     assert ended.code == 0, ended.stderr
@@ -102,7 +102,7 @@ def test_pictures_of_several_targets_are_packed_and_sent_once(evaluation: Evalua
 
 def test_the_order_in_which_pictures_were_found_broken_leaves_no_trace() -> None:
     one, other = (Outcomes(["a"], ["set"], np.ones((1, 1)), np.ones((1, 1)), list(order)) for order in ("xy", "yx"))
-    assert as_bytes(one) == as_bytes(other)
+    assert one.to_bytes() == other.to_bytes()
 
 
 def test_another_kind_of_machine_judges_nothing(evaluation: Evaluation) -> None:

@@ -14,6 +14,7 @@ from test_program import MODES, feeds, parameters, predictor
 from test_task import DET, REC, Image, adapter, drawn_line, drawn_page, model_folder, real_pictures
 from tiny_models import Array, TinyNet, run, session_values, simulate, small_detector, small_recognizer
 
+from quant import slim
 from quant.errors import InputError
 from quant.graph import Graph
 from quant.plan import QuantPlan, quantizable_operators, quantize_weight, weight_axis
@@ -184,6 +185,13 @@ def test_a_failure_names_a_log_that_is_kept(tmp_path: Path, monkeypatch: pytest.
     assert "1, 5, 8, 8" in last
     assert str(caught.value).endswith(f"see {log}: {last}")
     assert list(work.iterdir()) == []
+
+
+def test_a_failure_is_said_where_no_log_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "log").write_text("the last line", encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+        assert slim._kept(tmp_path / "log") == ""
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quant.child import child_command, child_environment, follow_parent
+from quant.child import answer, child_command, child_environment, raise_answer
 from quant.errors import InputError
 from quant.export import write_inference_yml
 
@@ -22,19 +22,22 @@ def train_in_child(module: str, folder: Path, seed: int, minutes: float) -> None
 
     Raises:
         InputError: the training failed; its last line is named.
+        OSError: there is no room for the twin.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     flags = {"FLAGS_enable_pir_api": "1", "GLOG_minloglevel": "2", "PYTHONWARNINGS": "ignore"}
     command, environment = child_command(module, folder, seed, minutes), child_environment(**flags)
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if child.returncode:
+        raise_answer(folder, child.returncode)
         last = (child.stderr.strip().splitlines() or [f"the process ended with {child.returncode}"])[-1]
         raise InputError(f"the twin in {folder} was not trained: {last}")
 
 
 def train_as_asked(train: Callable[[Path, int, float], None]) -> None:
     """The main of a module that `train_in_child` runs."""
-    follow_parent()
-    train(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    folder = Path(sys.argv[1])
+    answer(folder, lambda: train(folder, int(sys.argv[2]), float(sys.argv[3])))
 
 
 def train_until(

@@ -1,0 +1,39 @@
+"""Files that are written whole: where a disk is full, the error says at which place."""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def naming(place: Path) -> Iterator[None]:
+    """Name a place in an error of the block that says that there is no room, and not where: writing itself does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM and error.filename is None:
+            error.filename = str(place)
+        raise
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder, which vanishes when the block ends."""
+    with tempfile.TemporaryDirectory(prefix="quant-") as name, naming(Path(name)):
+        yield Path(name)
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file.
+
+    Raises:
+        OSError: it cannot be written; names it.
+    """
+    with naming(file):
+        file.write_bytes(content)
