@@ -6,6 +6,7 @@ static mode, prints and memory stay there. The two processes exchange npz and js
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from quant.child import (
     raise_answer,
     run_child,
 )
-from quant.errors import InputError
+from quant.errors import InputError, Unavailable
 from quant.graph import Graph
 from quant.plan import (
     ActivationQuantizer,
@@ -115,7 +116,9 @@ def slim_scales(
         InputError: no samples, an operator that a Paddle program cannot hold, or more time or memory than allowed.
         OSError: there is no room for the files of the two processes.
         RuntimeError: PaddleSlim failed; names the log and its last line.
+        Unavailable: PaddleSlim is not installed.
     """
+    _check_installed()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="paddleslim-", dir=folder) as name:
         work = Path(name)
@@ -198,6 +201,13 @@ def _integer_weight(graph: Graph, scales: SlimScales, name: str, axis: int) -> I
     shape[axis] = -1
     dead = scale < SMALLEST_SCALE
     return IntegerWeight(np.where(dead.reshape(shape), 0, values).astype(np.int8), np.maximum(scale, SMALLEST_SCALE))
+
+
+def _check_installed() -> None:
+    """PaddleSlim is no requirement of the package: its own would bring a second OpenCV build."""
+    if importlib.util.find_spec("paddleslim") is None:
+        fix = "Run `pip install --no-deps paddleslim`, or choose another method for this target"
+        raise Unavailable("the package paddleslim is not installed", fix)
 
 
 def _save_feeds(feeds: Iterable[dict[str, Array]], folder: Path) -> int:

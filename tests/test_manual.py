@@ -45,12 +45,29 @@ def test_a_command_is_one_that_the_program_knows(page: str, line: str) -> None:
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert words[1] in targets
         return
+    if words[:2] == ["pip", "install"]:
+        assert asked_of_pip(words[2:]), f"{page}: {line}"
+        return
     assert words[0] in ("quant", ".venv/bin/quant"), f"{page}: {line}"
     command, context, rest = COMMAND, COMMAND.make_context("quant", words[1:], resilient_parsing=False), words[1:]
     while hasattr(command, "resolve_command"):
         name, command, rest = command.resolve_command(context, rest)
         context = command.make_context(name, list(rest), parent=context)
     assert not context.args
+
+
+def asked_of_pip(words: list[str]) -> bool:
+    """This project with extras that it has, as the Makefile constrains it, or what the Makefile takes without needs."""
+    if words[0] == "--no-deps":
+        return " ".join(words[1:]) in re.findall(r"^NO_DEPS := (.*)$", read("Makefile"), re.MULTILINE)
+    option, constraints, project = words
+    extras = re.fullmatch(r"\.\[([\w,]+)\]", project)
+    known = re.findall(r"^(\w+) = \[", read("pyproject.toml"), re.MULTILINE)
+    return extras is not None and {*extras[1].split(",")} <= {*known} and f"{option} {constraints}" in read("Makefile")
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("line", [line for _, line in commands() if "--set" in line])

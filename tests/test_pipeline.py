@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -463,6 +464,21 @@ def test_a_process_without_room_for_its_outcomes_names_them(place: Place, first:
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
         raise_answer(tmp_path, code)
     assert (code, caught.value.filename) == (2, str(outcomes))
+
+
+def test_without_paddleslim_its_target_is_skipped(
+    place: Place, first: First, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other targets do not need it; a run that asks for other scales is not one that was done before."""
+    monkeypatch.setitem(sys.modules, "paddleslim", None)
+    recipe = limited_to(
+        load_recipe(str(place.root / "recipe.yaml"), ["paddleslim.samples=3"]), ["paddle", "onnxruntime"]
+    )
+    rows = run_model(recipe, place.options(results=tmp_path)).report.rows
+    assert [(row.target, row.reason) for row in rows if isinstance(row, SkippedRow)] == [
+        ("paddle", "the package paddleslim is not installed")
+    ]
+    assert {row.target for row in rows if isinstance(row, JudgedRow)} == {"onnxruntime"}
 
 
 # --- the same run again ----------------------------------------------------------------------------

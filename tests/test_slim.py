@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from test_task import DET, REC, Image, adapter, drawn_line, drawn_page, model_fo
 from tiny_models import Array, TinyNet, run, session_values, simulate, small_detector, small_recognizer
 
 from quant import slim
-from quant.errors import InputError
+from quant.errors import InputError, Unavailable
 from quant.graph import Graph
 from quant.plan import QuantPlan, quantizable_operators, quantize_weight, weight_axis
 from quant.prepare import prepare
@@ -185,6 +186,13 @@ def test_a_failure_names_a_log_that_is_kept(tmp_path: Path, monkeypatch: pytest.
     assert "1, 5, 8, 8" in last
     assert str(caught.value).endswith(f"see {log}: {last}")
     assert list(work.iterdir()) == []
+
+
+def test_without_the_package_there_are_no_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "paddleslim", None)
+    with pytest.raises(Unavailable, match="paddleslim is not installed") as caught:
+        slim_scales(small_detector().graph(), [], PaddleSlim(algo="avg", samples=1), tmp_path)
+    assert "pip install --no-deps paddleslim" in caught.value.fix
 
 
 def test_a_failure_is_said_where_no_log_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
