@@ -31,21 +31,26 @@ if TYPE_CHECKING:
 
 INTERNAL_ERROR, INTERRUPTED = 70, 130
 _OPERATORS_SHOWN = 20
+_ROOM = "Free space there, or choose other folders with --out, QUANT_CACHE and TMPDIR"
+_RIGHTS = "Allow it to be read and written, or choose other folders with --out and QUANT_CACHE"
+_PATH = "Give another path"
+_DISK = "Look at the disk or the network that it is on"
 # A full disk, a read-only folder and the like are the user's to mend, not ours.
-_STORAGE_ERRORS = (
-    errno.ENOSPC,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EDQUOT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EFBIG,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EIO,
-    errno.ESTALE,
-)
+_STORAGE_ERRORS = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: _ROOM,
+    errno.EROFS: _RIGHTS,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EEXIST: "A folder is needed there: remove the file, or give another path",
+    errno.ENOTDIR: _PATH,
+    errno.EISDIR: _PATH,
+    errno.ENAMETOOLONG: _PATH,
+    errno.ELOOP: _PATH,
+    errno.EIO: _DISK,
+    errno.ESTALE: _DISK,
+}
 
 # typer brings a click of its own and names only its subclasses; `BadParameter`'s parent is click's UsageError.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -69,7 +74,7 @@ DataNames = Annotated[
     list[str] | None, typer.Option("--data", metavar="NAME|DIR", help="A registered set or a labelled folder.")
 ]
 ModelDir = Annotated[Path | None, typer.Option("--model-dir", help="Folder of the FP32 inference model.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder of results; `results` by default.")]
+Out = Annotated[Path | None, typer.Option("--out", file_okay=False, help="Folder of results; `results` by default.")]
 Targets = Annotated[
     list[str] | None,
     typer.Option("--target", help=f"{', '.join(TARGETS)}; repeatable. All of the recipe's by default."),
@@ -128,12 +133,10 @@ def _guarded(arguments: list[str]) -> int:
         if error.errno == errno.ENOENT and _ours(error.filename):
             said = "vanished while it was needed; run the command again when nothing clears the folder"
             return _failed(f"{error.filename} {said}", INPUT_ERROR)
-        if error.errno not in _STORAGE_ERRORS:
+        fix, place = _STORAGE_ERRORS.get(error.errno or 0), error.filename2 or error.filename
+        if fix is None or (error.errno == errno.EEXIST and not _is_file(place)):
             return _internal_error(error)
-        place = error.filename2 or error.filename or "the output or cache folder"
-        return _failed(
-            f"{place}: {error.strerror}. Free space or choose a writable folder with --out and QUANT_CACHE", INPUT_ERROR
-        )
+        return _failed(f"{place or 'the output or cache folder'}: {error.strerror}. {fix}", INPUT_ERROR)
     except Exception as error:  # the last resort: an error of ours gets its own exit code and a log
         return _internal_error(error)
 
@@ -147,16 +150,25 @@ def _ours(file: Any) -> bool:
     return Path(file).is_relative_to(cache_dir()) or any(part.endswith(".part") for part in Path(file).parts)
 
 
+def _is_file(place: Any) -> bool:
+    """Whether a file stands where a folder should be made."""
+    return isinstance(place, str | Path) and Path(place).is_file()
+
+
 def _failed(message: str, code: int) -> int:
     print(f"quant: {message}", file=sys.stderr)
     return code
 
 
 def _internal_error(error: BaseException) -> int:
-    with tempfile.NamedTemporaryFile("w", prefix="quant-error-", suffix=".log", delete=False) as log:
-        traceback.print_exception(error, file=log)
-    message = f"internal error ({error.__class__.__name__}: {error}); please report it with {log.name}"
-    return _failed(message, INTERNAL_ERROR)
+    report = "please report it"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="quant-error-", suffix=".log", delete=False) as log:
+            traceback.print_exception(error, file=log)
+        report += f" with {log.name}"
+    except OSError as full:
+        report += f"; there is no log, since it could not be written ({full})"
+    return _failed(f"internal error ({error.__class__.__name__}: {error}); {report}", INTERNAL_ERROR)
 
 
 @app.callback(invoke_without_command=True)
@@ -444,7 +456,7 @@ def _print_sensitivity(result: Sensitivity, places: list[Path]) -> None:
 @app.command()
 def export(
     model: str,
-    to: Annotated[Path, typer.Option("--to", help="Folder that receives one folder per target.")],
+    to: Annotated[Path, typer.Option("--to", file_okay=False, help="Folder that receives one folder per target.")],
     targets: Targets = None,
     out: Out = None,
     model_dir: ModelDir = None,
@@ -552,7 +564,9 @@ def _verdict(run: Path, target: str) -> str:
 def report(
     models: Models = None,
     out: Out = None,
-    to: Annotated[Path | None, typer.Option("--to", help="Folder of the report; `report` in the results.")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", file_okay=False, help="Folder of the report; `report` in the results.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write what the newest runs found as Markdown and as one HTML page that needs nothing else.
@@ -593,7 +607,7 @@ def doctor(as_json: AsJson = False) -> int:
 def train_twins(
     models: Models = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for a folder per twin; the cache by default.")
+        Path | None, typer.Option("--out", file_okay=False, help="Folder for a folder per twin; the cache by default.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the training, below 1000.")] = 0,
     minutes: Annotated[float | None, typer.Option("--minutes", help="The most that a training may take.")] = None,

@@ -214,12 +214,53 @@ def test_a_folder_that_is_cleared_meanwhile(
     assert f"{lost} vanished while it was needed" in said
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ENAMETOOLONG])
-def test_a_place_that_cannot_be_written(
-    number: int, own_cache: Path, tmp_path: Path, capfd: Text, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOSPC, "Free space there, or choose other folders with --out, QUANT_CACHE and TMPDIR"),
+        (errno.EROFS, "Allow it to be read and written"),
+        (errno.EIO, "Look at the disk"),
+        (errno.ENAMETOOLONG, "Give another path"),
+    ],
+)
+def test_a_place_that_cannot_be_used(
+    number: int, fix: str, own_cache: Path, tmp_path: Path, capfd: Text, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "run_model", raising(OSError(number, os.strerror(number), "/somewhere")))
-    assert f"/somewhere: {os.strerror(number)}." in failure(capfd, "run", REC, "--out", str(tmp_path))
+    assert f"/somewhere: {os.strerror(number)}. {fix}" in failure(capfd, "run", REC, "--out", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", REC, "--out"),
+        ("eval", REC, "--out"),
+        ("export", REC, "--to"),
+        ("report", "--to"),
+        ("twins", "PP-OCRv4_server_det", "--out"),
+    ],
+)
+def test_a_file_where_a_folder_should_be(command: tuple[str, ...], tmp_path: Path, capfd: Text) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"mine")
+    said = failure(capfd, *command, str(file))
+    assert command[-1] in said and f"'{file}' is a file" in said and file.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(("is_file", "code"), [(True, 2), (False, 70)])
+def test_a_file_that_stands_in_the_way_further_down(
+    is_file: bool, code: int, tmp_path: Path, capfd: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is there already, and should not, is an error of ours."""
+    place = tmp_path / "place"
+    place.touch() if is_file else place.mkdir()
+    monkeypatch.setattr(pipeline, "run_model", lambda *_: place.mkdir())
+    said = failure(capfd, "run", REC, "--out", str(tmp_path / "out"), code=code)
+    assert str(place) in said and is_file == ("A folder is needed there" in said)
+
+
+def test_a_name_that_is_too_long_to_be_read(capfd: Text) -> None:
+    assert failure(capfd, "verify", "x" * 300).endswith(f"{os.strerror(errno.ENAMETOOLONG)}. Give another path")
 
 
 def test_the_end_of_a_file_is_no_interruption(tmp_path: Path, capfd: Text, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,3 +498,13 @@ def write_lines(folder: Path, count: int) -> str:
 
     write_text_lines(folder, count, 1)
     return str(folder)
+
+
+def test_an_error_of_ours_is_said_where_no_log_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Text
+) -> None:
+    monkeypatch.setattr(outline_module, "run_outline", raising(ZeroDivisionError("nothing to divide by")))
+    with monkeypatch.context() as patch:  # ends before pytest needs such files again
+        patch.setattr(cli.tempfile, "tempdir", str(tmp_path / "nowhere"))
+        said = failure(capfd, "run", REC, "--quiet", "--out", str(tmp_path / "out"), "--dry-run", code=70)
+    assert "ZeroDivisionError: nothing to divide by" in said and "there is no log" in said
