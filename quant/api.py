@@ -49,6 +49,7 @@ def quantize(
     Raises:
         InputError: an input is broken.
         Unavailable: the model, the data or every runtime cannot be had.
+        OSError: there is no room, or no right to write; names the place.
 
     Example:
         >>> recipe = load_recipe("recipe.yaml", ["gate.max_drop=0.5"])
@@ -84,6 +85,7 @@ def evaluate(
 
     Raises:
         InputError: a set is broken, or the run has seen every sample of it.
+        OSError: as of `quantize`.
 
     Example:
         >>> report = evaluate("recipe.yaml", data=["my_lines"], model_dir="model", targets=["onnxruntime"], threads=2)
@@ -112,6 +114,8 @@ def _options(
     threads: int | None,
     progress: Progress | None,
 ) -> Options:
+    if threads is not None and threads < 1:
+        raise InputError(f"threads={threads}: must be at least 1")
     os.environ.setdefault("FLAGS_enable_pir_api", "0")  # before any import of paddle
     return Options(
         results=Path(results).absolute(),

@@ -66,6 +66,9 @@ def test_steps_are_told_and_errors_are_raised(home: TinyRun, tmp_path: Path, mon
     assert said == [], "every stage is stored already"
     with pytest.raises(InputError, match="no target 'tensor'"):
         quantize("recipe.yaml", targets="tensor")
+    for function in (quantize, evaluate):
+        with pytest.raises(InputError, match="threads=-1: must be at least 1"):
+            function("recipe.yaml", threads=-1)
     monkeypatch.delenv("QUANT_MODEL_HOME")
     with pytest.raises(Unavailable) as error:
         quantize("recipe.yaml")
