@@ -58,8 +58,10 @@ def model_limits(files: Sequence[Path], seconds: float) -> Limits:
     chosen = os.environ.get("QUANT_CHILD_GIB", "")
     try:
         memory = int(float(chosen) * _GIB) if chosen else 6 * _GIB + 20 * sum(file.stat().st_size for file in files)
+        if memory <= 0:
+            raise ValueError("a child needs memory")
     except (ValueError, OverflowError) as error:
-        raise InputError(f"QUANT_CHILD_GIB={chosen}: must be a number of GiB, like 8") from error
+        raise InputError(f"QUANT_CHILD_GIB={chosen}: must be a number of GiB above 0, like 8") from error
     return Limits(seconds, min(memory, machine))
 
 

@@ -287,6 +287,7 @@ def run(
     """
     from quant.pipeline import run_model
 
+    _check_twins(twins, model_dir)
     overrides = [*(overrides or []), *([f"ladder.method={method}"] if method else [])]
     recipes = _recipes(models, everything, overrides, seed, targets, twins)
     with _working(out, threads, model_dir, data, quiet, as_json, offers, shard_samples) as (options, stdout):
@@ -344,6 +345,7 @@ def evaluate(
     from quant.judging import evaluate_model, find_evaluation
     from quant.outline import eval_outline
 
+    _check_twins(twins, model_dir)
     recipes = _recipes(models, everything, overrides, seed, targets)
     with _working(out, threads, model_dir, data, quiet, as_json, offers, shard_samples) as (options, stdout):
         if dry_run:
@@ -621,12 +623,15 @@ def train_twins(
     Example: quant twins PP-OCRv4_server_det --out models
     """
     from quant.recipe import load_recipe
-    from quant.twins import MINUTES, ready_twin, train_twin, twin_names
+    from quant.twins import MINUTES, checked_module, ready_twin, train_twin, twin_names
 
     limit = MINUTES if minutes is None else minutes
+    recipes = [load_recipe(name) for name in models or twin_names()]
+    for recipe in recipes:
+        checked_module(recipe.name, seed, limit)
     with _progress(quiet) as progress:
-        for name in models or twin_names():
-            recipe = load_recipe(name)
+        for recipe in recipes:
+            name = recipe.name
             if out is None:
                 print(f"{name}: {ready_twin(recipe, progress, seed, limit).folder}")
                 continue
@@ -756,6 +761,12 @@ def _twin_names() -> list[str]:
     return twin_names()
 
 
+def _check_twins(twins: bool, model_dir: Path | None) -> None:
+    """Refuse what contradicts itself once, not for each model."""
+    if twins and model_dir is not None:
+        raise InputError("--twins finds the folders of the twins by itself; leave out --model-dir, or --twins")
+
+
 def _with_twin(recipe: Recipe, options: Options, train: bool) -> Options:
     """Options for the twin of a recipe's model, on pictures of its own world unless --data names others.
 
@@ -764,8 +775,6 @@ def _with_twin(recipe: Recipe, options: Options, train: bool) -> Options:
     """
     from quant.twins import find_twin, ready_twin
 
-    if options.model_dir is not None:
-        raise InputError("--twins finds the folders of the twins by itself; leave out --model-dir, or --twins")
     twin = ready_twin(recipe, options.progress) if train else find_twin(recipe)
     if options.data:
         return replace(options, model_dir=twin.folder)

@@ -160,14 +160,20 @@ def _compared(folder: Path, kind: Kind, model: str, run: str, listed: Mapping[st
     if unsafe:
         raise InputError(f"{folder / MANIFEST_FILE}: not a manifest of this program: it lists {unsafe[0]!r}")
     missing = sorted(set(listed) - set(found))
-    changed = sorted(n for n in set(listed) & set(found) if found[n].is_symlink() or file_sha256(found[n]) != listed[n])
+    changed = sorted(n for n in set(listed) & set(found) if not _plain(found[n]) or file_sha256(found[n]) != listed[n])
     added = sorted(name for name in set(found) - set(listed) if _hashed(name))
     return Verification(str(folder), kind, model, run, len(listed), missing, changed, added)
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    paths = (path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    """All that stands in a folder and is none itself: links, pipes and sockets too."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def _plain(path: Path) -> bool:
+    """Whether it is a file of its own: no link, and no pipe, which would never end when it is read."""
+    return path.is_file() and not path.is_symlink()
 
 
 def _hashed(name: str) -> bool:

@@ -185,7 +185,7 @@ def test_memory_follows_the_size_of_the_model(tmp_path: Path, monkeypatch: pytes
     assert model_limits([tmp_path / "model"], 5).memory == min(6 * GIB + 20_000, int(0.9 * machine))
     monkeypatch.setenv("QUANT_CHILD_GIB", "0.5")
     assert model_limits([], 5).memory == GIB // 2
-    for wrong in ("much", "inf", "1e999"):
+    for wrong in ("much", "inf", "1e999", "nan", "0", "-1"):
         monkeypatch.setenv("QUANT_CHILD_GIB", wrong)
         with pytest.raises(InputError, match="QUANT_CHILD_GIB"):
             model_limits([], 5)

@@ -263,6 +263,22 @@ def test_a_name_that_is_too_long_to_be_read(capfd: Text) -> None:
     assert failure(capfd, "verify", "x" * 300).endswith(f"{os.strerror(errno.ENAMETOOLONG)}. Give another path")
 
 
+@pytest.mark.parametrize("minutes", ["-1", "0", "nan", "inf"])
+def test_a_training_that_takes_no_time_or_for_ever(minutes: str, capfd: Text) -> None:
+    assert f"--minutes {minutes}: must be at least 0.1" in failure(capfd, "twins", "--minutes", minutes)
+
+
+def test_a_model_without_a_twin_is_named_before_any_is_trained(capfd: Text) -> None:
+    for command in (["run", "--twins", REC], ["twins", "PP-OCRv4_server_det", REC]):
+        assert failure(capfd, *command).startswith(f"{REC} has no twin")
+
+
+def test_twins_in_a_folder_are_refused_once(capfd: Text) -> None:
+    for command in ("run", "eval"):
+        said = failure(capfd, command, "--all", "--twins", "--model-dir", "x")
+        assert said == "--twins finds the folders of the twins by itself; leave out --model-dir, or --twins"
+
+
 def test_the_end_of_a_file_is_no_interruption(tmp_path: Path, capfd: Text, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "run_model", raising(EOFError("no data left")))
     assert cli._guarded(["run", REC, "--out", str(tmp_path)]) == cli.INTERNAL_ERROR

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,12 @@ def exported(tmp_path: Path) -> Path:
     (folder / "inference.yml").write_bytes(b"Global: {}")
     seal(folder, "model", "0123456789ab", "onnxruntime")
     return folder
+
+
+def piped(file: Path) -> None:
+    """A pipe in the place of a file: who opens it to read waits for ever."""
+    file.unlink()
+    os.mkfifo(file)
 
 
 @pytest.fixture
@@ -49,6 +56,8 @@ def test_what_was_exported_is_good_with_a_card_beside_it(exported: Path) -> None
         (lambda folder: (folder / "inference.onnx").unlink(), ["missing: inference.onnx"]),
         (lambda folder: (folder / "more.bin").write_bytes(b""), ["added: more.bin"]),
         (lambda folder: (folder / "more").symlink_to("inference.onnx"), ["added: more"]),
+        (lambda folder: os.mkfifo(folder / "pipe"), ["added: pipe"]),
+        (lambda folder: piped(folder / "inference.onnx"), ["changed: inference.onnx"]),
         (lambda f: (f / "inference.yml").rename(f / "x.yml"), ["missing: inference.yml", "added: x.yml"]),
     ],
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ MODULES = {
 
 MINUTES = 15.0
 """The most that a training may take; on two idle cores each ends before."""
+LEAST_MINUTES = 0.1
 
 WORLD_SEED = 1000
 """Of the pictures that a twin is calibrated and judged on; trainings take seeds below."""
@@ -80,15 +82,27 @@ def check_known(model: str) -> None:
         raise InputError(f"{model} has no twin; models with one: {', '.join(twin_names())}")
 
 
+def checked_module(model: str, seed: int, minutes: float) -> TwinModule:
+    """The module of a model's twin, if that can be trained as it is asked for.
+
+    Raises:
+        InputError: the model has no twin, the seed is one of the worlds', or the time is none.
+    """
+    module = load_module(model)
+    if not 0 <= seed < WORLD_SEED:
+        raise InputError(f"--seed {seed}: must be at least 0 and below {WORLD_SEED}, from where on worlds are judged")
+    if not LEAST_MINUTES <= minutes < math.inf:
+        raise InputError(f"--minutes {minutes:g}: must be at least {LEAST_MINUTES:g}")
+    return module
+
+
 def train_twin(recipe: Recipe, folder: Path, seed: int, minutes: float) -> None:
     """Train the twin of a recipe's model and mark its inference.yml; the folder appears complete or not at all.
 
     Raises:
-        InputError: the model has no twin, the seed is one of the worlds', or the training failed.
+        InputError: the model has no twin, an argument is out of range, or the training failed.
     """
-    if not 0 <= seed < WORLD_SEED:
-        raise InputError(f"--seed {seed}: must be at least 0 and below {WORLD_SEED}, from where on worlds are judged")
-    module = load_module(recipe.name)
+    module = checked_module(recipe.name, seed, minutes)
     with staged(folder) as temporary:
         module.train(temporary, seed, minutes)
         _mark(temporary)
@@ -109,6 +123,7 @@ def ready_twin(recipe: Recipe, progress: Progress, seed: int = 0, minutes: float
     Raises:
         InputError: see `train_twin`.
     """
+    checked_module(recipe.name, seed, minutes)
     twin = _places(recipe, seed, minutes)
     if not twin.folder.is_dir():
         progress(f"{recipe.name}: training its twin", 0, 1)
