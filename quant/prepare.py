@@ -21,6 +21,7 @@ from quant.fold import fold
 from quant.graph import Graph
 from quant.invariants import hoist_invariants
 from quant.loop import check_calls, has_loop, with_clean_bodies
+from quant.padding import write_paddings
 from quant.runtime import Feed, Session, onnx_session
 from quant.source import ModelFiles
 from quant.task import TaskAdapter
@@ -68,7 +69,7 @@ def prepare(files: ModelFiles, feeds: list[Feed], tolerance: float, threads: int
     graph = shipped.copy()
     hoisted = hoist_invariants(graph)
     graph = _cleaned(graph)
-    folds = {"loop_invariant": hoisted, **fold(graph)}
+    folds = {"loop_invariant": hoisted, "named_padding": write_paddings(graph), **fold(graph)}
     prepared = graph.to_model()
     onnx.checker.check_model(prepared, full_check=True)
     difference = max(difference, _compare_fold(shipped, graph, imported, feeds, tolerance, threads))

@@ -91,8 +91,8 @@ def writable_part(graph: Graph) -> Graph:
     Returns:
         The graph itself where that is all of it, else a copy that ends before what is missing.
     """
-    computed, complete = _writable(graph)
-    if complete:
+    computed, refused = _writable(graph)
+    if not refused:
         return graph
     behind = {name for node in graph.nodes if not computed.issuperset(node.output) for name in reads(node)}
     return graph.ending_at(sorted(computed & (behind | set(graph.outputs))))
@@ -100,29 +100,36 @@ def writable_part(graph: Graph) -> Graph:
 
 def part_before(graph: Graph, original: Path) -> Graph:
     """What of a graph is written here where the original provides the rest; the graph itself where nothing is."""
-    computed, complete = _writable(graph)
-    return graph if complete else graph.ending_at(cut_of((original / MODEL_FILE).read_bytes(), computed))
+    computed, refused = _writable(graph)
+    return graph.ending_at(cut_of((original / MODEL_FILE).read_bytes(), computed)) if refused else graph
 
 
-def _writable(graph: Graph) -> tuple[set[str], bool]:
-    """Float tensors that can be computed by operators written here, and whether all operators can be."""
+def unwritten(graph: Graph) -> dict[str, str]:
+    """Why tensors are computed by no program written here: the first operator before each that has no counterpart."""
+    return _writable(graph)[1]
+
+
+def _writable(graph: Graph) -> tuple[set[str], dict[str, str]]:
+    """Float tensors that can be computed by operators written here, and why each of the other tensors cannot."""
     paddle = import_paddle()
-    missing: set[str] = set()
+    refused: dict[str, str] = {}
     with _own_scope(paddle):
         builder = ProgramBuilder(paddle, graph, None)
         for node in graph.nodes:
-            if missing.intersection(reads(node)) or not _is_written(builder, node):
-                missing.update(node.output)
-        computed = {name for node in graph.nodes for name in node.output} - missing
-        return {name for name in computed if name and not builder.is_integer(name)}, not missing
+            inherited = [refused[name] for name in reads(node) if name in refused]
+            if reason := inherited[0] if inherited else _refusal(builder, node):
+                refused.update(dict.fromkeys(node.output, reason))
+        computed = {name for node in graph.nodes for name in node.output} - set(refused)
+        return {name for name in computed if name and not builder.is_integer(name)}, refused
 
 
-def _is_written(builder: ProgramBuilder, node: NodeProto) -> bool:
+def _refusal(builder: ProgramBuilder, node: NodeProto) -> str:
+    """Why a node has no counterpart; empty where it was written."""
     try:
         builder.write(node)
-    except InputError:
-        return False
-    return True
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def _check_complete(part: Graph, plan: QuantPlan) -> None:

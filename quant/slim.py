@@ -11,8 +11,8 @@ import json
 import sys
 import tempfile
 import types
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +42,7 @@ from quant.plan import (
     quantizable_operators,
     weight_axis,
 )
-from quant.program import MODEL_FILE, PARAMS_FILE, import_paddle, writable_part, write_program
+from quant.program import MODEL_FILE, PARAMS_FILE, import_paddle, unwritten, writable_part, write_program
 from quant.recipe import PaddleSlim
 
 LOG_FILE = "paddleslim.log"
@@ -69,17 +69,19 @@ class SlimScales:
         activations: real units per integer step, S8 symmetric.
         weights: float32 [channels], real units per integer step.
         integers: int8 weights as PaddleSlim rounded them.
-        skipped: inputs and weights of Conv, ConvTranspose and MatMul that it did not quantize.
+        skipped: inputs and weights of Conv, ConvTranspose and MatMul that it saw and did not quantize.
+        unseen: operators that were not in its program, and the first operator before each that kept them out, in words.
     """
 
     activations: dict[str, float]
     weights: dict[str, Array]
     integers: dict[str, Array]
     skipped: tuple[str, ...]
+    unseen: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write scales.json and scales.npz, the same bytes for the same scales."""
-        document = {"activations": self.activations, "skipped": self.skipped}
+        document = {"activations": self.activations, "skipped": self.skipped, "unseen": self.unseen}
         (folder / SCALES_FILE).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         arrays = {f"scale:{name}": self.weights[name] for name in sorted(self.weights)}
         arrays |= {f"values:{name}": self.integers[name] for name in sorted(self.integers)}
@@ -93,7 +95,7 @@ def load_scales(folder: Path) -> SlimScales:
         arrays = {name: stored[name] for name in stored.files}
     weights = {name.removeprefix("scale:"): value for name, value in arrays.items() if name.startswith("scale:")}
     integers = {name.removeprefix("values:"): value for name, value in arrays.items() if name.startswith("values:")}
-    return SlimScales(document["activations"], weights, integers, tuple(document["skipped"]))
+    return SlimScales(document["activations"], weights, integers, tuple(document["skipped"]), document["unseen"])
 
 
 def slim_scales(
@@ -129,7 +131,8 @@ def slim_scales(
         (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
         _run_child(work, progress or (lambda done, total: None))
         found = load_scales(work)
-    return replace(found, skipped=_left_out(graph, found))
+    unseen = _unseen(graph) if part is not graph else {}
+    return replace(found, skipped=_left_out(graph, found, unseen), unseen=unseen)
 
 
 def slim_plan(
@@ -152,6 +155,8 @@ def slim_plan(
         ValueError: the scales belong to another graph.
     """
     chosen = [_judged(operator, scales) for operator in operators]
+    unseen = [operator.name for operator in operators if operator.quantized and operator.name in scales.unseen]
+    ends = dict.fromkeys(f"the program for PaddleSlim ends early: {scales.unseen[name]}" for name in unseen)
     zero_point = 128 if dtype == "uint8" else 0
     activations = {
         # A tensor that held nothing but zeros, as behind a dead ReLU, gets a scale of 0.
@@ -176,7 +181,7 @@ def slim_plan(
         weights=weights,
         integers=integers,
         bias_shifts={},
-        notes=[f"PaddleSlim left {name} in FP32" for name in scales.skipped],
+        notes=[*ends, *(f"PaddleSlim left {name} in FP32" for name in scales.skipped)],
     )
 
 
@@ -186,7 +191,9 @@ def _judged(operator: Operator, scales: SlimScales) -> Operator:
         missing.append(operator.weight)
     if not operator.quantized or not missing:
         return operator
-    return operator.model_copy(update={"quantized": False, "reason": f"PaddleSlim left {missing[0]} in FP32"})
+    end = scales.unseen.get(operator.name)
+    reason = f"the program for PaddleSlim ends before it: {end}" if end else f"PaddleSlim left {missing[0]} in FP32"
+    return operator.model_copy(update={"quantized": False, "reason": reason})
 
 
 def _integer_weight(graph: Graph, scales: SlimScales, name: str, axis: int) -> IntegerWeight:
@@ -265,11 +272,17 @@ def _kept(log: Path) -> str:
     return f", see {kept.name}"
 
 
-def _left_out(graph: Graph, found: SlimScales) -> tuple[str, ...]:
-    """Tensors that the plan could quantize and PaddleSlim did not, in graph order."""
+def _unseen(graph: Graph) -> dict[str, str]:
+    """Operators that the plan could quantize and a Paddle program of the graph does not hold, and why not."""
+    refused = unwritten(graph)
+    return {one.name: refused[one.name] for one in quantizable_operators(graph, {}) if one.name in refused}
+
+
+def _left_out(graph: Graph, found: SlimScales, unseen: Mapping[str, str]) -> tuple[str, ...]:
+    """Tensors that the plan could quantize and PaddleSlim saw and did not, in graph order."""
     asked: list[str] = []
     for operator in quantizable_operators(graph, {}):
-        if operator.quantized:
+        if operator.quantized and operator.name not in unseen:
             asked += [*operator.activations, *([operator.weight] if operator.weight else [])]
     return tuple(name for name in dict.fromkeys(asked) if name not in found.activations and name not in found.weights)
 

@@ -145,6 +145,18 @@ def test_what_paddleslim_left_out_stays_in_fp32(averaged: tuple[Graph, SlimScale
     assert plan.notes
 
 
+def test_what_paddleslim_does_not_see_says_which_operator_ended_its_program(tmp_path: Path) -> None:
+    net = TinyNet((1, 3, 5, 5))
+    net.conv(net.op("Selu", net.conv("x", 3, 4), name="odd"), 4, 4)
+    graph = net.graph()
+    scales = slim_scales(graph, feeds([(1, 3, 5, 5)]), PaddleSlim(algo="avg", samples=1), tmp_path)
+    first, second = plan_from(graph, scales).operators
+    assert (first.quantized, first.reason) == (True, "") and not second.quantized
+    ended = "operator Selu that writes tensor 'odd': the Paddle program has no counterpart for it"
+    assert second.reason == f"the program for PaddleSlim ends before it: {ended}"
+    assert plan_from(graph, scales).notes == [f"the program for PaddleSlim ends early: {ended}"]
+
+
 def test_a_channel_of_zeros_gets_a_scale_that_can_be_divided_by() -> None:
     net = TinyNet((1, 3, 5, 5))
     net.conv("x", 3, 4)

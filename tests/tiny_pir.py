@@ -32,7 +32,7 @@ class Tiny(nn.Layer):
         super().__init__()
         self.stem = nn.Conv2D(3, 4, 3, padding=1, bias_attr=False)
         self.norm = nn.BatchNorm2D(4)
-        self.deep = nn.Conv2D(4, 4, 3, padding=1, groups=4)
+        self.deep = nn.Conv2D(4, 4, 3, padding="SAME", groups=4)
         self.last = nn.Linear(4, 2)
 
     def forward(self, x):
