@@ -14,7 +14,7 @@ from onnx import ModelProto, NodeProto, helper
 from quant.errors import InputError
 from quant.flow import GATE_READ_SCALE, GATE_SCALE, GATE_ZERO
 from quant.graph import Graph
-from quant.openvino_rules import unsafe_signed_concats, with_unsigned
+from quant.openvino_rules import shared_without_bias, unsafe_signed_concats, with_biases, with_unsigned
 from quant.placement import place
 from quant.plan import IntegerWeight, QuantPlan, corrected_graph
 from quant.runtime import Feed, onnx_session, open_session, target_format
@@ -86,9 +86,12 @@ def fitted(target: TargetName, graph: Graph, plan: QuantPlan, original: Path | N
 
         part = part_before(graph, original)
         return plan if part is graph else plan.with_only(set(part.producers()), "Paddle takes it from the original")
-    if TARGETS[target].signed_behind_concat:
-        return plan
-    return with_unsigned(plan, unsafe_signed_concats(corrected_graph(graph, plan), plan))
+    exported = corrected_graph(graph, plan)
+    if not TARGETS[target].signed_behind_concat:
+        plan = with_unsigned(plan, unsafe_signed_concats(exported, plan))
+    if not TARGETS[target].shared_without_bias:
+        plan = with_biases(exported, plan, shared_without_bias(exported, plan))
+    return plan
 
 
 def check_artifact(

@@ -29,6 +29,8 @@ class Target:
         fuses: what it merges into one kernel, so that a quantizer belongs behind it and not inside.
         cannot: what it does not do, in words; rules and searches keep away from it.
         signed_behind_concat: false where S8 behind a Concat is computed wrongly (`docs/openvino-s8.md`).
+        shared_without_bias: false where a convolution without bias is computed wrongly if its output is read twice
+            (`docs/openvino-bias.md`).
         side_by_side: sessions of one thread each, run at the same time, are the fastest way to judge many pictures.
         executed: false where no runtime is at hand: the artifact's structure is checked instead.
     """
@@ -40,6 +42,7 @@ class Target:
     fuses: tuple[str, ...]
     cannot: tuple[str, ...]
     signed_behind_concat: bool = True
+    shared_without_bias: bool = True
     side_by_side: bool = False
     executed: bool = True
 
@@ -69,6 +72,7 @@ TARGETS: dict[TargetName, Target] = {
             "a ConvTranspose whose input has a zero point runs in floats",
         ),
         signed_behind_concat=False,
+        shared_without_bias=False,
     ),
     "paddle": Target(
         format="paddle",

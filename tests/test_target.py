@@ -170,6 +170,21 @@ def test_the_targets_rule_mends_it_without_changing_a_value(tmp_path: Path) -> N
     assert fitted("onnxruntime", graph, plan) is plan
 
 
+def test_the_target_gives_a_bias_to_what_openvino_scales_twice(tmp_path: Path) -> None:
+    net = TinyNet((1, 4, 6, 6), seed=4, free=(2, 3))
+    first = net.conv("x", 4, 4, bias=False)
+    net.op("Add", first, net.conv(first, 4, 4), name="y")
+    graph, plan, feeds = net.graph(), plan_of(net), [net.feed(seed) for seed in range(3)]
+    export_artifact("openvino", graph, plan, {}, tmp_path)
+    with pytest.raises(InputError, match="this runtime computes something else"):
+        check_artifact("openvino", tmp_path, graph, plan, feeds, 1)
+    mended = fitted("openvino", graph, plan)
+    assert list(mended.bias_shifts) == [first] and not plan.bias_shifts
+    export_artifact("openvino", graph, mended, {}, tmp_path)
+    check_artifact("openvino", tmp_path, graph, mended, feeds, 1)
+    assert not fitted("onnxruntime", graph, plan).bias_shifts
+
+
 def test_without_a_difference_no_operator_is_named() -> None:
     net = small_detector()
     plan = plan_of(net, "uint8")
