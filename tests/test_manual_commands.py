@@ -1,6 +1,7 @@
 """The commands of the manual are done, in their order, by a copy of the package whose models are tiny ones.
 
-Those that train twins are done by tests/test_twin_runs.py, those of make by .ci/run; tests/test_manual.py parses all.
+Those that train twins are done by tests/test_twin_runs.py, those of make by benchmarks/newcomer.py (`make quant`) and
+.ci/run (the others); tests/test_manual.py parses all.
 """
 
 from __future__ import annotations
