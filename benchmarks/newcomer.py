@@ -26,7 +26,7 @@ from pathlib import Path
 
 from calib_data.generator import write_text_lines, write_text_pages
 
-write_text_lines(Path("my_lines"), 150, seed=77)
+write_text_lines(Path("my_lines"), 1200, seed=77)
 write_text_pages(Path("my_pages"), 1, seed=77)
 """
 """Somebody's own pictures: others than those of the built-in set."""
