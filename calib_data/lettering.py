@@ -7,6 +7,7 @@ outlined, dotted, spaced, arched letters from the same font files.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -142,7 +143,7 @@ def fonts_fingerprint(fonts: Fonts) -> str:
 def _font_files() -> Iterator[Path]:
     shipped = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     for folder in (shipped, *SEARCH_FOLDERS):
-        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        for path in sorted(folder.rglob("*")) if os.access(folder, os.R_OK | os.X_OK) else ():
             stem = path.stem.lower()
             wrong = stem.startswith("cm") or stem.endswith("display") or any(word in stem for word in _EXCLUDED)
             if path.suffix.lower() in (".ttf", ".otf", ".ttc") and not wrong:

@@ -319,14 +319,22 @@ def _content_id(image: Path, name: str) -> str:
 
 
 def _has_picture_head(data: bytes) -> bool:
-    """Cheap: finds foreign and empty files; what breaks later is found by `read_image`."""
+    """Cheap: finds foreign, empty and cut files; what breaks later is found by `read_image`."""
     from PIL import Image
 
+    if _is_cut(data):
+        return False
     try:
         with Image.open(io.BytesIO(data)) as picture:
             return min(picture.size) > 0 and math.prod(picture.size) <= _MOST_PIXELS
     except Exception:  # Pillow's readers raise whatever their parsing trips over.
         return False
+
+
+def _is_cut(data: bytes) -> bool:
+    """Whether the marker is missing that ends a JPEG or PNG: OpenCV fills up what is missing with grey."""
+    ends = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND"}
+    return any(data.startswith(head) and end not in data[len(data) // 2 :] for head, end in ends.items())
 
 
 def _text(text: str) -> str:
@@ -369,7 +377,7 @@ def read_image(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     try:
         data = path.read_bytes()
         if not _has_picture_head(data):  # OpenCV would reserve whatever a head asks for
-            raise BrokenPicture(f"the picture {path} cannot be decoded: it is no picture, or too large")
+            raise BrokenPicture(f"the picture {path} cannot be decoded: it is no picture, cut off, or too large")
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except OSError as error:
         raise BrokenPicture(f"the picture {path} cannot be read: {error.strerror or error}") from error

@@ -152,7 +152,7 @@ def verdict_text(row: JudgedRow) -> str:
     if not row.gates:
         return "informs only"
     if not row.gate.passed:
-        return "FAILED"
+        return "FAILED" if _fails_for_sure(row) else f"FAILED, within the noise of {row.samples:,} samples"
     if row.gate.evidence == "generated":
         return "passed on generated data, not evidence"
     if row.gate.certified:
@@ -160,6 +160,12 @@ def verdict_text(row: JudgedRow) -> str:
     if row.samples_needed is None:
         return "passed, not certified (no number of samples would decide it)"
     return f"passed, not certified (about {_rounded(row.samples_needed):,} samples would decide it)"
+
+
+def _fails_for_sure(row: JudgedRow) -> bool:
+    """Whether a limit is below the lower bound of its drop, which lies as far below the drop as the upper one above."""
+    low = 2 * row.drop - row.drop_upper95, 2 * row.relative_drop - row.relative_drop_upper95
+    return low[0] > row.gate.max_drop or low[1] > row.gate.max_relative_drop
 
 
 def speed_advice(row: JudgedRow) -> str | None:

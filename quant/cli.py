@@ -502,7 +502,7 @@ def export(
         with staged(place) as temporary:
             shutil.copytree(folder / target, temporary)
             seal(temporary, recipe.name, folder.name, target)
-        print(f"{place}: {_verdict(folder, target)}")
+        print(f"{place}: written; gate: {_verdict(folder, target)}")
     if fp32:
         _export_fp32(recipe, prepared, out, model_dir)
         print(f"{prepared}: FP32, folded")

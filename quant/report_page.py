@@ -191,11 +191,12 @@ def _side(task: str, name: str, found: Finding, exhibit: Exhibit) -> dict[str, A
 
 
 def _segments(read: str | list[str], true: str | list[str], glue: str) -> list[Segment]:
-    """A text cut into right and wrong pieces; where something is missing there is a wrong piece `·`."""
+    """A text cut into right and wrong pieces; where more than blanks is missing there is a wrong piece `·`."""
     pieces: list[Segment] = []
     for change in Levenshtein.opcodes(true, read):
         piece = glue.join(read[change.dest_start : change.dest_end])
-        wrong = change.tag != "equal"
+        meant = glue.join(true[change.src_start : change.src_end])
+        wrong = change.tag != "equal" and bool(piece.strip() or meant.strip())
         pieces.append((wrong, piece or "·" if wrong else piece))
     return pieces
 

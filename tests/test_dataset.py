@@ -194,9 +194,25 @@ def test_pictures_are_bgr(tmp_path: Path) -> None:
 def test_a_picture_that_breaks_behind_its_head(tmp_path: Path) -> None:
     folder = line_set(tmp_path)
     path = tmp_path / "images" / "0.png"
-    os.truncate(path, 45)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:45] + bytes(len(whole) - 57) + whole[-12:])
     assert len(read_dataset(folder).samples) == 10
     with pytest.raises(BrokenPicture, match=r"0\.png cannot be decoded"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_a_picture_that_is_cut_off_is_named_with_its_set(kind: str, tmp_path: Path) -> None:
+    """OpenCV makes pictures of such files, grey from somewhere on."""
+    folder = line_set(tmp_path)
+    path = tmp_path / "images" / "0.png"
+    content = cv2.imencode(f".{kind}", np.random.default_rng(0).integers(0, 255, (48, 200, 3), np.uint8))[1].tobytes()
+    path.write_bytes(content)
+    assert not read_dataset(folder).broken and read_image(path).shape == (48, 200, 3)
+    path.write_bytes(content[: len(content) * 2 // 3])
+    dataset = read_dataset(folder)
+    assert len(dataset.samples) == 9 and "images/0.png is no picture, or damaged" in dataset.broken[0]
+    with pytest.raises(BrokenPicture, match=r"0\.png cannot be decoded: .* cut off"):
         read_image(path)
 
 

@@ -89,7 +89,10 @@ def test_both_limits_bind_the_estimate_and_the_bound(
 def test_a_verdict_says_what_it_rests_on() -> None:
     undecided = verdict(0.2, 0.4, 0.9, 1.5)
     assert verdict_text(row()) == "passed, certified"
-    assert verdict_text(row(gate=verdict(2, 3, 4, 5))) == "FAILED"
+    lost = {"drop": 2.0, "drop_upper95": 2.9, "relative_drop": 2.1, "relative_drop_upper95": 3.3}
+    assert verdict_text(row(gate=verdict(2, 2.1, 2.9, 3.3), **lost)) == "FAILED"
+    unsure = row(gate=verdict(2, 2.1, 4, 5), **(lost | {"drop_upper95": 4.0, "relative_drop_upper95": 5.0}))
+    assert verdict_text(unsure) == "FAILED, within the noise of 11,000 samples"
     assert (
         verdict_text(row(gate=undecided, samples_needed=4_812))
         == "passed, not certified (about 4,900 samples would decide it)"
@@ -97,7 +100,7 @@ def test_a_verdict_says_what_it_rests_on() -> None:
     assert verdict_text(row(gate=undecided)) == "passed, not certified (no number of samples would decide it)"
     generated = verdict(0.1, 0.1, 0.2, 0.2, "generated")
     assert verdict_text(row(gate=generated)) == "passed on generated data, not evidence"
-    assert verdict_text(row(gate=verdict(2, 3, 4, 5, "generated"))) == "FAILED"
+    assert verdict_text(row(gate=verdict(2, 2.1, 2.9, 3.3, "generated"), **lost)) == "FAILED"
     assert verdict_text(row(dataset="sroie_rec")) == "informs only"
 
 
