@@ -157,7 +157,8 @@ class Ended:
         """Its last words, or how it was ended without any."""
         if self.killed:
             name = signal.Signals(-self.code).name
-            return f"it was killed ({name}), as by a system that is short of memory; run it again, with --jobs 1"
+            cause = "as by a system that is short of memory"
+            return f"it was killed ({name}), {cause}; free some, or give --jobs 1, and run it again"
         if self.code < 0:
             return f"it crashed ({signal.Signals(-self.code).name})"
         said = [line for line in self.stderr.splitlines() if line.strip()] or [f"it ended with code {self.code}"]
