@@ -901,13 +901,13 @@ class _Spread:
         cores = os.cpu_count() or 1
         threads = self.threads or (max(1, cores // (self._count() or 1)))
         jobs = [
-            ModelJob(self.action, recipe.name, (*arguments, "--threads", str(threads), "--quiet"), threads, twin)
+            ModelJob(self.action, recipe.name, (*arguments, "--threads", str(threads)), threads, twin)
             for recipe, arguments, twin in zip(recipes, given, twins, strict=True)
         ]
         asked = dict(zip(jobs, recipes, strict=True))  # a model that is named twice ends once
         begun, ended = now(), {}
         options.progress(f"quant {self.action}: models", 0, len(asked))
-        where = (self.executor, self._count(), self.address, self._largest_evaluation)
+        where = (self.executor, self._count(), self.address, self._largest_evaluation, options.progress)
         for job, how in spread(jobs, options.results, *where):  # type: ignore[arg-type]
             ended[job] = how
             options.progress(f"quant {self.action}: models", len(ended), len(asked))

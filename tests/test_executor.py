@@ -29,7 +29,7 @@ from tiny_run import TinyRun
 
 from eval.dataset import Sample
 from eval.evaluation import Outcomes
-from quant import cli, cluster, executor
+from quant import cli, cluster, executor, work
 from quant.cli import _guarded
 from quant.cluster import Needs, RayPool, Unfit, contents, perform, program_digest, too_large
 from quant.errors import HANDED_OVER, InputError
@@ -683,8 +683,18 @@ def test_shards_of_one_model_on_this_machine(
     name = "PP-OCRv4_mobile_rec"
     given = [*arguments, str(tmp_path)] if "--offer" in arguments else arguments
     assert _guarded(["eval", name, "--shard-samples", "7", "--quiet", "--out", str(tmp_path / "out"), *given]) == 2
-    assert ([job.model for job in asked[0]], asked[-1]) == ([name], 7) if spread_out else asked == []
+    assert ([job.model for job in asked[0]], asked[-2]) == ([name], 7) if spread_out else asked == []
     assert ("--shard-samples is not used" in capfd.readouterr().err) == (arguments == ["--jobs", "1"])
+
+
+def test_progress_of_a_command_is_passed_on() -> None:
+    """And nothing else of what it says."""
+    said = ["a: fetching: 7", "a library talks: of 3", "a: judging: 1 of 4 (25 %)", "quant: left out: 3 samples"]
+    code = f"import sys, time; print(*{said!r}, sep=chr(10), file=sys.stderr, flush=True); time.sleep(1)"
+    told: list[tuple[str, int, int | None]] = []
+    end = work._watched([sys.executable, "-c", code], threading.Event(), lambda *step: told.append(step))
+    assert told == [("a: fetching", 7, None), ("a: judging", 1, 4)]
+    assert end.stderr.splitlines() == said
 
 
 @pytest.mark.parametrize(("how", "code", "said"), [("SIGKILL", 2, "was killed"), ("SIGSEGV", 70, "crashed")])
