@@ -8,6 +8,7 @@ import glob
 import json
 import lzma
 import os
+import re
 import shutil
 import socket
 import stat
@@ -40,6 +41,7 @@ MAX_FILES = 200_000
 _CHUNK = 1 << 18
 _LONGEST_LINK = 4096
 _PLAIN_SECONDS = 10.0
+_PLAIN_LINE = re.compile(r"(.+): ([0-9]{1,15})(?: of ([0-9]{1,15}) \([0-9]+ %\))?")
 _LOCKED_SECONDS = 60.0
 """By then a process has locked the folder that it made."""
 
@@ -91,6 +93,14 @@ class _PlainLines:
         self._last[what] = now
         amount = f"{done}" if total is None else f"{done} of {total} ({100 * done // max(total, 1)} %)"
         print(f"{what}: {amount}", file=sys.stderr, flush=True)
+
+
+def told_progress(line: str) -> tuple[str, int, int | None] | None:
+    """What a plain line of progress says; None for any other line."""
+    if not (said := _PLAIN_LINE.fullmatch(line)):
+        return None
+    what, done, total = said.groups()
+    return what, int(done), None if total is None else int(total)
 
 
 def download(url: str, sha256: str | None, folder: Path, progress: Progress | None = None) -> Path:

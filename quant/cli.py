@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from quant.job import Options
     from quant.recipe import Recipe
     from quant.sensitivity_report import Sensitivity
+    from quant.work import Ended, ModelJob
 
 INTERNAL_ERROR, INTERRUPTED = 70, 130
 _OPERATORS_SHOWN = 20
@@ -298,8 +299,8 @@ def run(
         if dry_run:
             return _print_dry_runs(recipes, lambda recipe: _dry_run(recipe, options, twins), as_json, stdout)
         outcome = _Outcome()
-        work = _Spread("run", executor, jobs, address, threads, None if offers else shard_samples)
-        if work.wanted(recipes):
+        work = _Spread("run", executor, jobs, address, threads, shard_samples)
+        if offers is None and work.wanted(recipes):
             common = _arguments(overrides, data, model_dir, targets, seed)
             given = [[name, *common, *(["--twins"] if twins else [])] for name in _asked(models, recipes)]
             return work.finish(recipes, given, [twins] * len(recipes), options, as_json, stdout)
@@ -355,8 +356,8 @@ def evaluate(
 
             return _print_dry_runs(recipes, outline, as_json, stdout)
         known = _twin_names() if twins else []
-        work = _Spread("eval", executor, jobs, address, threads, None if offers else shard_samples)
-        if work.wanted(recipes):
+        work = _Spread("eval", executor, jobs, address, threads, shard_samples)
+        if offers is None and work.wanted(recipes):
             common, both = _arguments(overrides, data, model_dir, targets, seed), [r.name in known for r in recipes]
             names = zip(_asked(models, recipes), both, strict=True)
             given = [[name, *common, *(["--twins"] if twin else [])] for name, twin in names]
@@ -885,7 +886,7 @@ class _Outcome:
 
 @dataclass(frozen=True)
 class _Spread:
-    """How several models are to be worked on: one after the other here, or each by a command of its own."""
+    """How several models are worked on: each by a command of its own, one after the other or side by side."""
 
     action: Literal["run", "eval"]
     executor: str
@@ -895,18 +896,16 @@ class _Spread:
     shard_samples: int | None
 
     def wanted(self, recipes: list[Recipe]) -> bool:
-        """Whether there is more than one place to work at, and more than one thing to do.
+        """Whether commands of their own do the work: several models always, so that none takes the others with it.
 
-        On a cluster one model has shards, and so it has here, where that was asked for.
+        On a cluster one model has shards, and so it has here, where that was asked for and there is room.
         """
         if self.executor not in ("local", "ray"):
             raise InputError(f"--executor {self.executor}: must be local or ray")
-        count, cores = self._count(), os.cpu_count() or 1
-        at_once = cores // (self.threads or cores) if count is None else count
-        if self.shard_samples and self.executor == "local" and at_once == 1:
+        if self.shard_samples and not self._side_by_side:
             sentence = "--shard-samples is not used: one thing is done at a time; give --jobs 2, or fewer --threads"
             logging.getLogger("quant.cli").warning(sentence)
-        return self.executor == "ray" or (at_once > 1 and (len(recipes) > 1 or self.shard_samples is not None))
+        return self.executor == "ray" or len(recipes) > 1 or (self._side_by_side and self.shard_samples is not None)
 
     def finish(
         self,
@@ -919,27 +918,32 @@ class _Spread:
     ) -> int:
         """Have all commands done; print the rows of all, in the order of the models."""
         from quant.executor import spread
-        from quant.shards import SHARD_SAMPLES
+        from quant.manifest import now
         from quant.work import ModelJob
 
         cores = os.cpu_count() or 1
         threads = self.threads or (max(1, cores // (self._count() or 1)))
         jobs = [
-            ModelJob(self.action, recipe.name, (*arguments, "--threads", str(threads), "--quiet"), threads, twin)
+            ModelJob(self.action, recipe.name, (*arguments, "--threads", str(threads)), threads, twin)
             for recipe, arguments, twin in zip(recipes, given, twins, strict=True)
         ]
         asked = dict(zip(jobs, recipes, strict=True))  # a model that is named twice ends once
-        ended = {}
+        begun, ended = now(), {}
         options.progress(f"quant {self.action}: models", 0, len(asked))
-        where = (self.executor, self._count(), self.address, self.shard_samples or SHARD_SAMPLES)
+        where = (self.executor, self._count(), self.address, self._largest_evaluation, options.progress)
         for job, how in spread(jobs, options.results, *where):  # type: ignore[arg-type]
             ended[job] = how
             options.progress(f"quant {self.action}: models", len(ended), len(asked))
-        return self._report(asked, ended, options, as_json, stdout)
+        outcome = self._gathered(asked, ended, options.results, begun)
+        if outcome.folders:
+            _write_results_readme(options.results)
+        code = _finish(outcome, as_json, stdout)
+        return INTERNAL_ERROR if any(how.internal for how in ended.values()) else code
 
-    def _report(
-        self, recipes: dict[Any, Recipe], ended: dict[Any, Any], options: Options, as_json: bool, stdout: Any
-    ) -> int:
+    def _gathered(
+        self, recipes: dict[ModelJob, Recipe], ended: dict[ModelJob, Ended], results: Path, begun: str
+    ) -> _Outcome:
+        """What all commands came to, in the order of the models."""
         from eval.gate import EvalReport
 
         outcome = _Outcome()
@@ -947,11 +951,25 @@ class _Spread:
             for sentence in ended[job].warnings:
                 print(sentence, file=sys.stderr)
             with outcome.collecting(recipe, alone=False, twin=job.twins and self.action == "run"):
-                outcome.rows += EvalReport.model_validate({"rows": ended[job].rows()}).rows
-        if self.action == "run":
-            _write_results_readme(options.results)
-        code = _finish(outcome, as_json, stdout)
-        return INTERNAL_ERROR if any(how.internal for how in ended.values()) else code
+                rows = EvalReport.model_validate({"rows": ended[job].rows()}).rows
+                outcome.rows += rows
+                if self.action == "run":
+                    judged = any(row.status == "judged" for row in rows)
+                    outcome.folders += _left_behind(job, judged, results, begun)
+        return outcome
+
+    @property
+    def _side_by_side(self) -> bool:
+        """Whether more than one thing can be done at a time."""
+        count, cores = self._count(), os.cpu_count() or 1
+        return self.executor == "ray" or (cores // (self.threads or cores) if count is None else count) > 1
+
+    @property
+    def _largest_evaluation(self) -> int:
+        """Samples from which on an evaluation is cut; 0 where nobody would judge a part of it meanwhile."""
+        from quant.shards import SHARD_SAMPLES
+
+        return (self.shard_samples or SHARD_SAMPLES) if self._side_by_side else 0
 
     def _count(self) -> int | None:
         if self.jobs == "auto":
@@ -959,6 +977,18 @@ class _Spread:
         if not self.jobs.isdecimal() or not 0 < int(self.jobs) < 10_000:
             raise InputError(f"--jobs {self.jobs}: must be a number of processes, or auto")
         return int(self.jobs)
+
+
+def _left_behind(job: ModelJob, judged: bool, results: Path, begun: str) -> list[tuple[Path, bool]]:
+    """The run that a command made, or found unchanged; none where it said that it has none."""
+    from quant.job import TWINS
+    from quant.manifest import load_manifest, newest_run
+
+    folder = newest_run(results / TWINS if job.twins else results, job.model)
+    if folder is None:
+        return []
+    reused = load_manifest(folder).created < begun
+    return [] if reused and not judged else [(folder, reused)]
 
 
 def _asked(models: list[str] | None, recipes: list[Recipe]) -> list[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol
 
+from quant.archive import Progress
 from quant.errors import InputError
 from quant.parcel import receive_runs
 from quant.shards import Offer, joined
@@ -97,6 +98,7 @@ def spread(
     count: int | None,
     address: str | None,
     shard_samples: int = 0,
+    progress: Progress | None = None,
 ) -> Finished:
     """Do all jobs; each is given as it ends.
 
@@ -104,6 +106,7 @@ def spread(
         count: most at a time on this machine; None: as many as cores and memory allow.
         address: of a Ray cluster; None: RAY_ADDRESS, else a new one on this machine.
         shard_samples: evaluations of more samples are judged in shards of at most so many; 0: none.
+        progress: is told how far the models of this machine have come.
 
     Raises:
         InputError: the cluster cannot do the jobs.
@@ -113,7 +116,7 @@ def spread(
         from quant.cluster import RayPool
 
         return finish(jobs, results, RayPool(jobs, results, address), shard_samples)
-    return finish(jobs, results, LocalPool(results, count), shard_samples)
+    return finish(jobs, results, LocalPool(results, count, progress), shard_samples)
 
 
 def finish(jobs: Sequence[ModelJob], results: Path, pool: Pool, shard_samples: int) -> Finished:
@@ -164,11 +167,11 @@ def _received(attempt: Attempt, ended: Ended, results: Path) -> Ended:
 class LocalPool:
     """Processes of this machine."""
 
-    def __init__(self, results: Path, count: int | None) -> None:
+    def __init__(self, results: Path, count: int | None, progress: Progress | None = None) -> None:
         """Args: count: most at a time; None: as many as cores and memory allow."""
         import psutil
 
-        self._results, self._count = results, count
+        self._results, self._count, self._progress = results, count, progress
         self._cores = os.cpu_count() or 1
         self._room = int(_MEMORY_SHARE * psutil.virtual_memory().available)
         self._waiting: deque[Task] = deque()
@@ -208,7 +211,7 @@ class LocalPool:
     def _done(self, task: Task) -> Ended:
         if isinstance(task, Shard):
             return judge_shard(task.share, self._stop)
-        return attempt_job(task, self._results, self._stop)
+        return attempt_job(task, self._results, self._stop, self._progress)
 
 
 def fits(

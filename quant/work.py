@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import tempfile
@@ -12,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
-from quant.archive import staged
+from quant.archive import Progress, staged, told_progress
 from quant.child import child_command, child_environment, family_memory, kill_family, raise_answer
 from quant.document import DocumentError, parse_json
 from quant.errors import HANDED_OVER, INPUT_ERROR, InputError
@@ -157,7 +158,8 @@ class Ended:
         """Its last words, or how it was ended without any."""
         if self.killed:
             name = signal.Signals(-self.code).name
-            return f"it was killed ({name}), as by a system that is short of memory; run it again, with --jobs 1"
+            cause = "as by a system that is short of memory"
+            return f"it was killed ({name}), {cause}; free some, or give --jobs 1, and run it again"
         if self.code < 0:
             return f"it crashed ({signal.Signals(-self.code).name})"
         said = [line for line in self.stderr.splitlines() if line.strip()] or [f"it ended with code {self.code}"]
@@ -194,14 +196,14 @@ def failed(sentence: str) -> Ended:
     return Ended(INPUT_ERROR, "", " ".join(sentence.split()), 0.0, 0)
 
 
-def attempt_job(attempt: Attempt, results: Path, stop: threading.Event) -> Ended:
-    """Run the command of a job; what it offers stands in its end."""
+def attempt_job(attempt: Attempt, results: Path, stop: threading.Event, progress: Progress | None = None) -> Ended:
+    """Run the command of a job; what it offers stands in its end, and `progress` is told how far it has come."""
     take_outcomes(attempt.outcomes)
     with tempfile.TemporaryDirectory(prefix="quant-offers-") as place:
         job, size = attempt.job, attempt.shard_samples
         asked = ["--offer", place, "--shard-samples", size] if size else []
         command = child_command("quant.cli", job.action, *job.arguments, "--out", results, "--json", *asked)
-        ended = _watched(command, stop)
+        ended = _watched(command, stop, progress)
         if ended.code != HANDED_OVER:
             return ended
         return replace(ended, offers=tuple(offered(Path(place), attempt.shard_samples)))
@@ -249,14 +251,16 @@ def _known_peaks(work: Work, results: Path) -> dict[str, int]:
     return {kind: peak for kind, peak in known.items() if isinstance(peak, int)}
 
 
-def _watched(command: Sequence[str], stop: threading.Event) -> Ended:
+def _watched(command: Sequence[str], stop: threading.Event, progress: Progress | None = None) -> Ended:
     """Run a command; its most memory is measured meanwhile, and it is ended when `stop` is set."""
     start, peak = time.monotonic(), 0
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as said:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=said, env=child_environment())
+        heard = 0
         try:
             while child.poll() is None and not stop.wait(_WATCH_SECONDS):
                 peak = max(peak, family_memory(child.pid))
+                heard = _passed_on(said, heard, progress) if progress else 0
         finally:
             if child.poll() is None:
                 kill_family(child.pid)
@@ -265,3 +269,13 @@ def _watched(command: Sequence[str], stop: threading.Event) -> Ended:
         said.seek(0)
         texts = [stream.read().decode("utf-8", "replace") for stream in (out, said)]
     return Ended(child.returncode, texts[0], texts[1], time.monotonic() - start, peak)
+
+
+def _passed_on(said: IO[bytes], heard: int, progress: Progress) -> int:
+    """Tell of the progress in what a command has said behind the first `heard` bytes; how many were heard then."""
+    new = os.pread(said.fileno(), os.fstat(said.fileno()).st_size - heard, heard)
+    whole = new[: new.rfind(b"\n") + 1]
+    for line in whole.decode("utf-8", "replace").splitlines():
+        if told := told_progress(line):
+            progress(*told)
+    return heard + len(whole)

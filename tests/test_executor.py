@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -19,12 +21,15 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import yaml
 from interruptions import content, make_models
 from test_manifest import manifest
+from test_pipeline import NAME, RECIPE
+from tiny_run import TinyRun
 
 from eval.dataset import Sample
 from eval.evaluation import Outcomes
-from quant import cli, cluster, executor
+from quant import cli, cluster, executor, work
 from quant.cli import _guarded
 from quant.cluster import Needs, RayPool, Unfit, contents, perform, program_digest, too_large
 from quant.errors import HANDED_OVER, InputError
@@ -678,8 +683,48 @@ def test_shards_of_one_model_on_this_machine(
     name = "PP-OCRv4_mobile_rec"
     given = [*arguments, str(tmp_path)] if "--offer" in arguments else arguments
     assert _guarded(["eval", name, "--shard-samples", "7", "--quiet", "--out", str(tmp_path / "out"), *given]) == 2
-    assert ([job.model for job in asked[0]], asked[-1]) == ([name], 7) if spread_out else asked == []
+    assert ([job.model for job in asked[0]], asked[-2]) == ([name], 7) if spread_out else asked == []
     assert ("--shard-samples is not used" in capfd.readouterr().err) == (arguments == ["--jobs", "1"])
+
+
+def test_progress_of_a_command_is_passed_on() -> None:
+    """And nothing else of what it says."""
+    said = ["a: fetching: 7", "a library talks: of 3", "a: judging: 1 of 4 (25 %)", "quant: left out: 3 samples"]
+    code = f"import sys, time; print(*{said!r}, sep=chr(10), file=sys.stderr, flush=True); time.sleep(1)"
+    told: list[tuple[str, int, int | None]] = []
+    end = work._watched([sys.executable, "-c", code], threading.Event(), lambda *step: told.append(step))
+    assert told == [("a: fetching", 7, None), ("a: judging", 1, 4)]
+    assert end.stderr.splitlines() == said
+
+
+@pytest.mark.parametrize(("how", "code", "said"), [("SIGKILL", 2, "was killed"), ("SIGSEGV", 70, "crashed")])
+def test_a_model_whose_process_dies_takes_no_other_with_it(
+    how: str,
+    code: int,
+    said: str,
+    tiny: TinyRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Also without --jobs. The other one finds its run done."""
+    doomed = tmp_path / "doomed.yaml"
+    doomed.write_text(yaml.safe_dump({**RECIPE, "name": "doomed"}), encoding="utf-8")
+    end = f"import os, signal, sys\nif {str(doomed)!r} in sys.orig_argv: os.kill(os.getpid(), signal.{how})\n"
+    (tmp_path / "sitecustomize.py").write_text(end, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    run = Path(shutil.copytree(tiny.folder, tmp_path / "out" / NAME / tiny.folder.name))
+    given = [str(tiny.place.root / "recipe.yaml"), str(doomed), "--model-dir", str(tiny.place.root / "model")]
+    command = ["run", *given, "--threads", "2", "--quiet", "--out", str(tmp_path / "out")]
+    assert _guarded([*command, "--json"]) == code
+    rows = json.loads(capfd.readouterr().out)["rows"]
+    assert [row for row in rows if row["model"] == NAME] == json.loads((run / "metrics.json").read_text())["rows"]
+    lost = [row for row in rows if row["model"] == "doomed"]
+    assert {row["target"] for row in lost} == set(tiny.place.recipe.targets)
+    assert all(f"it {said} ({how})" in row["reason"] for row in lost)
+    assert _guarded(command) == code
+    assert f"unchanged, nothing to do: {run}" in capfd.readouterr().out.replace("\n", " ")
+    assert NAME in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 # --- whole runs ------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from tiny_run import TinyRun
 
 from quant.report import write_report
 
+pdfium = pytest.importorskip("pypdfium2", reason="pypdfium2 is not installed")
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -145,5 +148,26 @@ def test_it_fits_a_phone_and_follows_the_dark(opened: Any) -> None:
     assert colours == ["rgb(255, 255, 255)", "rgb(20, 24, 27)"]
 
 
+def printed(browser: Any) -> str:
+    """What can be read on the sheets, without blanks: lines break anywhere there."""
+    sheets = pdfium.PdfDocument(base64.b64decode(browser.print_page()))
+    return dense("".join(sheet.get_textpage().get_text_bounded() for sheet in sheets))
+
+
+def dense(text: str) -> str:
+    return re.sub(r"[\s\u200b\ufffe]", "", text)
+
+
 def test_it_prints(opened: Any) -> None:
-    assert len(opened.print_page()) > 10_000
+    """All that is folded on the screen, the last operator of the last target too, and every table to its last column."""
+    tables = opened.execute_script("""return [...document.querySelectorAll('.sortable')].map((table) => [table.id,
+        [...table.tHead.rows[0].cells].map((cell) => cell.textContent),
+        [...[...table.tBodies[0].rows].at(-1).cells].map((cell) => cell.textContent)])""")
+    shut = "return [...document.querySelectorAll('details')].filter((part) => !part.open).length"
+    assert opened.execute_script(shut) > 0
+    page = printed(opened)
+    rows = {name: dense("".join(cells)) for name, *lines in tables for cells in lines}
+    assert sum(name.endswith("-operators") for name in rows) > 2
+    missing = [cell for _, *lines in tables for cells in lines for cell in cells if dense(cell) not in page]
+    assert missing == []
+    assert [name for name, row in rows.items() if name.endswith("-operators") and row not in page] == []
