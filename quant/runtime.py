@@ -181,6 +181,8 @@ class _PaddleInference:
             config.enable_mkldnn()
             # Every new picture size would keep its own buffers: 5 GB after 90 pages without these.
             config.set_mkldnn_cache_capacity(1)
+            # It merges a Reshape into the product before it, and loses it where the sizes are computed.
+            config.delete_pass("operator_reshape2_onednn_fuse_pass")
         if not model.endswith(".json"):  # Paddle 3.2.2 stumbles over the pass for a PIR program under this flag
             config.enable_memory_optim()
         self._predictor = inference.create_predictor(config)

@@ -17,7 +17,7 @@ from tiny_models import TinyNet, run, simulate, small_detector, small_recognizer
 from quant.errors import InputError
 from quant.graph import Graph
 from quant.program import MODEL_FILE, PARAMS_FILE, import_paddle, write_program
-from quant.runtime import Feed
+from quant.runtime import Feed, open_session
 from quant.simulation import simulated_model
 
 Array = np.ndarray[Any, Any]
@@ -299,6 +299,20 @@ def test_a_plan_computes_what_its_simulation_computes(net: TinyNet, onednn: bool
     # A value on the edge between two steps may fall to either side; most values are not near one.
     assert np.concatenate(differences).mean() < 0.05 * np.concatenate(effects).mean()
     assert np.median(np.concatenate(differences)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["product", "transpose"])
+def test_a_reshape_to_computed_sizes_is_not_lost_behind_what_onednn_merges_it_into(kind: str, tmp_path: Path) -> None:
+    """Paddle's pass reads the sizes in the program alone, where there are none."""
+    net = TinyNet((2, 3, 8), free=(0, 1))
+    target = net.op("Concat", shape_of(net, "x", 1), shape_of(net, "x", 0), ints(net, 4), ints(net, 2), axis=0)
+    rows = net.op("Add", net.matmul("x", 8, 8), net.const(net.weights(8)))
+    if kind == "transpose":
+        rows = net.op("Transpose", net.op("Relu", rows), perm=[1, 0, 2])
+    net.op("Mul", net.op("Reshape", rows, target), net.const(net.weights(2)))
+    write_program(net.graph(), tmp_path)
+    found = open_session("paddle", tmp_path, 1).run(net.feed())[0]
+    np.testing.assert_allclose(found, run(net.model(), net.feed())[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(("onednn", "new_ir"), MODES)
