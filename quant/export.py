@@ -183,10 +183,13 @@ def _differences(
 
 
 class QdqWriter:
-    """Quantization as Q/DQ nodes (see `quant.placement.Writer`). Equal zero points are stored once a graph."""
+    """Quantization as Q/DQ nodes (see `quant.placement.Writer`).
+
+    Equal numbers are stored once a graph: hundreds of them and their names are a hundredth of a small model's file.
+    """
 
     def __init__(self) -> None:
-        self._zero_points: dict[tuple[Graph, str, tuple[int, ...], bytes], str] = {}
+        self._numbers: dict[tuple[Graph, str, tuple[int, ...], bytes], str] = {}
 
     def rounded(self, graph: Graph, before: NodeProto, tensor: str, scale: float, zero_point: int, dtype: str) -> str:
         quantized = self._quantize(graph, before, tensor, scale, zero_point, dtype)
@@ -211,8 +214,8 @@ class QdqWriter:
 
     def _quantize(self, graph: Graph, before: NodeProto, tensor: str, scale: float, zero_point: int, dtype: str) -> str:
         numbers = [
-            graph.add_constant(f"{tensor}_scale", np.asarray(scale, dtype=np.float32)),
-            self._zero_point(graph, np.asarray(zero_point, dtype=dtype)),
+            self._number(graph, f"{tensor}_scale", np.asarray(scale, dtype=np.float32)),
+            self._number(graph, f"{dtype}_zero_point", np.asarray(zero_point, dtype=dtype)),
         ]
         name = graph.fresh_name(f"{tensor}_quantized")
         graph.insert_before(before, helper.make_node("QuantizeLinear", [tensor, *numbers], [name], name=name))
@@ -222,8 +225,8 @@ class QdqWriter:
         self, graph: Graph, before: NodeProto, stored: str, scale: np.ndarray, zero_point: np.ndarray, axis: int
     ) -> str:
         numbers = [
-            graph.add_constant(f"{stored}_scale", scale.astype(np.float32)),
-            self._zero_point(graph, zero_point),
+            self._number(graph, f"{stored}_scale", scale.astype(np.float32)),
+            self._number(graph, f"{zero_point.dtype.name}_zero_point", zero_point),
         ]
         name = graph.fresh_name(f"{stored}_dequantized")
         node = helper.make_node("DequantizeLinear", [stored, *numbers], [name], name=name)
@@ -232,11 +235,11 @@ class QdqWriter:
         graph.insert_before(before, node)
         return name
 
-    def _zero_point(self, graph: Graph, values: np.ndarray) -> str:
+    def _number(self, graph: Graph, stem: str, values: np.ndarray) -> str:
         key = (graph, values.dtype.name, values.shape, values.tobytes())
-        if key not in self._zero_points:
-            self._zero_points[key] = graph.add_constant(f"{values.dtype.name}_zero_point", values)
-        return self._zero_points[key]
+        if key not in self._numbers:
+            self._numbers[key] = graph.add_constant(stem, values)
+        return self._numbers[key]
 
 
 def _characters(inference_yml: Mapping[str, Any]) -> list[str]:
