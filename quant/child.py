@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.errors import INPUT_ERROR, InputError, NotTrainable, Unavailable
-from quant.storage import naming
+from quant.storage import check_room, naming
 
 _GIB = 1 << 30
 _WATCH_SECONDS = 0.1
@@ -129,9 +129,11 @@ def ask(module: str, job: Mapping[str, Any], folder: Path, limits: Limits, subje
 
 
 def raise_answer(folder: Path, code: int) -> None:
-    """Raise what a child that ended with `code` said to be wrong, if it said anything (see `answer`)."""
+    """Raise what a child that ended with `code` said to be wrong (see `answer`), or that its folder's disk is full."""
     file = folder / _ERROR_FILE
     if code != os.EX_IOERR and not file.is_file():
+        if code:
+            check_room(folder)
         return
     try:
         said = json.loads(file.read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LEAST_ROOM = 1 << 16
 
 
 @contextmanager
@@ -27,6 +28,17 @@ def scratch() -> Iterator[Path]:
     """A temporary folder, which vanishes when the block ends."""
     with tempfile.TemporaryDirectory(prefix="quant-") as name, naming(Path(name)):
         yield Path(name)
+
+
+def check_room(folder: Path) -> None:
+    """See whether there is room at all: native libraries cut files off without a word, and what reads them fails.
+
+    Raises:
+        OSError: there is not; names the folder.
+    """
+    with naming(folder), tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(bytes(_LEAST_ROOM))
+        probe.flush()
 
 
 def write_bytes(file: Path, content: bytes) -> None:

@@ -168,6 +168,16 @@ def test_a_disk_too_full_for_the_sentence_is_named(
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(folder))
 
 
+def test_a_child_whose_files_a_native_library_cut_off(small_disk: Path) -> None:
+    """It fails at what it reads back, for a reason that says nothing of the disk."""
+    raise_answer(small_disk, 1)
+    (small_disk / "weights").write_bytes(b"x" * (1000 << 10))
+    raise_answer(small_disk, 0)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
+        raise_answer(small_disk, 1)
+    assert caught.value.filename == str(small_disk)
+
+
 def test_a_folder_that_is_cleared_under_a_child_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "work"
     with pytest.raises(SystemExit) as left:

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,18 +51,6 @@ def test_two_runs_at_once_do_not_disturb_each_other(job: TinyJob, calm: Path, tm
     assert [process.returncode for process in runs] == [0, 0], [said for _, said in ends]
     assert content(tmp_path / "results") == content(calm)
     assert verify(run_folder(tmp_path / "results")).good
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with a MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("no file system can be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def remount(folder: Path, how: str) -> None:

@@ -207,6 +207,15 @@ def test_without_the_package_there_are_no_scales(tmp_path: Path, monkeypatch: py
     assert "pip install --no-deps paddleslim" in caught.value.fix
 
 
+def test_paddleslim_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANT_CHILD_GIB", "0.1")
+    net = TinyNet((1, 3, 8, 8))
+    net.conv("x", 3, 4)
+    with pytest.raises(InputError, match=r"^PaddleSlim took more than 0\.1 GiB of memory .*; give it fewer samples"):
+        slim_scales(net.graph(), feeds([(1, 3, 8, 8)]), PaddleSlim(algo="avg", samples=1), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failure_is_said_where_no_log_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "log").write_text("the last line", encoding="utf-8")
     with monkeypatch.context() as patch:
