@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sentinel import watch_children, watch_process
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -35,18 +36,7 @@ _LOOKS = 2.0
 """Seconds between two looks at a worker."""
 MOST_MEMORY = 2 << 30
 _WORKER_MEMORY = 8 << 30
-_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-_FORBIDDEN = (
-    "pickle.find_class",
-    "os.system",
-    "os.exec",
-    "os.posix_spawn",
-    "os.spawn",
-    "socket.connect",
-    "socket.getaddrinfo",
-)
 _CLEAR_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-_PLACES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ def case_files(kind: str, seed: int, case: int) -> dict[str, bytes]:
     files = dict(seeds[rng.integers(len(seeds))])
     here = [name for name in subject.targets if name in files]
     target = here[rng.integers(len(here))]
-    return {**files, target: mutated(files[target], subject.mutators, rng)}
+    return {**files, target: mutated(files[target], subject.of_file.get(target, subject.mutators), rng)}
 
 
 @cache
@@ -126,12 +116,13 @@ class _Ended:
 
 
 def _worker(kind: str, seed: int, first: int, last: int, seconds: float, place: Path) -> _Ended:
-    for name in ("cwd", "tmp"):
+    for name in ("cwd", "tmp", "home"):
         (place / name).mkdir(parents=True, exist_ok=True)
     report = place / "report.jsonl"
     report.unlink(missing_ok=True)
     paths = os.pathsep.join(map(str, (ROOT, HERE.parent, HERE)))
-    environment = {**os.environ, "PYTHONPATH": paths, "TMPDIR": str(place / "tmp"), "QUANT_CACHE": str(place / "cache")}
+    own = {"TMPDIR": str(place / "tmp"), "QUANT_CACHE": str(place / "cache"), "HOME": str(place / "home")}
+    environment = {**os.environ, **own, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, str(HERE / "campaign.py"), kind, *map(str, (seed, first, last, seconds, place))]
     with (place / "worker.log").open("wb") as log:
         worker = subprocess.Popen(command, cwd=place / "cwd", env=environment, stdout=log, stderr=log)
@@ -188,79 +179,82 @@ def _rung(*_: object) -> None:
     raise Hang
 
 
-class _Sentinel:
-    """Notes what a case does that none may do, by Python's audit events."""
+class Watch:
+    """What a case did that none may do: in this process, in its children, and where nobody had a folder for it.
 
-    def __init__(self, inside: Path, native: bool) -> None:
-        self._inside = str(inside)
-        self._native = native
-        self.armed = False
-        self.seen = ""
-        sys.addaudithook(self._note)
+    Attributes:
+        place: folder of the worker; `cwd` in it is where whoever forgets to name a folder writes to.
+    """
 
-    def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self.armed:
-            return
-        if event in _FORBIDDEN or (event == "subprocess.Popen" and not self._native):
-            self.seen = f"{event} {arguments!r:.200}"
-        elif event == "open":
-            mode, flags = arguments[1], arguments[2]
-            if (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & _WRITING):
-                self._check(event, arguments[0])
-        elif event in _PLACES:
-            self._check(event, arguments[1] if event in ("os.rename", "os.link", "os.symlink") else arguments[0])
+    def __init__(self, place: Path, native: bool) -> None:
+        self.place = place
+        self._notes, self._armed, self._seen = place / "seen", False, ""
+        watch_process(place, native, self._tell)
+        if native:
+            watch_children(place, self._notes)
 
-    def _check(self, event: str, path: Any) -> None:
-        if isinstance(path, int) or path in ("/dev/null", b"/dev/null"):
-            return
-        where = os.path.realpath(os.fsdecode(path))
-        if not where.startswith(self._inside + os.sep):
-            self.seen = f"{event} outside: {where}"
+    def _tell(self, seen: str) -> None:
+        if self._armed:
+            self._seen = seen
+
+    @contextmanager
+    def armed(self) -> Iterator[None]:
+        """While a case is tried."""
+        self._notes.unlink(missing_ok=True)
+        self._seen, self._armed = "", True
+        try:
+            yield
+        finally:
+            self._armed = False
+
+    def seen(self) -> str:
+        """What the last case did, nothing where all was well; what it left in `cwd` is swept out for the next one."""
+        left = sorted((self.place / "cwd").iterdir())
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        stray = f"left in the working folder: {', '.join(path.name for path in left)}" if left else ""
+        return self._seen or (self._notes.read_text(encoding="utf-8") if self._notes.exists() else stray)
 
 
 def work(kind: str, seed: int, first: int, last: int, seconds: float, place: Path) -> None:
     """What a worker does: a line when a case starts and one when it ends."""
     from subjects import SUBJECTS
 
-    sys.dont_write_bytecode = True
     subject = SUBJECTS[kind]
-    end = time.monotonic() + seconds
     if not subject.native:
         resource.setrlimit(resource.RLIMIT_DATA, (_WORKER_MEMORY, _WORKER_MEMORY))
     place = place.resolve()
-    sentinel = _Sentinel(place, subject.native)
+    watch = Watch(place, subject.native)
     for number in range(1 if first else len(_seeds(kind))):
-        outcome, what = _attempt(subject, case_files(kind, seed, -1 - number), place, sentinel)
+        outcome, what = _attempt(subject, case_files(kind, seed, -1 - number), watch)
         if outcome != "read":
             raise RuntimeError(f"a seed of {kind} is not read: {what}")
+    end = time.monotonic() + seconds  # the seeds may have taken longer than all cases may
     with (place / "report.jsonl").open("w", encoding="utf-8") as report:
         for case in range(first, last):
             if time.monotonic() > end and case > first:
                 break
             files = case_files(kind, seed, case)
             _line(report, case, "started", "")
-            _line(report, case, *_attempt(subject, files, place, sentinel))
+            _line(report, case, *_attempt(subject, files, watch))
 
 
-def _attempt(subject: Any, files: dict[str, bytes], place: Path, sentinel: _Sentinel) -> tuple[str, str]:
-    folder = place / "case"
+def _attempt(subject: Any, files: dict[str, bytes], watch: Watch) -> tuple[str, str]:
+    folder = watch.place / "case"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     before = _fresh_peak()
-    sentinel.seen, sentinel.armed = "", True
     try:
-        with _limit(NATIVE_SECONDS if subject.native else CASE_SECONDS):
+        with watch.armed(), _limit(NATIVE_SECONDS if subject.native else CASE_SECONDS):
             outcome, what = _outcome(subject, folder)
     except Hang:
         outcome, what = "finding", "it hangs: " + traceback.format_exc(limit=-4)
-    finally:
-        sentinel.armed = False
-    grown = _peak() - before
-    if sentinel.seen or grown > MOST_MEMORY:
-        return "finding", sentinel.seen or f"it took {grown >> 20} MiB of memory"
+    grown, seen = _peak() - before, watch.seen()
+    if seen or grown > MOST_MEMORY:
+        return "finding", seen or f"it took {grown >> 20} MiB of memory"
     return outcome, what
 
 

@@ -208,6 +208,7 @@ BYTES: Sequence[Mutator] = (flip, extreme, cut, remove, double, noise, payload)
 YAML: Sequence[Mutator] = (number, word, value_of_key, value_of_key, lines, flip, cut, deep)
 JSON: Sequence[Mutator] = (json_node, json_node, json_node, number, flip, cut, deep, word)
 RECORDS: Sequence[Mutator] = (*[json_leaf] * len(JSON), *JSON)
+NODES: Sequence[Mutator] = (json_node, json_leaf)
 LINES: Sequence[Mutator] = (json_line, json_line, lines, number, word, flip, cut, deep)
 ARCHIVE: Sequence[Mutator] = (archive_entries, archive_entries, *BYTES)
 

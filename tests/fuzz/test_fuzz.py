@@ -29,7 +29,6 @@ def assert_clean(kind: str, seconds: float, place: Path) -> None:
     assert tried.findings == []
     few = SUBJECTS[kind].native or tried.cases < _TELLING  # on a busy machine the first ones may all be harmless
     assert tried.cases >= 1 and (few or tried.refused > 0), "mutations that hurt nothing"
-    assert list((place / "cwd").iterdir()) == []
     print(f"{kind}: {tried.cases} cases, {tried.refused} refused")
 
 
@@ -58,7 +57,7 @@ def test_what_must_not_be_is_found(misdeed: str, tmp_path: Path) -> None:
     paths = os.pathsep.join(map(str, (campaign.ROOT, campaign.HERE.parent, campaign.HERE)))
     ended = subprocess.run(
         [sys.executable, str(campaign.HERE / "misdeeds.py"), misdeed, str(tmp_path / "place")],
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         check=True,
