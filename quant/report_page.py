@@ -20,6 +20,7 @@ from rapidfuzz.distance import Levenshtein
 
 from eval.exhibits import Exhibit, Finding
 from eval.formula_metric import latex_tokens
+from eval.gate import verdict_text
 from quant.charts import Dot, histogram, scatter
 from quant.errors import InputError
 from quant.report import ModelReport, TargetReport
@@ -108,6 +109,7 @@ def _targets(model: ModelReport, album: Album) -> list[dict[str, Any]]:
     return [
         {
             "report": target,
+            "verdict": verdict_text(target.pooled) if target.pooled else "",
             "ladder": ladder_table(target),
             "operators": operator_table(target),
             "sizes": size_table(target),

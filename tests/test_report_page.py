@@ -18,6 +18,7 @@ from test_pipeline import NAME
 from tiny_run import TinyRun
 
 from eval.exhibits import load_exhibits
+from eval.gate import verdict_text
 from quant import report_page
 from quant.advice import OperatorImpact
 from quant.card import plain
@@ -129,6 +130,8 @@ def test_the_page_shows_what_the_run_says(tiny: TinyRun, tmp_path: Path) -> None
     for chart in load_ranges(folder / "plans" / "openvino" / "ranges.json"):
         assert chart.tensor in found.text
     assert "it keeps no histograms" in found.text, "PaddleSlim's targets"
+    for target in run.targets:
+        assert not target.pooled or f"(95 %), {verdict_text(target.pooled)}" in found.text
     again = page_of([read_run(folder)])
     assert again == page
 
