@@ -74,7 +74,8 @@ class Newcomer:
             command, cwd=folder or self.repository, env=environment, capture_output=True, text=True, check=False
         )
         said = [line.strip() for line in done.stdout.replace("\r", "\n").splitlines() if line.strip()]
-        self.steps.append((what, time.monotonic() - start, said[-1] if said else ""))
+        last = said[-1].replace(f"{self.repository}/", "") if said else ""
+        self.steps.append((what, time.monotonic() - start, last))
         print(f"{what}: {self.steps[-1][1]:.0f} s; {self.steps[-1][2]}", flush=True)
         if done.returncode:
             raise SystemExit(f"{what} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
@@ -91,7 +92,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         newcomer = Newcomer(arguments.place or Path(temporary))
         walk(newcomer)
-    arguments.out.write_text(page(newcomer), encoding="utf-8")
+        arguments.out.write_text(page(newcomer), encoding="utf-8")
     print(f"written: {arguments.out}")
 
 
@@ -122,7 +123,9 @@ def readme_code() -> list[str]:
 
 
 def page(newcomer: Newcomer) -> str:
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "-C", str(newcomer.repository), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
     rows = [f"| {what} | {seconds:.0f} | {said.replace('|', '/')[:160]} |" for what, seconds, said in newcomer.steps]
     note = (
         f"Written by `benchmarks/newcomer.py` at {commit.stdout.strip()}, in an empty clone without data from outside."
