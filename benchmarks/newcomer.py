@@ -128,7 +128,7 @@ def page(newcomer: Newcomer) -> str:
     )
     rows = [f"| {what} | {seconds:.0f} | {said.replace('|', '/')[:160]} |" for what, seconds, said in newcomer.steps]
     note = (
-        f"Written by `benchmarks/newcomer.py` at {commit.stdout.strip()}, in an empty clone without data from outside."
+        f"Written by `benchmarks/newcomer.py` in an empty clone of {commit.stdout.strip()}, without data from outside."
     )
     head = ["| Step | Seconds | Its last line |", "| --- | ---: | --- |"]
     return "\n".join(["# A newcomer's path", "", note, "", *head, *rows, ""])
