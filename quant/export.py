@@ -86,10 +86,13 @@ def fitted(target: TargetName, graph: Graph, plan: QuantPlan, original: Path | N
 
         part = part_before(graph, original)
         return plan if part is graph else plan.with_only(set(part.producers()), "Paddle takes it from the original")
+    rules = TARGETS[target]
+    if rules.signed_behind_concat and rules.shared_without_bias:
+        return plan
     exported = corrected_graph(graph, plan)
-    if not TARGETS[target].signed_behind_concat:
+    if not rules.signed_behind_concat:
         plan = with_unsigned(plan, unsafe_signed_concats(exported, plan))
-    if not TARGETS[target].shared_without_bias:
+    if not rules.shared_without_bias:
         plan = with_biases(exported, plan, shared_without_bias(exported, plan))
     return plan
 

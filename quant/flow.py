@@ -11,7 +11,7 @@ at no cost, since its weights have a scale for each channel; x comes back by an 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,6 +72,11 @@ class Writer(Protocol):
     def gate(self, graph: Graph, before: NodeProto, tensor: str) -> str:
         """`clip(x / 6 + 1/2, 0, 1)` in 8 bits."""
         ...
+
+
+def relu_alone(readers: Sequence[NodeProto]) -> str | None:
+    """What Relu gives on of a tensor, where nothing else reads it: in 8 bits from 0 on both are one."""
+    return readers[0].output[0] if [node.op_type for node in readers] == ["Relu"] else None
 
 
 def find_chains(graph: Graph) -> list[Chain]:
@@ -145,12 +150,10 @@ def observed(graph: Graph, chains: Collection[Chain], writers: Collection[str]) 
     by_writer = {chain.writer: chain for chain in chains}
     readers, found = result.consumers(), {}
     for name in writers:
-        first, tensor = readers[name][0], name
+        first, tensor = readers[name][0], relu_alone(readers[name]) or name
         if all(reader.op_type == "HardSwish" for reader in readers[name]):
             least = result.add_constant(f"{name}_least", np.asarray(HARD_SWISH_END, dtype=np.float32))
             tensor = _insert(result, first, "Max", [tensor, least], f"{name}_clipped")  # hard-swish is 0 below -3
-        elif first.op_type == "Relu" and len(readers[name]) == 1:
-            tensor = first.output[0]
         chain = by_writer.get(name)
         if chain is not None and chain.factor is not None:
             scaled = result.add_constant(f"{name}_factor", chain.factor.reshape(1, -1, 1, 1))

@@ -230,13 +230,9 @@ def rewrite_transposed_convs(graph: Graph) -> int:
     for node in list(graph.nodes):
         if node.op_type != "ConvTranspose" or not _makes_blocks_of_one_channel(graph, node):
             continue
-        weight, output = graph.constants[node.input[1]], node.output[0]
-        channels, size = weight.shape[0], weight.shape[2]
-        pixels = weight.transpose(1, 2, 3, 0).reshape(size * size, channels, 1, 1)
-        inputs = [node.input[0], graph.add_constant(f"{node.input[1]}_pixels", np.ascontiguousarray(pixels))]
-        if len(node.input) > 2:
-            bias = np.repeat(graph.constants[node.input[2]], size * size)
-            inputs.append(graph.add_constant(f"{node.input[2]}_pixels", bias))
+        size, output = graph.constants[node.input[1]].shape[2], node.output[0]
+        constants = zip(node.input[1:], _blocks_of(graph, node), strict=True)
+        inputs = [node.input[0], *(graph.add_constant(f"{name}_pixels", values) for name, values in constants)]
         blocks = graph.fresh_name(f"{output}_pixels")
         conv = helper.make_node("Conv", inputs, [blocks], name=blocks, kernel_shape=[1, 1])
         graph.insert_before(node, conv)

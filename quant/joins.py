@@ -12,11 +12,12 @@ all that an operator reads and writes is in 8 bits. Three things bring that abou
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from onnx import NodeProto
 
+from quant.flow import relu_alone
 from quant.graph import Graph, attribute
 from quant.plan import Operator
 
@@ -50,9 +51,9 @@ def takes(graph: Graph, stored: Collection[str], quantized: Mapping[str, Operato
     readers = graph.consumers()
     for node in graph.nodes:
         source, tensor = (node.input[0], node.output[0]) if node.input and node.output else ("", "")
-        if node.op_type == "Relu" and source in owners and len(readers[source]) == 1:
+        if source in owners and relu_alone(readers[source]) == tensor:
             owners[tensor] = owners[source]
-        elif _resizes(node) and source in owners:
+        elif node.op_type == "Resize" and source in owners and _moved(node):
             owners.setdefault(tensor, owners[source])
         elif (join := _join(graph, node)) is not None and all(name in owners or name in read for name in join.maps):
             if node.op_type == "Concat" and tensor not in owners and tensor not in read:
@@ -66,27 +67,30 @@ def _moved_back(graph: Graph, stored: Collection[str], quantized: Mapping[str, O
     """What leads to quantized operators alone, through operators that move values, and what these read."""
     readers, producers = graph.consumers(), graph.producers()
     found: dict[str, str] = {}
-    for node in reversed(graph.nodes):
-        tensor = node.output[0] if node.output else ""
-        rounded = all(
-            reader.output and reader.output[0] in quantized and tensor in quantized[reader.output[0]].activations
-            for reader in readers.get(tensor, [])
-        )
-        owner = found.get(tensor) or (tensor if rounded and readers.get(tensor) else None)
-        if owner is None or not (_resizes(node) or node.op_type == "Concat"):
+    for node in (node for node in reversed(graph.nodes) if _moved(node)):
+        tensor = node.output[0]
+        if tensor not in found and not _rounded_by_all(tensor, readers[tensor], quantized):
             continue
-        for source in node.input[:1] if _resizes(node) else node.input:
+        for source in _moved(node):
             writer = producers.get(source)
             if writer is None or len(readers[source]) > 1 or source in graph.outputs:
                 continue
             if writer.op_type != "Relu" or writer.input[0] not in stored:
-                found[source] = owner
+                found[source] = found.get(tensor, tensor)
     return found
 
 
-def _resizes(node: NodeProto) -> bool:
-    """Whether an operator repeats values and computes none."""
-    return node.op_type == "Resize" and attribute(node, "mode", "nearest") == "nearest"
+def _moved(node: NodeProto) -> list[str]:
+    """The tensors whose values an operator gives on as they are, computing none."""
+    if node.op_type == "Resize" and attribute(node, "mode", "nearest") == "nearest":
+        return [node.input[0]]
+    return list(node.input) if node.op_type == "Concat" else []
+
+
+def _rounded_by_all(tensor: str, readers: Sequence[NodeProto], quantized: Mapping[str, Operator]) -> bool:
+    """Whether quantized operators read a tensor, and nothing else does."""
+    names = [node.output[0] if node.output else "" for node in readers]
+    return bool(names) and all(name in quantized and tensor in quantized[name].activations for name in names)
 
 
 def _join(graph: Graph, node: NodeProto) -> Join | None:

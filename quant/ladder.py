@@ -202,7 +202,7 @@ def climb(
             continue
         refined = [refine(less) for less in choices] if tried else choices
         # The nearest is scored first; where its score fails, by a few samples perhaps, another one may pass.
-        for error, candidate in sorted(((judge.error(less), less) for less in refined), key=lambda pair: pair[0]):
+        for error, candidate in by_error(refined, judge):
             reverted = len(plan.quantized()) - len(candidate.quantized())
             name = f"revert {reverted}" if reverted else "ptq"
             rung = rung_at(name, candidate, reverted, error, ladder, gate, judge)
@@ -232,11 +232,10 @@ def trains(ladder: Ladder, best: Rung) -> bool:
     return ladder.method in ("recon", "qat") or (ladder.method == "auto" and not best.passed)
 
 
-def nearest(candidates: Sequence[QuantPlan], judge: Judge) -> tuple[QuantPlan, float]:
-    """The first of those whose outputs err least, and their error; each plan is measured once."""
-    errors = {id(candidate): judge.error(candidate) for candidate in candidates}
-    found = min(candidates, key=lambda candidate: errors[id(candidate)])
-    return found, errors[id(found)]
+def by_error(candidates: Sequence[QuantPlan], judge: Judge) -> list[tuple[float, QuantPlan]]:
+    """Plans with the error of their outputs, the nearest first; each is measured once, equal ones keep their order."""
+    different = {id(candidate): candidate for candidate in candidates}.values()
+    return sorted(((judge.error(candidate), candidate) for candidate in different), key=lambda pair: pair[0])
 
 
 def try_plan(name: str, candidate: QuantPlan, reverted: int, ladder: Ladder, gate: Gate, judge: Judge) -> Rung:

@@ -51,7 +51,7 @@ from quant.ladder import (
     write_seconds,
 )
 from quant.manifest import processor, products_saturate
-from quant.observer import MinMax, candidate_methods, make_range_method
+from quant.observer import candidate_methods, make_range_method
 from quant.plan import (
     FULL_WEIGHTS,
     REDUCED_WEIGHTS,
@@ -68,6 +68,7 @@ from quant.ptq import (
     make_plan,
     observed_outputs,
     scales_for_biases,
+    stored_name,
     stored_outputs,
     with_damages,
 )
@@ -368,8 +369,7 @@ def calibrated_statistics(job: Job, target: TargetName) -> Statistics:
     equalizers = _equalizers(job, graph, choice)
     equalized = equalize(graph, equalizers, equalizers)
     statistics, outputs = _statistics(job, equalized, _operators(job, equalized, choice), choice)
-    quantizers = stored_outputs(outputs, statistics, MinMax(), choice.activations)
-    return statistics | {quantizers[name].tensor: statistics[observed] for name, observed in outputs.items()}
+    return statistics | {stored_name(name, observed): statistics[observed] for name, observed in outputs.items()}
 
 
 def _statistics(

@@ -140,9 +140,13 @@ def stored_outputs(
     found = {}
     for name, tensor in tensors.items():
         low, high = method.choose(statistics[tensor], symmetric=dtype == "int8")
-        scaled = tensor.startswith(f"{name}_scaled")
-        found[name] = make_quantizer(f"{name}_scaled" if scaled else name, low, high, dtype)
+        found[name] = make_quantizer(stored_name(name, tensor), low, high, dtype)
     return found
+
+
+def stored_name(output: str, observed: str) -> str:
+    """What the quantizer of a stored output calls its tensor: the scaled one of an equalized chain has its own name."""
+    return f"{output}_scaled" if observed.startswith(f"{output}_scaled") else output
 
 
 def correct_biases(graph: Graph, plan: QuantPlan, feeds: Iterable[Feed], threads: int) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ import numpy as np
 from onnx import NodeProto, helper
 
 from quant.calibration import Statistics
-from quant.flow import Chain
+from quant.flow import Chain, relu_alone
 from quant.graph import Graph
 from quant.observer import RangeMethod
 from quant.placement import active_chains, numbers_of
@@ -173,9 +173,8 @@ class _Bench:
         return found
 
     def _read_as(self, name: str) -> str:
-        """What Relu gives on of an output that it alone reads: both are one in 8 bits."""
-        nodes = self.consumers[name] if name in self.plan.outputs else []
-        return nodes[0].output[0] if [node.op_type for node in nodes] == ["Relu"] else name
+        """Of a stored output what Relu gives on."""
+        return (relu_alone(self.consumers[name]) if name in self.plan.outputs else None) or name
 
     def _add_copy(self, node: NodeProto, read: str, rounded: str) -> list[str]:
         copy = NodeProto()

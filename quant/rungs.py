@@ -14,7 +14,7 @@ from quant.calibration import collect_statistics
 from quant.errors import NotTrainable
 from quant.graph import Graph
 from quant.job import Job, counted, first_feeds, prepared_graph, sample_ids
-from quant.ladder import Judge, Rung, badness, nearest, rung_at
+from quant.ladder import Judge, Rung, badness, by_error, rung_at
 from quant.launch import distil_together
 from quant.observer import MinMax
 from quant.plan import QuantPlan, quantizable_operators
@@ -77,7 +77,7 @@ def train_on(
                 raise
             log.warning("%s: %s is left out: %s", job.recipe.name, method, error)
             break
-        candidate, least = nearest((candidate, corrected(candidate)), judge)
+        least, candidate = by_error((candidate, corrected(candidate)), judge)[0]
         candidate.method = f"{done.plan.method}+{method}"
         found = rung_at(method, candidate, rung.reverted, least, job.recipe.ladder, job.recipe.gate, judge)
         done.seconds[method] = round(time.monotonic() - begun, 1)
