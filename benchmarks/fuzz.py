@@ -41,6 +41,8 @@ def main() -> int:
             f"{len(tried.findings)} findings, {tried.seconds:.0f} s",
             flush=True,
         )
+        for finding in tried.findings:
+            print(f"  {finding.kind}, seed {finding.seed}, case {finding.case}: {finding.what}", flush=True)
     cases, findings = sum(tried.cases for tried in found), sum(len(tried.findings) for tried in found)
     print(f"{cases} cases with seed {arguments.seed}, {findings} findings")
     _write(arguments.out, arguments.seed, found)
