@@ -18,6 +18,7 @@ from quant.errors import InputError
 from quant.ladder import Rung
 from quant.record import read_record
 from quant.stage import file_digests
+from quant.storage import is_file
 from quant.target import TargetName
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class Manifest(BaseModel):
 
     def intact(self, folder: Path) -> bool:
         """Whether every file in the run's folder still has the hash that was noted."""
-        if any(not (folder / name).is_file() or file_sha256(folder / name) != it for name, it in self.files.items()):
+        if any(not is_file(folder / name) or file_sha256(folder / name) != it for name, it in self.files.items()):
             return False
         for target, files in self.artifacts.items():
             place = folder / target

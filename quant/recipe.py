@@ -26,6 +26,7 @@ from pydantic import (
 
 from quant.document import MOST_YAML, DocumentError, parse_yaml, read_bounded
 from quant.errors import InputError
+from quant.storage import is_file
 from quant.target import TARGETS, ActivationType, EqualizationScope, Placement, TargetName
 
 SCHEMA_VERSION = 1
@@ -405,19 +406,12 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         64
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else recipes_dir() / f"{name}.yaml"
-    if not _is_file(path) or (Path(name).name != name and not name.endswith((".yaml", ".yml"))):
+    if not is_file(path) or (Path(name).name != name and not name.endswith((".yaml", ".yml"))):
         known = ", ".join(recipe_names())
         raise InputError(f"no recipe for model '{name}'. Known models: {known} (see `quant list`)")
     document = _merged(path)
     _apply(overrides, document)
     return _checked(path.name, document)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long
-        return False
 
 
 def limited_to(recipe: Recipe, targets: Sequence[str]) -> Recipe:

@@ -1,4 +1,4 @@
-"""Files that are written whole: where a disk is full, the error says at which place."""
+"""Files by name, and files that are written whole: where a disk is full, the error says at which place."""
 
 from __future__ import annotations
 
@@ -49,3 +49,13 @@ def write_bytes(file: Path, content: bytes) -> None:
     """
     with naming(file):
         file.write_bytes(content)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; False also for a name that no file system takes, which what was read may hold."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise

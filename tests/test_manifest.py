@@ -97,6 +97,7 @@ def test_damaged_missing_and_added_artifact_files_are_noticed(tmp_path: Path) ->
     assert other.intact(tmp_path)
     (tmp_path / "metrics.json").write_text("{ }", encoding="utf-8")
     assert not other.intact(tmp_path)
+    assert not manifest(artifacts={}, files={"m" * 300: "0"}).intact(tmp_path), "no file system takes the name"
 
 
 def test_the_newest_run_is_the_one_that_was_made_last(tmp_path: Path) -> None:
