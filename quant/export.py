@@ -19,7 +19,7 @@ from quant.placement import place
 from quant.plan import IntegerWeight, QuantPlan, corrected_graph
 from quant.runtime import Feed, onnx_session, open_session, target_format
 from quant.sensitivity import relative_errors
-from quant.simulation import integer_bias, rounded_constant, simulated_session
+from quant.simulation import integer_bias, integer_limits, rounded_constant, simulated_session
 from quant.storage import scratch
 from quant.target import TARGETS, TargetName
 from quant.tensorrt_rules import explicit_quantization_problems
@@ -216,6 +216,8 @@ class QdqWriter:
         return self._read(graph, before, stored, scale, np.zeros(scale.shape, dtype=np.int32), 0)
 
     def _quantize(self, graph: Graph, before: NodeProto, tensor: str, scale: float, zero_point: int, dtype: str) -> str:
+        if _weights_are_taken(graph, tensor):
+            tensor = self._bounded(graph, before, tensor, (integer_limits(dtype)[0] - zero_point) * scale)
         numbers = [
             self._number(graph, f"{tensor}_scale", np.asarray(scale, dtype=np.float32)),
             self._number(graph, f"{dtype}_zero_point", np.asarray(zero_point, dtype=dtype)),
@@ -238,11 +240,35 @@ class QdqWriter:
         graph.insert_before(before, node)
         return name
 
+    def _bounded(self, graph: Graph, before: NodeProto, tensor: str, low: float) -> str:
+        """The tensor, not below the least value that its quantizer leaves."""
+        bound = self._number(graph, f"{tensor}_low", np.asarray(low, dtype=np.float32))
+        name = graph.fresh_name(f"{tensor}_bounded")
+        graph.insert_before(before, helper.make_node("Max", [tensor, bound], [name], name=name))
+        return name
+
     def _number(self, graph: Graph, stem: str, values: np.ndarray) -> str:
         key = (graph, values.dtype.name, values.shape, values.tobytes())
         if key not in self._numbers:
             self._numbers[key] = graph.add_constant(stem, values)
         return self._numbers[key]
+
+
+def _weights_are_taken(graph: Graph, tensor: str) -> bool:
+    """Whether onnxruntime (1.20 and later) would round the weights of the convolution in FP32 that writes a tensor.
+
+    Where an operator reads what was dequantized and its output is quantized, behind a Relu or at once, its optimizer
+    takes float weights for forgotten ones and rounds them, with one scale for all channels. Any other operator before
+    the quantizer keeps it from that.
+    """
+    producers = graph.producers()
+    node = producers.get(tensor)
+    if node is not None and node.op_type == "Relu":
+        node = producers.get(node.input[0])
+    if node is None or node.op_type not in ("Conv", "ConvTranspose", "Gemm") or not graph.is_constant(node.input[1]):
+        return False
+    source = producers.get(node.input[0])
+    return source is not None and source.op_type == "DequantizeLinear"
 
 
 def _characters(inference_yml: Mapping[str, Any]) -> list[str]:

@@ -35,12 +35,15 @@ class Join:
     gate: str | None = None
 
 
-def takes(graph: Graph, stored: Collection[str], quantized: Mapping[str, Operator]) -> dict[str, str]:
+def takes(
+    graph: Graph, stored: Collection[str], quantized: Mapping[str, Operator], offered: Collection[str] = ()
+) -> dict[str, str]:
     """The tensors that flow in 8 bits, each with the tensor whose quantizer it takes.
 
     Args:
         stored: outputs of convolutions that are kept in 8 bits.
         quantized: operators in INT8 by name.
+        offered: tensors with a quantizer that nothing may need: where other maps of a join are in 8 bits, it is used.
 
     Returns:
         Owners of quantizers by tensor. An owner is one of `stored`, is read by a quantized operator, or is what a join
@@ -48,19 +51,29 @@ def takes(graph: Graph, stored: Collection[str], quantized: Mapping[str, Operato
     """
     owners = {name: name for name in stored} | _moved_back(graph, stored, quantized)
     read = {tensor for operator in quantized.values() for tensor in operator.activations}
-    readers = graph.consumers()
+    readers, offers = graph.consumers(), {name: name for name in (*offered, *read)}
     for node in graph.nodes:
         source, tensor = (node.input[0], node.output[0]) if node.input and node.output else ("", "")
         if source in owners and relu_alone(readers[source]) == tensor:
             owners[tensor] = owners[source]
-        elif node.op_type == "Resize" and source in owners and _moved(node):
-            owners.setdefault(tensor, owners[source])
-        elif (join := _join(graph, node)) is not None and all(name in owners or name in read for name in join.maps):
+        elif node.op_type == "Resize" and _moved(node):
+            for known in (owners, offers):
+                if source in known:
+                    known.setdefault(tensor, known[source])
+        elif (join := _join(graph, node)) is not None and _in_integers(join, {*owners, *read}, offers):
             if node.op_type == "Concat" and tensor not in owners and tensor not in read:
                 continue
-            owners |= {name: name for name in (*join.maps, join.gate) if name is not None and name not in owners}
+            for name in (*join.maps, *([join.gate] if join.gate else [])):
+                owner = owners.setdefault(name, offers.get(name, name))
+                owners.setdefault(owner, owner)
             owners.setdefault(tensor, tensor)
     return owners
+
+
+def _in_integers(join: Join, rounded: Collection[str], offered: Collection[str]) -> bool:
+    """Whether all maps of a join are in 8 bits, or can be where one of them is."""
+    missing = [name for name in join.maps if name not in rounded]
+    return len(missing) < len(join.maps) and all(name in offered for name in missing)
 
 
 def _moved_back(graph: Graph, stored: Collection[str], quantized: Mapping[str, Operator]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from quant.bodies import loops
 from quant.flow import Chain, find_chains, scale_writer, write_chain, write_inverse
 from quant.flow import Writer as FlowWriter
 from quant.graph import Graph
-from quant.joins import takes
+from quant.joins import is_pooled, takes
 from quant.plan import ActivationQuantizer, IntegerWeight, Operator, QuantPlan, corrected_graph
 
 
@@ -128,12 +128,17 @@ def _is_active(chain: Chain, plan: QuantPlan) -> bool:
 def _stored(graph: Graph, plan: QuantPlan, chains: Mapping[str, Chain]) -> dict[str, ActivationQuantizer]:
     """Tensors that all readers read in 8 bits, beside those of active chains: of convolutions, and between them.
 
-    What was calibrated for the scaled output of an equalized chain says nothing about the plain one.
+    What a convolution reads as another one wrote it has a quantizer, which the writer keeps where the reader is in
+    FP32. What was calibrated for the scaled output of an equalized chain says nothing about the plain one.
     """
-    free = set(plan.quantized()) - {chain.writer for chain in chains.values()}
-    written = {name for name, quantizer in plan.outputs.items() if name in free and quantizer.tensor == name}
-    owners = takes(graph, written, plan.quantized()) if plan.outputs else {}
+    if not plan.outputs:
+        return {}
+    convs = {op.name for op in plan.quantized().values() if op.op_type == "Conv" and op.weight is not None}
+    read = {name for name in plan.activations if name in convs and not is_pooled(graph, name)}
+    plain = {name for name, quantizer in plan.outputs.items() if quantizer.tensor == name}
+    written = (read | plain & plan.quantized().keys()) - {chain.writer for chain in chains.values()}
     known = plan.activations | plan.outputs
+    owners = takes(graph, written, plan.quantized(), offered=plain)
     return {tensor: known[owner] for tensor, owner in owners.items() if owner in known}
 
 

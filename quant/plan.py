@@ -129,7 +129,9 @@ class QuantPlan:
         return {op.name: op for op in self.operators if op.quantized}
 
     def used_activations(self) -> dict[str, ActivationQuantizer]:
-        """Quantizers that some quantized operator reads."""
+        """Quantizers that some quantized operator reads; all where outputs are stored: what writes keeps them."""
+        if self.outputs:
+            return dict(self.activations)
         names = {name for op in self.operators if op.quantized for name in op.activations}
         return {name: q for name, q in self.activations.items() if name in names}
 

@@ -10,10 +10,10 @@ import pytest
 from test_flow import distance, flowing_plan, optimized_kinds
 from tiny_models import TinyNet, run, simulate
 
-from quant import placement
+from quant import export, placement
 from quant.export import quantized_model
 from quant.joins import takes
-from quant.plan import QuantPlan
+from quant.plan import QuantPlan, load_plan
 from quant.simulation import simulated_model
 
 
@@ -73,6 +73,51 @@ def test_a_sum_is_rounded_for_all_by_the_quantizer_of_its_reader_and_a_gate_by_i
     assert {found[name] for name in nodes["both"].input} == {"both"}
 
 
+def residual() -> TinyNet:
+    """Two convolutions in a row, then three blocks of two, each added to what it was made of."""
+    net = TinyNet((1, 4, 12, 16), seed=7)
+    data = net.conv(net.conv("x", 4, 6), 6, 6)
+    for _ in range(3):
+        data = net.op("Add", data, net.conv(net.conv(data, 6, 6), 6, 6))
+    net.conv(net.op("HardSwish", data), 6, 2)
+    return net
+
+
+REVERTED = [(pyramid, name) for name in flowing_plan(pyramid(), "none").quantized()]
+REVERTED += [(residual, name) for name in flowing_plan(residual(), "none").quantized()]
+
+
+@pytest.mark.parametrize(("made", "reverted"), REVERTED, ids=lambda value: getattr(value, "__name__", value))
+def test_an_operator_in_fp32_takes_no_other_along(tmp_path: Path, made: Callable[[], TinyNet], reverted: str) -> None:
+    net = made()
+    plan, feed = flowing_plan(net, "none"), net.feed(50)
+    plan.with_only(set(plan.quantized()) - {reverted}, "it hurts").save(tmp_path)
+    fewer = load_plan(tmp_path)
+    exact, simulated = run(net.graph().to_model(), feed)[0], simulate(simulated_model(net.graph(), fewer), feed)[0]
+    assert distance(simulated, exact) < 0.05
+    assert distance(run(quantized_model(net.graph(), fewer, {}), feed)[0], simulated) < 0.01
+    before, after = (optimized_kinds(quantized_model(net.graph(), p, {}), tmp_path) for p in (plan, fewer))
+    assert after["QLinearConv"] >= before["QLinearConv"] - 1 and after["QLinearAdd"] == before["QLinearAdd"]
+    assert after["QLinearMul"] >= before["QLinearMul"] - 1, "a map in floats has its gate in floats"
+
+
+def test_onnxruntime_rounds_no_weights_of_an_operator_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does where nothing stands between the operator and the quantizers around it."""
+    net = TinyNet((1, 4, 12, 16), seed=7)
+    uneven = net.weights(6, 6, 1, 1) * np.geomspace(1, 300, 6, dtype=np.float32).reshape(-1, 1, 1, 1)
+    between = net.op("Conv", net.conv(net.conv("x", 4, 6), 6, 6), net.const(uneven), name="between")
+    even = net.weights(2, 6, 1, 1) / np.geomspace(1, 300, 6, dtype=np.float32).reshape(1, -1, 1, 1)
+    net.op("Conv", net.op("Relu", between), net.const(even))
+    plan, feed = flowing_plan(net, "none"), net.feed(50)
+    fewer = plan.with_only(set(plan.quantized()) - {"between"}, "it hurts")
+    exported = quantized_model(net.graph(), fewer, {})
+    assert optimized_kinds(exported, tmp_path)["QLinearConv"] == 2
+    assert distance(run(exported, feed)[0], simulate(simulated_model(net.graph(), fewer), feed)[0]) < 0.005
+    monkeypatch.setattr(export, "_weights_are_taken", lambda graph, tensor: False)
+    bare = quantized_model(net.graph(), fewer, {})
+    assert distance(run(bare, feed)[0], run(exported, feed)[0]) > 0.005, "onnxruntime left them: the rule may go"
+
+
 def moved(net: TinyNet) -> None:
     """A small map made large beside a large one, for one convolution."""
     small = net.op("MaxPool", "x", kernel_shape=[2, 2], strides=[2, 2])
@@ -85,7 +130,7 @@ def test_rounding_in_front_of_what_moves_values_is_rounding_behind_it(monkeypatc
     moved(net)
     plan = flowing_plan(net, "none")
     models = [simulated_model(net.graph(), plan)]
-    monkeypatch.setattr(placement, "takes", lambda graph, stored, quantized: {name: name for name in stored})
+    monkeypatch.setattr(placement, "takes", lambda graph, stored, *_, **__: {name: name for name in stored})
     models.append(simulated_model(net.graph(), plan))
     assert len(models[0].graph.node) > len(models[1].graph.node)
     for seed in range(3):
