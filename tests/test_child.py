@@ -45,6 +45,8 @@ def test_exit_codes_and_signals(tmp_path: Path) -> None:
     assert child.ending(3, tmp_path / "log") == "said"
     code = python("import os; os.kill(os.getpid(), 11)", tmp_path)
     assert child.ending(code, tmp_path / "log") == "it crashes (SIGSEGV)"
+    code = python("import os; os.kill(os.getpid(), 40)", tmp_path)
+    assert child.ending(code, tmp_path / "log") == "it crashes (signal 40)", "Python has no name for it"
 
 
 @pytest.mark.parametrize(
