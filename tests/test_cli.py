@@ -345,7 +345,15 @@ def test_a_dry_run_draws_no_pictures(own_cache: Path, tmp_path: Path, capfd: Tex
     assert "would draw 40 pictures" in expected["source"] and "not drawn yet" in before["note"]
     assert [expected[part] for part in ("calibration", "search", "report")] == [5, 8, 27]
     assert not (own_cache / "data").exists() and not (tmp_path / "out").exists()
-    generated_dataset("text_lines", 40, 0)
+    folder = generated_dataset("text_lines", 40, 0).folder
+    picture = next(folder.rglob("*.jpg"))
+    content = picture.read_bytes()
+    picture.write_bytes(content[:100])
+    assert cli._guarded(command) == 0
+    (damaged,) = json.loads(capfd.readouterr().out)
+    assert "would draw 40 pictures anew, since" in damaged["data"]["generated-text_lines"]["source"]
+    assert "damaged" in damaged["note"] and picture.stat().st_size == 100, "it is told, and nothing is written"
+    picture.write_bytes(content)
     assert cli._guarded(command) == 0
     (after,) = json.loads(capfd.readouterr().out)
     assert sum(after["data"]["generated-text_lines"][part] for part in ("calibration", "search", "report")) == 40
