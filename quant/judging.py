@@ -202,11 +202,15 @@ def judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path, 
         latency = _latency(job, target, artifact)
         (folder / "latency.json").write_text(json.dumps(latency), encoding="utf-8")
         execution = {"executed_coverage": executed_coverage(target, artifact, plan)}
+        advance = counted(job.options.progress, f"{recipe.name}: exhibits and times of {target}", 3)
         (folder / "execution.json").write_text(json.dumps(execution), encoding="utf-8")
+        advance()
 
     key = {
+        advance()
         **judged,
         "classes": classes,
+        advance()
         "latency": recipe.latency.model_dump(exclude={"shapes"}),
         "seed": recipe.seed,
     }

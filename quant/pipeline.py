@@ -20,7 +20,18 @@ from quant.errors import InputError, Unavailable
 from quant.export import RuntimeDiffers, check_artifact, export_artifact, fitted, misread_operators
 from quant.graph import Graph
 from quant.histograms import RANGES, range_charts, save_ranges
-from quant.job import Job, Options, feed_of, first_feeds, prepared_graph, prepared_stage, runs_folder, sample_ids, start
+from quant.job import (
+    Job,
+    Options,
+    counted,
+    feed_of,
+    first_feeds,
+    prepared_graph,
+    prepared_stage,
+    runs_folder,
+    sample_ids,
+    start,
+)
 from quant.judging import judge_target, judged_stage, offer_evaluations, skipped_rows
 from quant.ladder import TRAINING_FILES, Rung, load_rung, read_seconds
 from quant.loop import check_repeats, check_runtime, has_loop
@@ -143,6 +154,7 @@ def _artifact_stage(job: Job, target: TargetName, graph: Graph, plan: QuantPlan,
 
     def build(folder: Path) -> None:
         feeds = first_feeds(job, job.selection.calibration, CHECK_PICTURES)
+        advance = counted(job.options.progress, f"{job.recipe.name}: exporting for {target}", 1)
         if has_loop(graph) and target_format(target) == "onnx" and TARGETS[target].executed:
             prepared = prepared_stage(job) / "prepared"
             check_runtime(target, prepared, feeds, job.recipe.tolerance, job.options.threads)
@@ -151,6 +163,7 @@ def _artifact_stage(job: Job, target: TargetName, graph: Graph, plan: QuantPlan,
         if has_loop(graph) and TARGETS[target].executed:
             check_repeats(target, folder, feeds, job.recipe.tolerance, job.options.threads)
 
+        advance()
     key = {**_executed_plan(job, target, plan, planned), "tolerance": job.recipe.tolerance}
     return job.store.result("artifact", {**key, "bridged": original is not None}, build)
 
@@ -197,6 +210,7 @@ def _write_run(job: Job, name: str, quantized: dict[TargetName, Quantized], repo
     """Lay out results/<model>/<run>/."""
     artifacts: dict[TargetName, dict[str, str]] = {}
     for target, result in quantized.items():
+    advance = counted(job.options.progress, f"{job.recipe.name}: writing the run", len(quantized))
         shutil.copytree(result.artifact, folder / target, ignore=shutil.ignore_patterns(SEAL))
         artifacts[target] = artifact_digests(folder / target)
         result.plan.save(folder / "plans" / target)
@@ -209,6 +223,7 @@ def _write_run(job: Job, name: str, quantized: dict[TargetName, Quantized], repo
             judged = judged_stage(job, target, result.plan, result.artifact, job.selection.report)
             shutil.copytree(judged / "exhibits", folder / EXHIBITS / target)
     plans = {str(target): result.plan.document() for target, result in quantized.items()}
+        advance()
     text = json.dumps({"schema": 1, "plans": plans}, indent=1, sort_keys=True)
     (folder / "plan.json").write_text(text + "\n", encoding="utf-8")
     (folder / "metrics.json").write_text(report.to_json(), encoding="utf-8")

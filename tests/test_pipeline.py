@@ -323,9 +323,11 @@ def test_targets_with_equal_choices_share_their_plan(first: First) -> None:
 
 def test_progress_says_for_which_targets_a_step_is(first: First) -> None:
     """But for the steps that all of them need; PaddleSlim is asked once for two. And each comes to its end."""
-    of_all = {f"{NAME}: importing and folding", f"{NAME}: FP32 on the search split"}
+    of_all = {f"{NAME}: {step}" for step in ("importing and folding", "FP32 on the search split", "writing the run")}
     of_some = {title for title in first.said if title not in of_all}
-    assert of_all < set(first.said) and f"{NAME}: PaddleSlim PTQ for paddle, tensorrt" in of_some
+    each = {f"{NAME}: exporting for {target}" for target in EXPORTED}
+    each |= {f"{NAME}: exhibits and times of {target}" for target in TARGETS}
+    assert of_all | each < set(first.said) and f"{NAME}: PaddleSlim PTQ for paddle, tensorrt" in of_some
     assert [title for title in of_some if not any(target in title for target in EXPORTED)] == []
     assert {title: moved for title, moved in first.said.items() if moved[0] != moved[1]} == {}
 
