@@ -136,7 +136,7 @@ def resolve_model(recipe: Recipe, model_dir: Path | None = None, progress: Progr
 
     reason = f"the FP32 model {recipe.name} cannot be had: {'; '.join(tried)}"
     fix = f"Give its folder with --model-dir, or put it in a folder {recipe.name} in QUANT_MODEL_HOME"
-    raise Unavailable(reason, fix + hint(recipe.name))
+    raise Unavailable(reason, fix + hint(recipe.name, f"quant run --twins {recipe.name}"))
 
 
 def install_model(recipe: Recipe, progress: Progress | None = None) -> ModelFiles:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -377,6 +379,15 @@ def test_a_dry_run_trains_no_twin(own_cache: Path, capfd: Text) -> None:
     assert f"{REC} has no twin" in failure(capfd, "run", "--twins", REC, "--dry-run")
 
 
+@pytest.mark.parametrize(("quiet", "said"), [(False, "weights\nquant: left out\n"), (True, "quant: left out\n")])
+def test_what_informs_is_said_unless_quiet(quiet: bool, said: str, capfd: Text) -> None:
+    log = logging.getLogger("quant.test")
+    with cli._log_shown(quiet):
+        log.info("weights")
+        log.warning("left out")
+    assert capfd.readouterr() == ("", said)
+
+
 def test_one_broken_input_does_not_hide_what_other_models_gave(tmp_path: Path, capfd: Text) -> None:
     """Each in a process of its own, where there are several."""
     (tmp_path / "set").mkdir()
@@ -434,8 +445,12 @@ def test_eval_before_any_run_is_skipped_rows_with_the_fix(tmp_path: Path, capfd:
         assert here or f"quant models fetch {row['model']}" in row["fix"]
         assert (f"quant run --twins {row['model']}" in row["fix"]) == (not here and row["model"] in twin_names())
     assert any("fetch" in row["fix"] for row in rows) and not all("fetch" in row["fix"] for row in rows)
-    assert cli._guarded(["eval", REC, "--target", "paddle", "--out", str(tmp_path)]) == 2
-    assert "not quantized yet" in capfd.readouterr().out
+    lines = tmp_path / "my lines"
+    lines.mkdir()
+    given = ["--data", str(lines), "--target", "paddle", "--model-dir", shipped()]
+    assert cli._guarded(["eval", REC, *given, "--out", str(tmp_path)]) == 2
+    said = f"skipped: {REC}, paddle: not quantized yet. Run `quant run {REC} {shlex.join(given)}`\n"
+    assert said in capfd.readouterr().out, "the command that it names takes what was given here"
 
 
 def in_a_process(patch: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -66,9 +66,9 @@ def twin_names() -> list[str]:
     return [name for name in recipe_names() if name in MODULES]
 
 
-def hint(model: str) -> str:
+def hint(model: str, command: str) -> str:
     """The end of a sentence that says how to do without a model's weights; empty where it has no twin."""
-    return f"; or take its twin, a small stand-in: `quant run --twins {model}`" if model in MODULES else ""
+    return f"; or take its twin, a small stand-in: `{command}`" if model in MODULES else ""
 
 
 def load_module(model: str) -> TwinModule:
