@@ -804,7 +804,8 @@ def _working(
     warnings.filterwarnings("ignore")
     os.environ.setdefault("FLAGS_enable_pir_api", "0")  # before any import of paddle
     results = _results_dir(out)
-    with _own_stdout(as_json) as stdout, _log_shown(quiet), _progress(quiet) as progress:
+    # The log within the progress: it is written above the bars.
+    with _own_stdout(as_json) as stdout, _progress(quiet) as progress, _log_shown(quiet):
         options = Options(results, threads or os.cpu_count() or 1, progress, model_dir, tuple(data or ()))
         yield replace(options, offers=offers, shard_samples=shard_samples or 0), stdout
 
