@@ -157,7 +157,7 @@ def install_model(recipe: Recipe, progress: Progress | None = None) -> ModelFile
             return replace(files, source=source)
         except Unavailable as error:
             tried.append(error.reason)
-    reason = "; ".join(tried) or f"the recipe {recipe.name} names no archive"
+    reason = "; ".join(dict.fromkeys(tried)) or f"the recipe {recipe.name} names no archive"
     fix = f"Check the network, then run `quant models fetch {recipe.name}`, or give a folder with --model-dir"
     raise Unavailable(reason, fix)
 
