@@ -66,10 +66,18 @@ def _console(file: IO[str] | None) -> Console:
 
 
 def _print_skipped(console: Console, skipped: list[SkippedRow]) -> None:
-    for row in skipped:
-        console.print(f"skipped: {row.title}, {row.target}: {row.reason}. {row.fix}", markup=False, soft_wrap=True)
+    for line in _skipped_lines(skipped):
+        console.print(f"skipped: {line}", markup=False, soft_wrap=True)
     if skipped:
         console.print(f"{len(skipped)} skipped, neither passed nor failed", markup=False)
+
+
+def _skipped_lines(skipped: Iterable[SkippedRow]) -> list[str]:
+    """What is said of skipped rows: targets of a model that share their reason share a line."""
+    targets: dict[tuple[str, str, str], list[str]] = {}
+    for row in skipped:
+        targets.setdefault((row.title, row.reason, row.fix), []).append(row.target)
+    return [f"{title}, {', '.join(names)}: {reason}. {fix}" for (title, reason, fix), names in targets.items()]
 
 
 def diff_tables(rows: Sequence[JudgedRow]) -> list[Table]:
@@ -155,8 +163,7 @@ def results_readme(reports: Sequence[EvalReport]) -> str:
     if informing := [row for row in judged if not row.gates]:
         parts += ["## Single sets, for information", _markdown_table(informing)]
     if skipped := [row for row in rows if isinstance(row, SkippedRow)]:
-        lines = [f"* {row.title}, {row.target}: {row.reason}. {row.fix}" for row in skipped]
-        parts += ["## Skipped", "\n".join(lines)]
+        parts += ["## Skipped", "\n".join(f"* {line}" for line in _skipped_lines(skipped))]
     return "\n\n".join(parts) + "\n"
 
 

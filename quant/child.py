@@ -193,7 +193,15 @@ def follow_parent() -> None:
 
 def ending(code: int, log: Path) -> str:
     """How a child ended, in words: the signal, or the last line that it printed."""
-    return f"it crashes ({signal.Signals(-code).name})" if code < 0 else last_line(log)[:300]
+    return f"it crashes ({signal_name(-code)})" if code < 0 else last_line(log)[:300]
+
+
+def signal_name(number: int) -> str:
+    """Of a signal, as SIGSEGV; most real-time signals have none but their number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def last_line(log: Path) -> str:

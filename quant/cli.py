@@ -349,6 +349,7 @@ def evaluate(
     _check_twins(twins, model_dir)
     recipes = _recipes(models, everything, overrides, seed, targets)
     with _working(out, threads, model_dir, data, quiet, as_json, offers, shard_samples) as (options, stdout):
+        options = replace(options, asked=tuple(_arguments(overrides, data, model_dir, targets, seed)))
         if dry_run:
 
             def outline(recipe: Recipe) -> dict[str, Any]:
@@ -397,6 +398,7 @@ def bench(
 
     recipes = _recipes(models, everything, overrides, None, targets)
     with _working(out, threads, model_dir, None, quiet, as_json) as (options, stdout):
+        options = replace(options, asked=tuple(_arguments(overrides, None, model_dir, targets, None)))
         rows: list[BenchRow | SkippedRow] = []
         for recipe in recipes:
             rows += bench_model(recipe, options)
@@ -776,7 +778,10 @@ def _with_twin(recipe: Recipe, options: Options, train: bool) -> Options:
     """
     from quant.twins import find_twin, ready_twin
 
-    twin = ready_twin(recipe, options.progress) if train else find_twin(recipe)
+    try:
+        twin = ready_twin(recipe, options.progress) if train else find_twin(recipe)
+    except Unavailable as error:
+        raise Unavailable(error.reason, f"Run `{options.run_command(recipe.name, twin=True)}`") from error
     if options.data:
         return replace(options, model_dir=twin.folder)
     return replace(options, model_dir=twin.folder, data=(str(twin.world),), report_split=True)
@@ -799,7 +804,8 @@ def _working(
     warnings.filterwarnings("ignore")
     os.environ.setdefault("FLAGS_enable_pir_api", "0")  # before any import of paddle
     results = _results_dir(out)
-    with _own_stdout(as_json) as stdout, _warnings_shown(), _progress(quiet) as progress:
+    # The log within the progress: it is written above the bars.
+    with _own_stdout(as_json) as stdout, _progress(quiet) as progress, _log_shown(quiet):
         options = Options(results, threads or os.cpu_count() or 1, progress, model_dir, tuple(data or ()))
         yield replace(options, offers=offers, shard_samples=shard_samples or 0), stdout
 
@@ -822,17 +828,26 @@ def _own_stdout(as_json: bool) -> Iterator[Any]:
 
 
 @contextmanager
-def _warnings_shown() -> Iterator[None]:
+def _log_shown(quiet: bool) -> Iterator[None]:
     """What is left out is said on standard error, also with --quiet and whatever libraries do to the root logger."""
     handler, log = logging.StreamHandler(sys.stderr), logging.getLogger("quant")
-    handler.setFormatter(logging.Formatter("quant: %(message)s"))
+    handler.setFormatter(_Sentence())
     log.addHandler(handler)
-    log.propagate = False
+    log.propagate, before = False, log.level
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         yield
     finally:
+        log.setLevel(before)
         log.removeHandler(handler)
         log.propagate = True
+
+
+class _Sentence(logging.Formatter):
+    """Warnings begin with the program's name: where several models are worked on, they are told from the rest by it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{'quant: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}"
 
 
 @contextmanager

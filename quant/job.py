@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import onnx
 
-from eval.dataset import Sample
+from eval.dataset import SPLITS, Sample
 from eval.evaluation import readable
 from quant.archive import Progress
 from quant.conversion import reference_outputs
@@ -37,6 +39,8 @@ TWINS = "twins"
 
 Item = TypeVar("Item")
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -44,6 +48,7 @@ class Options:
 
     Attributes:
         data: sets or folders in place of the recipe's sets.
+        asked: words of the command line that a suggested command needs as well.
         report_split: whether an evaluation takes the report split of `data`, as a run does, and not all of it.
         offers, shard_samples: folder in which evaluations of more samples are left for others to judge, if there are
             others (see `quant.shards`).
@@ -54,9 +59,14 @@ class Options:
     progress: Progress
     model_dir: Path | None = None
     data: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
     report_split: bool = False
     offers: Path | None = None
     shard_samples: int = 0
+
+    def run_command(self, model: str, twin: bool = False) -> str:
+        """What quantizes a model or its twin, for the user to type."""
+        return shlex.join(["quant", "run", *(["--twins"] if twin else []), model, *self.asked])
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,17 @@ def start(recipe: Recipe, options: Options) -> Job:
     selection = select(recipe, options.data, options.progress)
     warn_of_few(recipe, selection)
     return Job(recipe, options, files, selection, StageStore(cache_dir() / "stages"))
+
+
+def say_inputs(job: Job) -> None:
+    """Say which weights and which pictures the work is done with."""
+    selection, name = job.selection, job.recipe.name
+    log.info("%s: weights: %s", name, job.files.source)
+    splits = {"evaluation" if split == "report" else split: getattr(selection, split) for split in SPLITS}
+    counts = "; ".join(f"{use}: {len(samples)} samples" for use, samples in splits.items() if samples)
+    places = {found: f" ({record.source})" for found, record in selection.records.items()}
+    sets = sorted({sample.dataset for samples in splits.values() for sample in samples})
+    log.info("%s: %s; from %s", name, counts, ", ".join(f"{found}{places.get(found, '')}" for found in sets))
 
 
 def runs_folder(recipe: Recipe, results: Path, model_dir: Path | None) -> Path:

@@ -32,6 +32,7 @@ from quant.job import (
     prepared_stage,
     runs_folder,
     sample_ids,
+    say_inputs,
 )
 from quant.manifest import Manifest, artifact_digests, load_manifest, newest_run, processor
 from quant.plan import QuantPlan, load_plan
@@ -44,6 +45,7 @@ from quant.source import cache_dir, is_twin, local_source, resolve_model
 from quant.stage import StageStore, holds
 from quant.target import TARGETS, TargetName
 from quant.task import TaskAdapter
+from quant.twins import hint
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ def _evaluated(recipe: Recipe, options: Options) -> list[JudgedRow | SkippedRow]
         found = find_evaluation(recipe, options)
     except Unavailable as error:
         return [*skipped_rows(recipe, list(recipe.targets), error.reason, error.fix)]
+    say_inputs(found.job)
     folder, samples = found.folder, found.job.selection.report
     offer_evaluations(found.job, {t: folder / t for t in recipe.targets if t in found.manifest.artifacts}, samples)
     rows: list[JudgedRow | SkippedRow] = []
@@ -95,8 +98,9 @@ def _evaluated(recipe: Recipe, options: Options) -> list[JudgedRow | SkippedRow]
 
 
 def run_command(recipe: Recipe, options: Options) -> str:
-    """What quantizes a model or its twin."""
-    return f"quant run {'--twins ' if is_twin(recipe, options.model_dir) else ''}{recipe.name}"
+    """What quantizes a model or its twin; a folder that was given tells by itself which of them it is."""
+    named = "--model-dir" in options.asked
+    return options.run_command(recipe.name, twin=not named and is_twin(recipe, options.model_dir))
 
 
 def find_evaluation(recipe: Recipe, options: Options) -> Evaluation:
@@ -115,6 +119,7 @@ def find_evaluation(recipe: Recipe, options: Options) -> Evaluation:
         command = f"`{run_command(recipe, options)}`"
         if options.model_dir is None and local_source(recipe) is None:
             fetch = f"Run `quant models fetch {recipe.name}` (or give the folder with --model-dir), then {command}"
+            fetch += hint(recipe.name, options.run_command(recipe.name, twin=True))
             raise Unavailable("not quantized yet, and its FP32 model is not on this machine", fetch)
         raise Unavailable("not quantized yet", f"Run {command}")
     manifest, again = load_manifest(folder), f"Run `{run_command(recipe, options)}` again"
@@ -197,11 +202,15 @@ def judged_stage(job: Job, target: TargetName, plan: QuantPlan, artifact: Path, 
         outcomes = load_outcomes(folder / OUTCOMES)
         metric, size = make_metric(recipe.metric), _input_size(job.adapter)
         predict = _predictor(job, _share(job, target, artifact, samples))
+        advance = counted(job.options.progress, f"{recipe.name}: exhibits and times of {target}", 3)
         write_exhibits(folder / "exhibits", recipe.task, metric, outcomes, samples, predict, size, classes)
+        advance()
         latency = _latency(job, target, artifact)
         (folder / "latency.json").write_text(json.dumps(latency), encoding="utf-8")
+        advance()
         execution = {"executed_coverage": executed_coverage(target, artifact, plan)}
         (folder / "execution.json").write_text(json.dumps(execution), encoding="utf-8")
+        advance()
 
     key = {
         **judged,

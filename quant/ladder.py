@@ -7,8 +7,11 @@ of the damage sits in few cheap convolutions, so much accuracy costs little INT8
 
 from __future__ import annotations
 
+import ctypes
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -315,12 +318,29 @@ def _most_damaging(operators: Sequence[Operator], limits: Sequence[_Limit], numb
     rows = np.array([*([limit.cost(op) for op in operators] for limit in limits), np.ones(len(operators))])
     spare = np.array([*(limit.spare for limit in limits), number])
     limited = LinearConstraint(rows, ub=spare)
-    found = milp(-gains, constraints=limited, integrality=1, bounds=Bounds(0, 1), options={"mip_rel_gap": 0})
+    with _printing_nothing():  # HiGHS has a line that no option of it silences
+        found = milp(-gains, constraints=limited, integrality=1, bounds=Bounds(0, 1), options={"mip_rel_gap": 0})
     chosen = np.flatnonzero(found.x > 0.5)
     # The solver keeps limits to a millionth; floors of coverage are kept exactly.
     while (rows[:, chosen].sum(axis=1) > spare + _ROUNDING).any():
         chosen = np.delete(chosen, np.argmin(gains[chosen]))
     return {operators[index].name for index in chosen}
+
+
+@contextmanager
+def _printing_nothing() -> Iterator[None]:
+    """What native code of the block prints to standard output is lost; what was printed before is not."""
+    native = ctypes.CDLL(None)
+    native.fflush(None)
+    kept = os.dup(1)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        native.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def badness(rung: Rung) -> tuple[bool, float]:

@@ -11,7 +11,7 @@ from eval.gate import SkippedRow
 from quant.errors import Unavailable
 from quant.graph import Shape
 from quant.job import Job, Options, feed_of, fp32_folders, latency_feed, picture_input, prepared_graph
-from quant.judging import find_evaluation, skipped_rows
+from quant.judging import find_evaluation, run_command, skipped_rows
 from quant.loop import has_loop
 from quant.recipe import Recipe
 from quant.runtime import Precision, Session, model_bytes, open_session
@@ -38,7 +38,7 @@ def bench_model(recipe: Recipe, options: Options) -> list[BenchRow | SkippedRow]
     for target in recipe.targets:
         try:
             if target not in found.manifest.artifacts:
-                raise Unavailable("the newest run has no such target", f"Run `quant run {recipe.name}`")
+                raise Unavailable("the newest run has no such target", f"Run `{run_command(recipe, options)}`")
             rows += bench_target(found.job, target, found.folder / target)
         except Unavailable as error:
             rows += skipped_rows(recipe, [target], error.reason, error.fix)

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from calib_data.registry import GENERATED
+from calib_data.registry import GENERATED, generated_folder
 from eval.dataset import SPLITS
 from quant.job import TWINS, Job, Options, runs_folder, start
 from quant.judging import Evaluation
@@ -31,10 +31,13 @@ def run_outline(recipe: Recipe, options: Options) -> Outline:
         return _outline_of(start(recipe, options))
     source = resolve_model(recipe, options.model_dir, options.progress).source
     generated = recipe.data.generated
-    drawn = f"the built-in generator would draw {generated.samples} pictures (seed {generated.seed})"
+    damaged = generated_folder(generated.kind, generated.samples, generated.seed).is_dir()
+    anew = " anew, since those in the cache are damaged" if damaged else ""
+    drawn = f"the built-in generator would draw {generated.samples} pictures{anew} (seed {generated.seed})"
     pictures = _expected(recipe, f"{GENERATED}{generated.kind}", drawn)
     folder = runs_folder(recipe, options.results, options.model_dir)
-    note = f"the pictures are not drawn yet, their numbers are those to be expected; {_NAMELESS}"
+    state = "damaged" if damaged else "not drawn yet"
+    note = f"the pictures are {state}, their numbers are those to be expected; {_NAMELESS}"
     return _nameless(recipe, source, {**pictures, "unavailable": unavailable}, folder, note)
 
 

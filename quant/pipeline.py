@@ -20,7 +20,19 @@ from quant.errors import InputError, Unavailable
 from quant.export import RuntimeDiffers, check_artifact, export_artifact, fitted, misread_operators
 from quant.graph import Graph
 from quant.histograms import RANGES, range_charts, save_ranges
-from quant.job import Job, Options, feed_of, first_feeds, prepared_graph, prepared_stage, runs_folder, sample_ids, start
+from quant.job import (
+    Job,
+    Options,
+    counted,
+    feed_of,
+    first_feeds,
+    prepared_graph,
+    prepared_stage,
+    runs_folder,
+    sample_ids,
+    say_inputs,
+    start,
+)
 from quant.judging import judge_target, judged_stage, offer_evaluations, skipped_rows
 from quant.ladder import TRAINING_FILES, Rung, load_rung, read_seconds
 from quant.loop import check_repeats, check_runtime, has_loop
@@ -69,6 +81,7 @@ def run_model(recipe: Recipe, options: Options) -> Finished:
         InputError: an input is broken, or an export does not agree with its plan.
     """
     job = start(recipe, options)
+    say_inputs(job)
     name = _run_name(job)
     folder = runs_folder(recipe, options.results, options.model_dir) / name
     for place in (folder.parent, job.store.folder):
@@ -142,6 +155,7 @@ def _artifact_stage(job: Job, target: TargetName, graph: Graph, plan: QuantPlan,
     original = old_ir_form(prepared_stage(job))
 
     def build(folder: Path) -> None:
+        advance = counted(job.options.progress, f"{job.recipe.name}: exporting for {target}", 1)
         feeds = first_feeds(job, job.selection.calibration, CHECK_PICTURES)
         if has_loop(graph) and target_format(target) == "onnx" and TARGETS[target].executed:
             prepared = prepared_stage(job) / "prepared"
@@ -150,6 +164,7 @@ def _artifact_stage(job: Job, target: TargetName, graph: Graph, plan: QuantPlan,
         check_artifact(target, folder, graph, plan, feeds, job.options.threads)
         if has_loop(graph) and TARGETS[target].executed:
             check_repeats(target, folder, feeds, job.recipe.tolerance, job.options.threads)
+        advance()
 
     key = {**_executed_plan(job, target, plan, planned), "tolerance": job.recipe.tolerance}
     return job.store.result("artifact", {**key, "bridged": original is not None}, build)
@@ -196,6 +211,7 @@ def _timed_rungs(result: Quantized) -> list[Rung]:
 def _write_run(job: Job, name: str, quantized: dict[TargetName, Quantized], report: EvalReport, folder: Path) -> None:
     """Lay out results/<model>/<run>/."""
     artifacts: dict[TargetName, dict[str, str]] = {}
+    advance = counted(job.options.progress, f"{job.recipe.name}: writing the run", len(quantized))
     for target, result in quantized.items():
         shutil.copytree(result.artifact, folder / target, ignore=shutil.ignore_patterns(SEAL))
         artifacts[target] = artifact_digests(folder / target)
@@ -208,6 +224,7 @@ def _write_run(job: Job, name: str, quantized: dict[TargetName, Quantized], repo
         if any(row.target == target and row.status == "judged" for row in report.rows):
             judged = judged_stage(job, target, result.plan, result.artifact, job.selection.report)
             shutil.copytree(judged / "exhibits", folder / EXHIBITS / target)
+        advance()
     plans = {str(target): result.plan.document() for target, result in quantized.items()}
     text = json.dumps({"schema": 1, "plans": plans}, indent=1, sort_keys=True)
     (folder / "plan.json").write_text(text + "\n", encoding="utf-8")

@@ -319,6 +319,7 @@ def _base_plan(job: Job, graph: Graph, choice: TargetChoice) -> QuantPlan:
         def build(folder: Path) -> None:
             feeds = (prepared.inputs for _, prepared in readable(samples, job.adapter, []))
             advance = partial(job.options.progress, job.title("PaddleSlim PTQ"))
+            advance(0, len(samples))
             slim_scales(graph, feeds, recipe.paddleslim, folder, advance).save(folder)
 
         scales = load_scales(job.store.result("slim", key, build))

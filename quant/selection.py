@@ -34,6 +34,7 @@ from quant.errors import InputError, Unavailable
 from quant.manifest import DataRecord
 from quant.recipe import Recipe, Task, class_labels
 from quant.source import without_places
+from quant.stage import whole
 
 log = logging.getLogger(__name__)
 NAMED = 5  # broken lines that are named on the terminal; the manifest has all
@@ -132,7 +133,7 @@ def why_generated(recipe: Recipe, data: Sequence[str], progress: Progress | None
         return None
     found, unavailable = _sets_at_hand(recipe, progress)
     generated = recipe.data.generated
-    if found or generated_folder(generated.kind, generated.samples, generated.seed).is_dir():
+    if found or whole(generated_folder(generated.kind, generated.samples, generated.seed)):
         return None
     return unavailable
 

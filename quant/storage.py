@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LEAST_ROOM = 1 << 16
+_LEAST_ROOM = 1 << 20
+"""More than is left where a library stopped in the middle of a block, or took away again what it could not finish."""
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from quant.archive import Progress, staged, told_progress
-from quant.child import child_command, child_environment, family_memory, kill_family, raise_answer
+from quant.child import child_command, child_environment, family_memory, kill_family, raise_answer, signal_name
 from quant.document import DocumentError, parse_json
 from quant.errors import HANDED_OVER, INPUT_ERROR, InputError
 from quant.parcel import sha256_of
@@ -157,11 +157,10 @@ class Ended:
     def said(self) -> str:
         """Its last words, or how it was ended without any."""
         if self.killed:
-            name = signal.Signals(-self.code).name
             cause = "as by a system that is short of memory"
-            return f"it was killed ({name}), {cause}; free some, or give --jobs 1, and run it again"
+            return f"it was killed ({signal_name(-self.code)}), {cause}; free some, or give --jobs 1, and run it again"
         if self.code < 0:
-            return f"it crashed ({signal.Signals(-self.code).name})"
+            return f"it crashed ({signal_name(-self.code)})"
         said = [line for line in self.stderr.splitlines() if line.strip()] or [f"it ended with code {self.code}"]
         return said[-1].removeprefix("quant: ")
 

@@ -45,6 +45,8 @@ def test_exit_codes_and_signals(tmp_path: Path) -> None:
     assert child.ending(3, tmp_path / "log") == "said"
     code = python("import os; os.kill(os.getpid(), 11)", tmp_path)
     assert child.ending(code, tmp_path / "log") == "it crashes (SIGSEGV)"
+    code = python("import os; os.kill(os.getpid(), 40)", tmp_path)
+    assert child.ending(code, tmp_path / "log") == "it crashes (signal 40)", "Python has no name for it"
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_a_disk_too_full_for_the_sentence_is_named(
 def test_a_child_whose_files_a_native_library_cut_off(small_disk: Path) -> None:
     """It fails at what it reads back, for a reason that says nothing of the disk."""
     raise_answer(small_disk, 1)
-    (small_disk / "weights").write_bytes(b"x" * (1000 << 10))
+    (small_disk / "weights").write_bytes(b"x" * (1500 << 10))  # the rest is less than it wanted to write at once
     raise_answer(small_disk, 0)
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
         raise_answer(small_disk, 1)

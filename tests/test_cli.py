@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from quant.errors import Unavailable
 from quant.recipe import load_recipe, recipe_names
 from quant.source import local_source
 from quant.target import TARGETS
+from quant.twins import twin_names
 
 REC = "PP-OCRv4_mobile_rec"
 
@@ -344,7 +347,15 @@ def test_a_dry_run_draws_no_pictures(own_cache: Path, tmp_path: Path, capfd: Tex
     assert "would draw 40 pictures" in expected["source"] and "not drawn yet" in before["note"]
     assert [expected[part] for part in ("calibration", "search", "report")] == [5, 8, 27]
     assert not (own_cache / "data").exists() and not (tmp_path / "out").exists()
-    generated_dataset("text_lines", 40, 0)
+    folder = generated_dataset("text_lines", 40, 0).folder
+    picture = next(folder.rglob("*.jpg"))
+    content = picture.read_bytes()
+    picture.write_bytes(content[:100])
+    assert cli._guarded(command) == 0
+    (damaged,) = json.loads(capfd.readouterr().out)
+    assert "would draw 40 pictures anew, since" in damaged["data"]["generated-text_lines"]["source"]
+    assert "damaged" in damaged["note"] and picture.stat().st_size == 100, "it is told, and nothing is written"
+    picture.write_bytes(content)
     assert cli._guarded(command) == 0
     (after,) = json.loads(capfd.readouterr().out)
     assert sum(after["data"]["generated-text_lines"][part] for part in ("calibration", "search", "report")) == 40
@@ -366,6 +377,15 @@ def test_a_dry_run_trains_no_twin(own_cache: Path, capfd: Text) -> None:
     assert "would be trained before" in outline["source"] and outline["folder"].endswith("twins/PP-OCRv4_server_det")
     assert not own_cache.exists()
     assert f"{REC} has no twin" in failure(capfd, "run", "--twins", REC, "--dry-run")
+
+
+@pytest.mark.parametrize(("quiet", "said"), [(False, "weights\nquant: left out\n"), (True, "quant: left out\n")])
+def test_what_informs_is_said_unless_quiet(quiet: bool, said: str, capfd: Text) -> None:
+    log = logging.getLogger("quant.test")
+    with cli._log_shown(quiet):
+        log.info("weights")
+        log.warning("left out")
+    assert capfd.readouterr() == ("", said)
 
 
 def test_one_broken_input_does_not_hide_what_other_models_gave(tmp_path: Path, capfd: Text) -> None:
@@ -423,9 +443,14 @@ def test_eval_before_any_run_is_skipped_rows_with_the_fix(tmp_path: Path, capfd:
         assert (row["status"], row["reason"]) == ("skipped", f"not quantized yet{missing}")
         assert f"quant run {row['model']}" in row["fix"]
         assert here or f"quant models fetch {row['model']}" in row["fix"]
+        assert (f"quant run --twins {row['model']}" in row["fix"]) == (not here and row["model"] in twin_names())
     assert any("fetch" in row["fix"] for row in rows) and not all("fetch" in row["fix"] for row in rows)
-    assert cli._guarded(["eval", REC, "--target", "paddle", "--out", str(tmp_path)]) == 2
-    assert "not quantized yet" in capfd.readouterr().out
+    lines = tmp_path / "my lines"
+    lines.mkdir()
+    given = ["--data", str(lines), "--target", "paddle", "--model-dir", shipped()]
+    assert cli._guarded(["eval", REC, *given, "--out", str(tmp_path)]) == 2
+    said = f"skipped: {REC}, paddle: not quantized yet. Run `quant run {REC} {shlex.join(given)}`\n"
+    assert said in capfd.readouterr().out, "the command that it names takes what was given here"
 
 
 def in_a_process(patch: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -499,7 +499,9 @@ def test_a_job_without_rows_says_why() -> None:
     with pytest.raises(InputError, match="^the picture is broken$"):
         ended(code=2, stdout="", stderr="quant: left out\nquant: the picture is broken\n").rows()
     warned = "quant: a line was left out\n"
-    for code, said in ((-9, r"was killed \(SIGKILL\).*--jobs 1"), (-15, "SIGTERM"), (-11, r"it crashed \(SIGSEGV\)")):
+    killed = ((-9, r"was killed \(SIGKILL\).*--jobs 1"), (-15, "SIGTERM"))
+    crashed = ((-11, r"it crashed \(SIGSEGV\)"), (-40, r"it crashed \(signal 40\)"))
+    for code, said in (*killed, *crashed):
         with pytest.raises(InputError, match=said):
             ended(code=code, stdout="", stderr=warned).rows()
     with pytest.raises(InputError, match="ended with code 3"):

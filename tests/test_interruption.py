@@ -60,7 +60,7 @@ def remount(folder: Path, how: str) -> None:
 @slow
 @pytest.mark.xdist_group("interruption")
 def test_a_full_disk_is_named_and_nothing_is_lost(job: TinyJob, calm: Path, small_disk: Path, tmp_path: Path) -> None:
-    small_disk.joinpath("taken").write_bytes(b"x" * (1000 << 10))
+    small_disk.joinpath("taken").write_bytes(b"x" * (2024 << 10))
     code, said = job.run(small_disk / "cache", tmp_path / "results")
     (sentence,) = [line for line in said.splitlines() if line.startswith("quant: ")]
     assert code == 2 and os.strerror(errno.ENOSPC) in sentence and "Traceback" not in said, said

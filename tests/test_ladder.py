@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -197,6 +199,22 @@ def test_no_floor_is_ever_crossed(
 
 
 # --- climbing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [73, 279, 385])
+def test_the_solver_prints_nothing(seed: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """On each of these plans HiGHS prints a line of its own, from C, whose buffer is written later."""
+    random = np.random.default_rng(seed)
+    count = int(random.integers(5, 120))
+    macs, parameters = ((10.0 ** random.uniform(0, 10, count)).astype(int) for _ in range(2))
+    facts = zip(macs.tolist(), (10.0 ** random.uniform(-4, 0, count)).tolist(), parameters.tolist(), strict=True)
+    operators = [operator(f"op{i}", m, damage=d, parameters=p) for i, (m, d, p) in enumerate(facts)]
+    work, weights = 1 - random.uniform(0.02, 0.1), 1 - random.uniform(0.02, 0.3)
+    native = ctypes.CDLL(None)
+    native.puts(b"before")
+    revert_to(plan_with(*operators), work, weights, 0.0)
+    native.fflush(None)
+    assert capfd.readouterr() == ("before\n", "")
 
 
 def test_plain_ptq_is_taken_when_it_passes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -323,11 +324,26 @@ def test_targets_with_equal_choices_share_their_plan(first: First) -> None:
 
 def test_progress_says_for_which_targets_a_step_is(first: First) -> None:
     """But for the steps that all of them need; PaddleSlim is asked once for two. And each comes to its end."""
-    of_all = {f"{NAME}: importing and folding", f"{NAME}: FP32 on the search split"}
+    of_all = {f"{NAME}: {step}" for step in ("importing and folding", "FP32 on the search split", "writing the run")}
     of_some = {title for title in first.said if title not in of_all}
-    assert of_all < set(first.said) and f"{NAME}: PaddleSlim PTQ for paddle, tensorrt" in of_some
+    each = {f"{NAME}: exporting for {target}" for target in EXPORTED}
+    each |= {f"{NAME}: exhibits and times of {target}" for target in TARGETS}
+    assert of_all | each < set(first.said) and f"{NAME}: PaddleSlim PTQ for paddle, tensorrt" in of_some
     assert [title for title in of_some if not any(target in title for target in EXPORTED)] == []
     assert {title: moved for title, moved in first.said.items() if moved[0] != moved[1]} == {}
+
+
+def test_weights_and_pictures_are_said(place: Place, first: First, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "quant"):
+        run_model(place.recipe, place.options())
+        evaluate_model(place.recipe, place.options())
+    of_run, of_both, of_eval = (caplog.messages[index] for index in (1, 0, 3))
+    assert of_both == caplog.messages[2] == f"{NAME}: weights: --model-dir (model)"
+    judged_on = next(row.samples for row in judged(first.finished) if row.gates)
+    sets = [f"{name} (QUANT_DATA_HOME ($QUANT_DATA_HOME))" for name in sorted(SETS)]
+    counts = f"calibration: 6 samples; search: 6 samples; evaluation: {judged_on} samples"
+    assert of_run == f"{NAME}: {counts}; from {', '.join(sets)}"
+    assert of_eval == f"{NAME}: evaluation: {judged_on} samples; from {', '.join(sorted(SETS))}"
 
 
 def test_damage_is_measured_once_where_everything_in_int8_does_not_pass(place: Place, built: list[str]) -> None:

@@ -91,6 +91,20 @@ def test_a_file_gets_whole_lines_and_the_skipped_rows() -> None:
     assert "1 skipped" in text
 
 
+def test_targets_that_share_a_reason_share_a_line() -> None:
+    skipped = next(row for row in ROWS if isinstance(row, SkippedRow))
+    others = [skipped.model_copy(update={"target": target}) for target in ("paddle", "tensorrt")]
+    another = skipped.model_copy(update={"target": "onnxruntime", "reason": "another"})
+    twin = skipped.model_copy(update={"twin": True})
+    rows, file = [skipped, another, *others, twin], io.StringIO()
+    print_report(rows, file)
+    name, rest = "PP-OCRv4_mobile_det", f"{skipped.reason}. {skipped.fix}"
+    lines = [f"{name}, openvino, paddle, tensorrt: {rest}", f"{name}, onnxruntime: another. {skipped.fix}"]
+    lines.append(f"{name} (twin), openvino: {rest}")
+    assert file.getvalue().splitlines() == [*(f"skipped: {s}" for s in lines), "5 skipped, neither passed nor failed"]
+    assert "\n".join(f"* {line}" for line in lines) in results_readme([EvalReport(rows=rows)])
+
+
 def test_a_failed_gate_is_plain_to_see() -> None:
     failed = GateVerdict(max_drop=1, max_relative_drop=1, passed=False, certified=False, evidence="real")
     file = io.StringIO()

@@ -195,8 +195,11 @@ def test_eval_shows_twins_beside_the_models(own_cache: Path, tmp_path: Path, cap
     of_twins = [row for row in rows if row.get("twin")]
     assert {row["model"] for row in of_twins} == {DET}
     assert all(row["fix"] == f"Run `quant run --twins {row['model']}`" for row in of_twins)
-    assert cli._guarded(["eval", DET, "--twins", "--out", str(tmp_path)]) == 2
-    assert f"skipped: {DET} (twin), openvino: its twin is not trained yet" in capfd.readouterr().out
+    targets = ["--target", "openvino", "--target", "paddle"]
+    assert cli._guarded(["eval", DET, "--twins", *targets, "--out", str(tmp_path)]) == 2
+    command = f"quant run --twins {DET} {' '.join(targets)}"
+    said = f"skipped: {DET} (twin), openvino, paddle: its twin is not trained yet. Run `{command}`"
+    assert said in capfd.readouterr().out
 
 
 def test_twins_are_trained_into_a_folder(

@@ -66,6 +66,11 @@ def twin_names() -> list[str]:
     return [name for name in recipe_names() if name in MODULES]
 
 
+def hint(model: str, command: str) -> str:
+    """The end of a sentence that says how to do without a model's weights; empty where it has no twin."""
+    return f"; or take its twin, a small stand-in: `{command}`" if model in MODULES else ""
+
+
 def load_module(model: str) -> TwinModule:
     """The module of a model's twin.
 
