@@ -1,7 +1,8 @@
 """Exhibits: what an evaluation keeps of single pictures, so that a report can show where FP32 and INT8 part.
 
 A folder of a bounded size: `exhibits.json` with the slices of the set, the pictures that came out differently, the
-worst first, and of the worst ones both predictions and a small JPEG. The same evaluation gives the same bytes.
+worst first, and of the worst ones both predictions and a JPEG large enough to read. The same evaluation gives the same
+bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MOST_ROWS = 1000
 
 RECORD = "exhibits.json"
 
-_LONGEST_SIDE = 640  # pixels
+_LONGEST_SIDE = 1280  # pixels; on an A4 page, letters of 10 points can still be read
 _QUALITY = 60
 _MOST_SHAPES = 300
 _SHOWN_SCORE = 0.5  # from which clients show a region of a layout

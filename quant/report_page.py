@@ -8,9 +8,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ MOST_PICTURES = 12
 """Shown of a target."""
 
 MOST_BYTES = 8 << 20
-"""Of all pictures in the page, before they are written as text."""
+"""Of all pictures in the page, before they are written as text, which takes a third more."""
 
 _MOST_CHARTS = 24
 _MOST_SPAN = 50
@@ -52,15 +52,26 @@ class Page:
 
 
 class Album:
-    """Pictures as data: URIs, each once, as long as there is room."""
+    """Pictures as data: URIs, each once, as long as there is room.
 
-    def __init__(self, room: int) -> None:
+    Args:
+        files: what came first has the room.
+    """
+
+    def __init__(self, files: Iterable[Path], room: int) -> None:
         self.pictures: dict[str, str] = {}
-        self.left_out = 0
         self._room = room
+        self._names = {file: self._add(file) for file in files}
 
-    def add(self, file: Path) -> str | None:
-        """The name under which a picture stands in the page; None where there is no room."""
+    @property
+    def left_out(self) -> int:
+        return sum(name is None for name in self._names.values())
+
+    def name(self, file: Path) -> str | None:
+        """Under which a picture stands in the page; None where there was no room."""
+        return self._names[file]
+
+    def _add(self, file: Path) -> str | None:
         try:
             content = file.read_bytes()
         except OSError as error:
@@ -68,7 +79,6 @@ class Album:
         name = "p" + hashlib.sha256(content).hexdigest()[:16]
         if name not in self.pictures:
             if len(content) > self._room:
-                self.left_out += 1
                 return None
             self._room -= len(content)
             self.pictures[name] = f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
@@ -77,7 +87,7 @@ class Album:
 
 def report_page(models: Sequence[ModelReport]) -> Page:
     """The same for the same runs."""
-    album = Album(MOST_BYTES)
+    album = Album(_worst_first(models), MOST_BYTES)
     shown = [
         {"report": model, "id": f"m{i}", "targets": _targets(model, album), "front": _target_front(model)}
         for i, model in enumerate(models)
@@ -163,12 +173,23 @@ def _search_front(target: TargetReport) -> Markup | None:
 # --- pictures --------------------------------------------------------------------------------------
 
 
+def _worst_first(models: Sequence[ModelReport]) -> list[Path]:
+    """The worst picture of every target, then the second of every target, and so on."""
+    shown = [_shown(target) for model in models for target in model.targets]
+    return [file for rank in zip_longest(*shown) for _, file in filter(None, rank)]
+
+
+def _shown(target: TargetReport) -> list[tuple[Exhibit, Path]]:
+    kept = target.exhibits.exhibits if target.exhibits else []
+    return [(exhibit, target.pictures / Path(exhibit.picture).name) for exhibit in kept[:MOST_PICTURES]]
+
+
 def _exhibits(target: TargetReport, album: Album) -> list[dict[str, Any]]:
     if target.exhibits is None:
         return []
     task, shown = target.exhibits.task, []
-    for exhibit in target.exhibits.exhibits[:MOST_PICTURES]:
-        picture = album.add(target.pictures / Path(exhibit.picture).name)
+    for exhibit, file in _shown(target):
+        picture = album.name(file)
         if picture is not None:
             sides = [_side(task, name, found, exhibit) for name, found in _findings(exhibit)]
             shown.append({"exhibit": exhibit, "picture": picture, "sides": sides})

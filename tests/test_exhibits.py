@@ -68,7 +68,7 @@ def texts(*read: str) -> list[TextPrediction]:
 
 def test_lines_that_differ_are_kept_the_worst_first(tmp_path: Path) -> None:
     labels = ["abcd", "12345678", "中文", "abc", "a very long line of text", "same"]
-    samples = pictures(tmp_path, labels)
+    samples = pictures(tmp_path, labels, width=1800)
     fp32 = texts("abcd", "12345678", "中文", "abd", "a very long line of text", "same")
     int8 = texts("abce", "99999999", "中文", "abc", "a very long line of text", "same")
     record = made(tmp_path / "kept", "text_recognition", "line_accuracy", samples, fp32, int8, scale=2.4)
@@ -77,9 +77,9 @@ def test_lines_that_differ_are_kept_the_worst_first(tmp_path: Path) -> None:
     assert [(row.fp32, row.int8) for row in record.rows] == [(100, 0), (100, 0), (0, 100)]
     first = record.exhibits[0]
     assert (first.label.text, first.fp32_found.text, first.int8_found.text) == ("12345678", "12345678", "99999999")
-    assert (first.width, first.height) == (900, 20)
+    assert (first.width, first.height) == (1800, 20)
     stored = cv2.imread(str(tmp_path / "kept" / first.picture))
-    assert stored.shape == (14, 640, 3)
+    assert stored.shape == (14, 1280, 3)
     parts = {(part.axis, part.name): part for part in record.slices}
     assert {axis for axis, _ in parts} == {"data set", "text length", "script", "size of text"}
     assert parts["script", "latin"].samples == 4 and parts["script", "digits"].drop == 100

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import yaml
+from client_code import code_for, run_clients
 from onnx import TensorProto, helper
 
 from calib_data.generator import write_formulas
@@ -70,18 +71,19 @@ def patch_model(file: Path, side: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "side"), [("PP-FormulaNet-S", 384), ("PP-FormulaNet-L", 768)])
-def test_our_path_equals_create_model(name: str, side: int, tmp_path: Path) -> None:
-    from paddlex import create_model
-
+def test_our_path_equals_the_clients_of_the_card(name: str, side: int, tmp_path: Path) -> None:
     inference = inference_yml(name)
-    (tmp_path / "inference.yml").write_text(yaml.safe_dump(inference, sort_keys=False), encoding="utf-8")
-    patch_model(tmp_path / "inference.onnx", side)
+    folder = tmp_path / "deploy" / "artifact"
+    folder.mkdir(parents=True)
+    (folder / "inference.yml").write_text(yaml.safe_dump(inference, sort_keys=False), encoding="utf-8")
+    patch_model(folder / "inference.onnx", side)
     write_formulas(tmp_path / "set", 4, seed=1)
-    client = create_model(name, model_dir=str(tmp_path), engine="onnxruntime", device="cpu")
-    adapter, session = make_task("formula_recognition", inference, name), open_session("onnxruntime", tmp_path, 1)
+    images = [read_image(path) for path in sorted((tmp_path / "set" / "images").iterdir())]
+    left = run_clients(code_for("onnxruntime", "formula_recognition", name), folder, images[-1])
+    client = left["PaddleX"]["model"]
+    adapter, session = make_task("formula_recognition", inference, name), open_session("onnxruntime", folder, 1)
     texts = set()
-    for path in sorted((tmp_path / "set" / "images").iterdir()):
-        image = read_image(path)
+    for image in images:
         prepared = adapter.preprocess(image)
         assert prepared.inputs["x"].shape == (1, 1, side, side)
         assert prepared.inputs["x"].dtype == np.float32
@@ -90,6 +92,7 @@ def test_our_path_equals_create_model(name: str, side: int, tmp_path: Path) -> N
         assert formula.latex == next(iter(client.predict(image)))["rec_formula"]
         texts.add(formula.latex)
     assert len(texts) == 4  # the outputs do depend on the picture
+    assert [names["result"]["rec_formula"] for names in left.values()] == [formula.latex] * 2
 
 
 def test_reading_stops_at_the_end_token() -> None:

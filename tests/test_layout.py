@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import yaml
+from client_code import code_for, run_clients
 from onnx import TensorProto, helper, numpy_helper
 
 from quant.errors import InputError
@@ -53,7 +54,7 @@ def constant_model(folder: Path, model: str, side: int) -> Path:
         [numpy_helper.from_array(np.float32(0), "zero"), numpy_helper.from_array(FOUND, "found"),
          numpy_helper.from_array(np.array([len(FOUND)], np.int32), "count")],
     )  # fmt: skip
-    folder.mkdir()
+    folder.mkdir(parents=True)
     onnx.save(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "inference.onnx"
     )
@@ -74,13 +75,12 @@ class Tap:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_it_feeds_and_reads_what_create_model_does(model: str, tmp_path: Path) -> None:
-    from paddlex import create_model
-
+def test_it_feeds_and_reads_what_the_clients_of_the_card_do(model: str, tmp_path: Path) -> None:
     adapter = make_task("layout_detection", inference(model), model)
     prepared = adapter.preprocess(picture())
-    folder = constant_model(tmp_path / "model", model, prepared.inputs["image"].shape[2])
-    client = create_model(model, model_dir=str(folder), device="cpu", engine="onnxruntime")
+    folder = constant_model(tmp_path / "deploy" / "artifact", model, prepared.inputs["image"].shape[2])
+    left = run_clients(code_for("onnxruntime", "layout_detection", model), folder, picture())
+    client = left["PaddleX"]["model"]
     client._predictor.runner = Tap(client._predictor.runner)
     (result,) = client.predict(picture(), batch_size=1, threshold=0.0)
     for own, theirs in zip(prepared.inputs.values(), client._predictor.runner.seen, strict=True):
@@ -92,6 +92,8 @@ def test_it_feeds_and_reads_what_create_model_does(model: str, tmp_path: Path) -
     np.testing.assert_allclose(prediction.boxes, [box["coordinate"] for box in result["boxes"]])
     np.testing.assert_allclose(prediction.scores, [box["score"] for box in result["boxes"]])
     assert [box["label"] for box in result["boxes"]] == ["text", "table"], "PaddleX drops images that fill the page"
+    shown = [[box["label"] for box in names["result"]["boxes"]] for names in left.values()]
+    assert shown == [["text"], ["text"]], "of a score of at least 0.5"
 
 
 def test_inputs_are_named_and_measured_as_the_models_want_them() -> None:

@@ -10,7 +10,9 @@ import numpy as np
 import onnx
 import pytest
 import yaml
+from client_code import code_for, run_clients
 from main_jobs import THREADS
+from test_card import card_of, code_of
 from tiny_pir import fill_graph, tiny_feeds
 
 from eval.dataset import Sample, read_sample
@@ -24,6 +26,7 @@ from quant.prepare import prepare
 from quant.ptq import activation_tensors, make_plan
 from quant.recipe import load_recipe
 from quant.runtime import open_session
+from quant.target import TargetName
 from quant.task import ClassPrediction, make_task
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("orientation")]
@@ -75,31 +78,23 @@ def ours(job: Job, folder: Path, target: str, samples: list[Sample]) -> list[Cla
 
 @needs_model
 @needs_data
-@pytest.mark.parametrize(("target", "engine"), [("onnxruntime", "onnxruntime"), ("paddle", "paddle_static")])
-def test_clients_give_what_the_evaluation_gives(finished: tuple[Job, Finished], target: str, engine: str) -> None:
-    from paddleocr import TextLineOrientationClassification
-    from paddlex import create_model
-
+@pytest.mark.parametrize("target", ["onnxruntime", "paddle"])
+def test_the_clients_of_the_card_give_what_the_evaluation_gives(finished: tuple[Job, Finished], target: str) -> None:
     job, done = finished
     samples = job.selection.report[:PICTURES]
     expected = ours(job, done.folder, target, samples)
     pictures = [read_sample(sample) for sample in samples]
-    folder = str(done.folder / target)
-    paddlex = create_model(LINES, model_dir=folder, device="cpu", engine=engine)
-    assert_equal(expected, [dict(result) for result in paddlex.predict(pictures, batch_size=1)])
-    paddleocr = TextLineOrientationClassification(model_name=LINES, model_dir=folder, device="cpu", engine=engine)
-    assert_equal(expected, [dict(result) for result in paddleocr.predict(pictures, batch_size=1)])
+    for names in run_clients(code_of(card_of(done.folder, target)), done.folder / target, pictures[0]).values():
+        assert_equal(expected[:1], [names["result"]])
+        assert_equal(expected, [dict(result) for result in names["model"].predict(pictures, batch_size=1)])
 
 
-@pytest.mark.parametrize(("target", "engine"), [("onnxruntime", "onnxruntime"), ("paddle", "paddle_static")])
-def test_the_page_model_loads_under_its_official_name(tmp_path: Path, target: str, engine: str) -> None:
+@pytest.mark.parametrize("target", ["onnxruntime", "paddle"])
+def test_the_page_model_loads_under_its_official_name(tmp_path: Path, target: TargetName) -> None:
     """The official graph with made-up weights: classes mean nothing, but clients agree with the evaluation."""
     official = MODEL_HOME.parent / "graphs" / PAGES
     if not (official / "inference.json").is_file():
         pytest.skip(f"no official graph of {PAGES} beside the folder that QUANT_MODEL_HOME names")
-    from paddleocr import DocImgOrientationClassification
-    from paddlex import create_model
-
     yml = yaml.safe_load((official / "inference.yml").read_text(encoding="utf-8"))
     described = load_recipe(PAGES).inference
     assert all(yml[part] == described[part] for part in ("Global", "PreProcess", "PostProcess"))
@@ -113,17 +108,16 @@ def test_the_page_model_loads_under_its_official_name(tmp_path: Path, target: st
     dtype = "int8" if target == "paddle" else "uint8"
     method = make_range_method("minmax", 100)
     plan = make_plan(graph, operators, statistics, method, model=PAGES, dtype=dtype, prepared_sha256="")
-    export_artifact(target, graph, plan, yml, tmp_path / target)  # type: ignore[arg-type]
+    folder = tmp_path / "deploy" / target
+    export_artifact(target, graph, plan, yml, folder)
 
     task = make_task("image_classification", yml, PAGES)
-    session = open_session(target, tmp_path / target, THREADS)  # type: ignore[arg-type]
+    session = open_session(target, folder, THREADS)
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 255, (300, 400 + 50 * number, 3), dtype=np.uint8) for number in range(4)]
     ready = [task.preprocess(picture) for picture in pictures]
     expected = [task.postprocess(session.run(p.inputs), p.context) for p in ready]
-    model = create_model(PAGES, model_dir=str(tmp_path / target), device="cpu", engine=engine)
-    assert_equal(expected, [dict(result) for result in model.predict(pictures, batch_size=1)])  # type: ignore[arg-type]
-    client = DocImgOrientationClassification(
-        model_name=PAGES, model_dir=str(tmp_path / target), device="cpu", engine=engine
-    )
-    assert_equal(expected, [dict(result) for result in client.predict(pictures, batch_size=1)])  # type: ignore[arg-type]
+    for names in run_clients(code_for(target, "image_classification", PAGES), folder, pictures[0]).values():
+        found = [dict(result) for result in names["model"].predict(pictures, batch_size=1)]
+        assert_equal(expected, found)  # type: ignore[arg-type]
+        assert_equal(expected[:1], [names["result"]])  # type: ignore[arg-type]

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 from report_runs import HOSTILE, copied, with_differences
+from small_run import write_small_run
 from tiny_run import TinyRun
 
 from quant.report import write_report
 
 pdfium = pytest.importorskip("pypdfium2", reason="pypdfium2 is not installed")
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+Keys = webdriver.Keys
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -146,6 +148,59 @@ def test_it_fits_a_phone_and_follows_the_dark(opened: Any) -> None:
         opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         colours.append(opened.execute_script("return getComputedStyle(document.body).backgroundColor"))
     assert colours == ["rgb(255, 255, 255)", "rgb(20, 24, 27)"]
+
+
+def sizes(browser: Any, chosen: str) -> list[tuple[int, int]]:
+    """Width and height on the screen of every element that a selector finds."""
+    script = """return [...document.querySelectorAll(arguments[0])].map((part) => part.getBoundingClientRect())
+        .map((place) => [Math.round(place.width), Math.round(place.height)])"""
+    return [(width, height) for width, height in browser.execute_script(script, chosen)]
+
+
+@pytest.mark.parametrize(("width", "mobile"), [(1400, False), (390, True)])
+def test_a_picture_is_enlarged_and_escape_closes_it(opened: Any, width: int, mobile: bool) -> None:
+    """By a click and by the keyboard alone, over the whole window; the picture stands in the page once."""
+    size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": mobile}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    opened.execute_script("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    embedded = len(opened.find_elements("css selector", "image"))
+    thumbnail = opened.find_element("css selector", ".enlarge")
+    (small, _), *_ = sizes(opened, ".enlarge svg")
+    assert sizes(opened, "#large") == [(0, 0)]
+    for press in (thumbnail.click, lambda: thumbnail.send_keys(Keys.ENTER)):
+        press()
+        assert sizes(opened, "#large") == [(width, 844)]
+        (((large, height)),) = sizes(opened, "#large .sheet > svg")
+        assert large > 1.5 * small and height > 30
+        shown = opened.find_element("id", "large").text
+        for said in ("labelled", "FP32", "INT8", opened.find_element("css selector", ".exhibit code").text):
+            assert said in shown
+        assert opened.execute_script("return document.documentElement.scrollWidth") <= width
+        opened.switch_to.active_element.send_keys(Keys.ESCAPE)
+        assert sizes(opened, "#large") == [(0, 0)]
+        assert opened.switch_to.active_element == thumbnail
+    assert len(opened.find_elements("css selector", "image")) == embedded
+    assert opened.get_log("browser") == []
+
+
+def test_what_was_found_is_compared_on_the_same_place(browser: Any, tmp_path: Path) -> None:
+    write_small_run(tmp_path / "results")
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.get(write_report(tmp_path / "results", [], tmp_path / "report").page.as_uri())
+    browser.find_element("css selector", ".source .enlarge").click()
+    shapes = "return document.querySelectorAll('#large .shape').length"
+    chosen = "return document.querySelector('#large [aria-pressed=true]').textContent"
+    seen = []
+    for key in ("", Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT):
+        browser.switch_to.active_element.send_keys(key)
+        seen.append((browser.execute_script(chosen), browser.execute_script(shapes)))
+    assert seen == [("picture", 0), ("INT8", 1), ("picture", 0), ("INT8", 1)]
+    browser.find_element("xpath", "//dialog//nav/button[text()='picture']").click()
+    assert browser.execute_script(chosen) == "picture"
+    assert "Close" not in printed(browser)
+    browser.find_element("css selector", "#large .close").click()
+    assert sizes(browser, "#large") == [(0, 0)]
+    assert browser.get_log("browser") == []
 
 
 def printed(browser: Any) -> str:

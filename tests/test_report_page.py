@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -180,6 +181,22 @@ def test_pictures_stay_within_bounds(tiny: TinyRun, tmp_path: Path, monkeypatch:
     page = page_of([read_run(folder)])
     assert page.pictures + page.left_out == 6 and page.left_out > 0
     assert f"{page.left_out} pictures are left out here" in page.html
+
+
+def test_the_worst_pictures_of_every_target_come_first(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(tiny, tmp_path)
+    worst = []
+    for target in ("onnxruntime", "paddle"):
+        with_differences(tiny, folder, target, "x")
+        for file in (folder / EXHIBITS / target).glob("*.jpg"):
+            file.write_bytes(file.read_bytes() + target.encode())  # else one picture would do for both
+        worst.append((folder / EXHIBITS / target / "00.jpg").read_bytes())
+    monkeypatch.setattr(report_page, "MOST_BYTES", sum(map(len, worst)))
+    page = page_of([read_run(folder)])
+    assert (page.pictures, page.left_out) == (2, 8)
+    assert all(base64.b64encode(picture).decode() in page.html for picture in worst)
 
 
 def test_the_command(tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

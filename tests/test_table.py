@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import yaml
+from client_code import code_for, run_clients
 from onnx import TensorProto, helper
 
 from calib_data.generator import write_tables
@@ -66,18 +67,19 @@ def pooled_model(file: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), file)
 
 
-def test_our_path_equals_create_model(tmp_path: Path) -> None:
-    from paddlex import create_model
-
+def test_our_path_equals_the_clients_of_the_card(tmp_path: Path) -> None:
     inference = load_recipe(MODEL).inference
-    (tmp_path / "inference.yml").write_text(yaml.safe_dump(inference, sort_keys=False), encoding="utf-8")
-    pooled_model(tmp_path / "inference.onnx")
+    folder = tmp_path / "deploy" / "artifact"
+    folder.mkdir(parents=True)
+    (folder / "inference.yml").write_text(yaml.safe_dump(inference, sort_keys=False), encoding="utf-8")
+    pooled_model(folder / "inference.onnx")
     write_tables(tmp_path / "set", 3, seed=1)
-    client = create_model(MODEL, model_dir=str(tmp_path), engine="onnxruntime", device="cpu")
-    adapter, session = make_task("table_structure", inference, MODEL), open_session("onnxruntime", tmp_path, 1)
+    images = [read_image(path) for path in sorted((tmp_path / "set" / "images").iterdir())]
+    left = run_clients(code_for("onnxruntime", "table_structure", MODEL), folder, images[-1])
+    client = left["PaddleX"]["model"]
+    adapter, session = make_task("table_structure", inference, MODEL), open_session("onnxruntime", folder, 1)
     predictions = set()
-    for path in sorted((tmp_path / "set" / "images").iterdir()):
-        image = read_image(path)
+    for image in images:
         prepared = adapter.preprocess(image)
         table = adapter.postprocess(session.run(prepared.inputs), prepared.context)
         theirs = next(iter(client.predict(image)))
@@ -86,6 +88,7 @@ def test_our_path_equals_create_model(tmp_path: Path) -> None:
         assert table.boxes == [list(box) for box in theirs["bbox"]]
         predictions.add((table.html, str(table.boxes)))
     assert len(predictions) == 3  # the outputs do depend on the picture
+    assert ["".join(names["result"]["structure"]) for names in left.values()] == [table.html] * 2
 
 
 def test_the_adapter_leaves_the_recipe_as_it_is() -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from client_code import run_clients, run_code
+from test_card import card_of, code_of
 
 from calib_data.registry import resolve_dataset
 from eval.dataset import read_dataset, read_image
@@ -41,16 +43,6 @@ LEAST = {
     "PP-FormulaNet-S": ("exact_match", 60),
 }
 """What FP32 reaches at least on the twin's own world, in percent, by one of its task's measures."""
-
-CLASSES = {
-    "image_classification": "DocImgOrientationClassification",
-    "text_detection": "TextDetection",
-    "text_recognition": "TextRecognition",
-    "layout_detection": "LayoutDetection",
-    "table_structure": "TableStructureRecognition",
-    "formula_recognition": "FormulaRecognition",
-}
-"""PaddleOCR's class for each task of a twin."""
 
 SLOW_TOO = ("PP-LCNet_x1_0_doc_ori", "SLANet_plus")
 """Continuous integration takes the smallest and one with a loop; the others are for `make families` alone."""
@@ -123,25 +115,28 @@ def test_a_twin_passes_on_every_runtime_and_loads_in_its_clients(model: str, tmp
     judged = [row for row in again if row["status"] == "judged"]
     assert [(row["target"], row["int8"]) for row in judged] == [(row["target"], row["int8"]) for row in rows]
     (folder,) = (tmp_path / "twins" / model).iterdir()
-    check_clients(model, folder / "onnxruntime", next((tmp_path / "cache" / "data").iterdir()))
+    for target in TARGETS:
+        check_clients(model, folder, target, next((tmp_path / "cache" / "data").iterdir()))
 
 
-def check_clients(model: str, artifact: Path, world: Path) -> None:
-    import paddleocr
-    from paddlex import create_model
-
+def check_clients(model: str, run: Path, target: str, world: Path) -> None:
+    """The code in the card runs; PaddleX and PaddleOCR, loaded by it, find what our path finds in the same file."""
     recipe = load_recipe(model)
     upright = recipe.data.rotations.of if recipe.data.rotations else None
-    pictures = [sample.image for sample in read_dataset(resolve_dataset(world, recipe.task, upright=upright)).samples]
-    how: dict[str, Any] = {"model_dir": str(artifact), "device": "cpu", "engine": "onnxruntime"}
-    clients = [create_model(model, **how), getattr(paddleocr, CLASSES[recipe.task])(model_name=model, **how)]
-    adapter = make_task(recipe.task, read_inference(artifact), model)
-    session = open_session("onnxruntime", artifact, threads=2)
-    for picture in pictures[:PICTURES]:
-        prepared = adapter.preprocess(read_image(picture))
-        ours = adapter.postprocess(session.run(prepared.inputs), prepared.context)
-        for client in clients:
-            assert reported(next(iter(client.predict(str(picture), batch_size=1)))) == plain(ours)
+    samples = read_dataset(resolve_dataset(world, recipe.task, upright=upright)).samples[:PICTURES]
+    pictures = [read_image(sample.image) for sample in samples]
+    code = code_of(card_of(run, target))
+    for runtime in ("onnxruntime", "OpenVINO"):
+        run_code(code[runtime], run / target)
+    left = run_clients(code, run / target, pictures[-1])
+    adapter = make_task(recipe.task, read_inference(run / target), model)
+    session = open_session("onnxruntime", run / target, threads=2)
+    for picture in pictures:
+        prepared = adapter.preprocess(picture)
+        ours = plain(adapter.postprocess(session.run(prepared.inputs), prepared.context))
+        for names in left.values():
+            assert reported(next(iter(names["model"].predict(picture, batch_size=1)))) == ours
+    assert [reported(names["result"]) for names in left.values()] == [ours] * 2
 
 
 def read_inference(folder: Path) -> dict[str, Any]:

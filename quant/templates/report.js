@@ -40,4 +40,43 @@ for (const field of document.querySelectorAll("[data-filter], [data-marks]")) {
   const place = document.getElementById(field.dataset.filter || field.dataset.marks);
   for (const event of ["input", "change"]) field.addEventListener(event, () => filter(place));
 }
+// A click on a picture shows it over the whole window; the browser closes it by Escape and gives the focus back.
+// Arrow keys change between what is labelled, FP32 and INT8, on the same place, unless they are needed to pan.
+const large = document.getElementById("large");
+const sheet = large.querySelector(".sheet");
+let views = [];
+let shown = 0;
+const show = (index) => {
+  const place = [sheet.scrollLeft, sheet.scrollTop];
+  shown = (index + views.length) % views.length;
+  const texts = [...views[shown].closest(".exhibit").querySelectorAll(".side:not(:has(.enlarge))")];
+  sheet.replaceChildren(...[views[shown].firstElementChild, ...texts].map((part) => part.cloneNode(true)));
+  sheet.scrollTo(...place);
+  [...large.querySelector("nav").children].forEach((choice, i) => choice.setAttribute("aria-pressed", i === shown));
+};
+const choice = (view, index) => {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = view.dataset.name;
+  button.addEventListener("click", () => show(index));
+  return button;
+};
+for (const opener of document.querySelectorAll(".enlarge")) {
+  opener.addEventListener("click", () => {
+    const exhibit = opener.closest(".exhibit");
+    views = [...exhibit.querySelectorAll(".enlarge")];
+    document.getElementById("large-title").textContent = exhibit.querySelector("h4").textContent;
+    large.querySelector("nav").replaceChildren(...(views.length > 1 ? views.map(choice) : []));
+    large.showModal();
+    sheet.scrollTo(0, 0);
+    show(views.indexOf(opener));
+  });
+}
+large.querySelector(".close").addEventListener("click", () => large.close());
+large.addEventListener("keydown", (event) => {
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (!step || views.length < 2 || sheet.scrollWidth > sheet.clientWidth) return;
+  event.preventDefault();
+  show(shown + step);
+});
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => { part.open = true; }));
