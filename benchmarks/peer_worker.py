@@ -6,12 +6,14 @@ task: `{"seconds": ...}`, the judgement, or `{"status": "skipped" or "failed", "
 
 from __future__ import annotations
 
+import cProfile
 import json
 import os
 import sys
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,12 +29,14 @@ from eval.metric import make_metric
 from eval.statistics import estimate_drop
 from quant.job import Options, fp32_folders
 from quant.judging import outcomes_of
-from quant.latency import time_cells
+from quant.latency import SECONDS, time_cells
 from quant.runtime import Precision, Session, model_bytes, open_session, openvino_session
 from quant.target import TargetName
 
 IR = "inference.xml"
 """OpenVINO's own format, which some quantizers write."""
+
+PROFILE = "profile.pstats"
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,13 @@ class Task:
     """A step.
 
     Attributes:
+        kind: `profile` quantizes, and leaves `profile.pstats` beside the result.
         folder: of the quantizer's result.
         report: how many pictures of the report split; None for all.
         seconds: for each input shape that is timed.
     """
 
-    kind: Literal["quantize", "judge"]
+    kind: Literal["quantize", "profile", "judge"]
     peer: str
     target: TargetName
     folder: str
@@ -55,8 +60,8 @@ class Task:
     model_dir: str | None
     shipped: str
     feeds: str
-    report: int | None
-    seconds: float
+    report: int | None = None
+    seconds: float = SECONDS
 
     def inputs(self) -> Inputs:
         model_dir = Path(self.model_dir) if self.model_dir else None
@@ -72,7 +77,7 @@ def main(file: Path) -> None:
     task = Task(**json.loads(file.read_text(encoding="utf-8")))
     _limit_processors(task.threads)
     try:
-        result = _quantized(task) if task.kind == "quantize" else _judged(task)
+        result = _judged(task) if task.kind == "judge" else _quantized(task)
     except ImportError as error:
         result = {"status": "skipped", "reason": f"{error}; install it: {PEERS[task.peer].install}"}
     except Exception as error:  # whatever a quantizer raises is its row's reason
@@ -93,8 +98,12 @@ def _quantized(task: Task) -> dict[str, Any]:
     peer, inputs, folder = PEERS[task.peer], task.inputs(), Path(task.folder)
     folder.mkdir(parents=True)
     prepared = peer.prepare(inputs)
+    profile = cProfile.Profile() if task.kind == "profile" else None
     start = time.perf_counter()
-    known = peer.quantize(inputs, prepared, folder)
+    with profile or nullcontext():
+        known = peer.quantize(inputs, prepared, folder)
+    if profile:
+        profile.dump_stats(folder.parent / PROFILE)
     return {"seconds": time.perf_counter() - start, "coverage": known}
 
 

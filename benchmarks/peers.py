@@ -59,29 +59,8 @@ def main() -> None:
 
 def compared(arguments: argparse.Namespace, overrides: list[str], work: Path) -> dict[str, Any]:
     """The whole comparison as the JSON that is written."""
-    job = start(
-        load_recipe(arguments.model, overrides),
-        Options(work, arguments.threads, lambda *_: None, arguments.model_dir),
-    )
-    feeds = work / "feeds"
-    feeds.mkdir(parents=True)
-    count = 0
-    for count, feed in enumerate(calibration_feeds(job, "calibration pictures"), start=1):
-        write_arrays(feeds / f"{count:06d}.npz", **feed)
-    task = Task(
-        kind="quantize",
-        peer="",
-        target="onnxruntime",
-        folder="",
-        model=arguments.model,
-        overrides=overrides,
-        threads=arguments.threads,
-        model_dir=str(arguments.model_dir.absolute()) if arguments.model_dir else None,
-        shipped=str(prepared_stage(job) / "shipped"),
-        feeds=str(feeds),
-        report=arguments.report,
-        seconds=arguments.seconds,
-    )
+    task = first_step(arguments.model, overrides, arguments.threads, work, arguments.model_dir)
+    task = replace(task, report=arguments.report, seconds=arguments.seconds)
     rows = []
     for row in compared_rows(arguments, task, work):
         rows.append(row)
@@ -92,12 +71,33 @@ def compared(arguments: argparse.Namespace, overrides: list[str], work: Path) ->
         "model": arguments.model,
         "command": _command(sys.argv[1:]),
         "processor": processor(),
-        "versions": {**versions(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {**versions(), **{name: package_version(name) for name in PACKAGES}},
         "threads": arguments.threads,
-        "calibration": count,
-        "latency_shape": job.recipe.latency.shape,
+        "calibration": task.inputs().count,
+        "latency_shape": load_recipe(arguments.model, overrides).latency.shape,
         "rows": rows,
     }
+
+
+def first_step(model: str, overrides: list[str], threads: int, work: Path, model_dir: Path | None = None) -> Task:
+    """What every quantizer starts from: the model as shipped, and in `work` the pre-processed calibration pictures."""
+    job = start(load_recipe(model, overrides), Options(work, threads, lambda *_: None, model_dir))
+    feeds = work / "feeds"
+    feeds.mkdir(parents=True)
+    for count, feed in enumerate(calibration_feeds(job, "calibration pictures"), start=1):
+        write_arrays(feeds / f"{count:06d}.npz", **feed)
+    return Task(
+        kind="quantize",
+        peer="",
+        target="onnxruntime",
+        folder="",
+        model=model,
+        overrides=overrides,
+        threads=threads,
+        model_dir=str(model_dir.absolute()) if model_dir else None,
+        shipped=str(prepared_stage(job) / "shipped"),
+        feeds=str(feeds),
+    )
 
 
 def compared_rows(arguments: argparse.Namespace, task: Task, work: Path) -> Iterator[dict[str, Any]]:
@@ -118,7 +118,7 @@ def compared_rows(arguments: argparse.Namespace, task: Task, work: Path) -> Iter
                 row |= {**judged, "peak_mb": made["peak_mb"], "coverage": made["coverage"] if known is None else known}
                 row["status"] = "judged" if judged["status"] == "done" else judged["status"]
             if "reason" in row:
-                row["reason"] = without_places(row["reason"].replace(str(work), "WORK"))
+                row["reason"] = placeless(row["reason"], work)
             yield row
 
 
@@ -172,7 +172,12 @@ def _command(words: list[str]) -> str:
     return shlex.join(kept)
 
 
-def _version(package: str) -> str:
+def placeless(reason: str, work: Path) -> str:
+    """A reason without places of this machine."""
+    return without_places(reason.replace(str(work), "WORK"))
+
+
+def package_version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
