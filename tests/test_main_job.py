@@ -25,8 +25,10 @@ pytestmark = pytest.mark.slow
 DET, REC = "PP-OCRv4_mobile_det", "PP-OCRv4_mobile_rec"
 TARGETS = ["onnxruntime", "openvino", "paddle"]
 LEAST_SAMPLES = {DET: 80, REC: 1000}
-LEAST_COVERAGE = {"onnxruntime": 0.85, "openvino": 0.85, "paddle": 0.75}
-LARGEST_ONNX = 0.32
+# Promised for the real sets; on generated pictures the ladder may go lower.
+LEAST_COVERAGE = {"onnxruntime": 0.9, "openvino": 0.95, "paddle": 0.9}
+LEAST_EXECUTED = 0.9  # of runtimes that can be asked
+LARGEST_ONNX = {DET: 0.30, REC: 0.29}
 ROUNDING_POINTS = 0.2  # other kernels, other sums: two or three of 1,300 lines may differ in a letter
 
 needs_real_data = pytest.mark.skipif(not HAS_DATA, reason="QUANT_DATA_HOME is not set")
@@ -70,9 +72,10 @@ def test_passes_on_real_pictures_on_every_target(model: str, main_jobs: MainJobs
     for target, row in done.rows.items():
         assert row["gate"]["passed"] and row["gate"]["evidence"] == "real", row
         assert row["samples"] >= LEAST_SAMPLES[model]
-        assert row["coverage"] >= LEAST_COVERAGE[target]
+        assert row["coverage"] >= LEAST_COVERAGE[target], row
         if row["format"] == "onnx":
-            assert row["int8_bytes"] <= LARGEST_ONNX * row["fp32_bytes"]
+            assert row["executed_coverage"] >= LEAST_EXECUTED, row
+            assert row["int8_bytes"] <= LARGEST_ONNX[model] * row["fp32_bytes"], row
     expected = paddlex_value(model, done.results, THREADS)
     for row in done.rows.values():
         assert row["fp32"] == pytest.approx(expected, abs=ROUNDING_POINTS)
