@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import peers
+from calibration_memory import MOST_CALIBRATE
 from peer_quantizers import Inputs
 from peer_table import NOT_KNOWN
 from peer_worker import PROFILE, Task
@@ -35,7 +36,6 @@ from quant.target import TargetName
 RESULTS = Path(__file__).parents[1] / "results" / "quantization-time.json"
 MODELS = ("PP-OCRv4_mobile_rec", "PP-OCRv4_mobile_det")
 TARGETS = ("onnxruntime", "openvino")
-SPLITS = "data.splits={calibration: 0.9, search: 0.05, report: 0.05}"
 MINUTES, GIGABYTES = 20, 16
 """Limits of a process."""
 
@@ -57,7 +57,7 @@ def main() -> None:
     arguments = _parsed()
     rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     for model in arguments.models or MODELS:
-        overrides = [SPLITS, *(f"{key}.samples={arguments.samples}" for key in ("calibration", "paddleslim"))]
+        overrides = [MOST_CALIBRATE, *(f"{key}.samples={arguments.samples}" for key in ("calibration", "paddleslim"))]
         with tempfile.TemporaryDirectory(prefix="quantization-time-") as place:
             first = peers.first_step(model, overrides, os.cpu_count() or 1, Path(place))
             for target in arguments.targets:
