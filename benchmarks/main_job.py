@@ -73,7 +73,7 @@ def resident_gigabytes(job: psutil.Popen) -> float:
     for process in [job, *job.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             total += process.memory_info().rss
-    return total / 2**30
+    return total / 1e9
 
 
 if __name__ == "__main__":

@@ -9,8 +9,14 @@ import numpy as np
 import onnx
 
 from quant.calibration import count_work
+from quant.execution import integer_operators
 from quant.graph import Graph
 from quant.plan import QUANTIZABLE
+from quant.runtime import Feed
+from quant.target import TargetName
+
+IR = "inference.xml"
+"""OpenVINO's own format, which some quantizers write."""
 
 # Between an 8-bit value and the operator that reads it: layout, and the arithmetic of dequantization.
 _TRANSPARENT = {"Convert", "Multiply", "Subtract", "Reshape", "Transpose", "Unsqueeze", "Squeeze"}
@@ -19,25 +25,45 @@ _IR_OPERATORS = {"Convolution", "GroupConvolution", "ConvolutionBackpropData", "
 
 def coverage(folder: Path, shape: list[int], threads: int) -> float | None:
     """Coverage of the model in a folder at an input shape, 0..1; None for Paddle programs."""
-    if (folder / "inference.xml").is_file():
-        return ir_coverage(folder / "inference.xml", shape)
+    if (folder / IR).is_file():
+        return ir_coverage(folder / IR, shape)
     if (folder / "inference.onnx").is_file():
         return onnx_coverage(Graph(onnx.load(folder / "inference.onnx")), shape, threads)
     return None
 
 
+def executed_share(target: TargetName, folder: Path, shape: list[int], threads: int) -> float | None:
+    """Share of the multiply-accumulates on integer kernels, by the runtime's own account.
+
+    Returns:
+        None for Paddle programs, and for an IR: OpenVINO folds its batch normalization, and the convolutions' names go.
+    """
+    found = integer_operators(target, folder) if (folder / "inference.onnx").is_file() else None
+    if found is None:
+        return None
+    graph = Graph(onnx.load(folder / "inference.onnx"))
+    return _share(count_work(graph, _zeros(graph, shape), threads).macs, found)
+
+
+def _share(macs: dict[str, int], names: set[str]) -> float:
+    return sum(work for name, work in macs.items() if name in names) / (sum(macs.values()) or 1)
+
+
+def _zeros(graph: Graph, shape: list[int]) -> Feed:
+    return {name: np.zeros(shape, dtype=np.float32) for name in graph.inputs}
+
+
 def onnx_coverage(graph: Graph, shape: list[int], threads: int) -> float:
     """Conv, ConvTranspose and MatMul whose two operands come from DequantizeLinear."""
-    feed = {name: np.zeros(shape, dtype=np.float32) for name in graph.inputs}
-    macs = count_work(graph, feed, threads).macs
+    macs = count_work(graph, _zeros(graph, shape), threads).macs
     producers = graph.producers()
-    done = 0
+    names = set()
     for node in graph.nodes:
         if node.op_type in QUANTIZABLE:
             writers = [producers.get(name) for name in node.input[:2]]
             if all(writer is not None and writer.op_type == "DequantizeLinear" for writer in writers):
-                done += macs[node.output[0]]
-    return done / (sum(macs.values()) or 1)
+                names.add(node.output[0])
+    return _share(macs, names)
 
 
 def ir_coverage(file: Path, shape: list[int]) -> float:

@@ -79,6 +79,7 @@ class Peer:
     Attributes:
         targets: runtimes that its result is judged on.
         each: whether every target gets a result of its own.
+        folded: whether `quantize` begins with the folded model, for which all others have only the imported one.
         quantize: gives the coverage back where the quantizer itself says it.
         prepare: makes what is not timed, as reading the sets; its result is handed to `quantize`.
         install: how to get the package.
@@ -89,6 +90,7 @@ class Peer:
     quantize: Callable[[Inputs, Any, Path], float | None]
     prepare: Callable[[Inputs], Any] = lambda inputs: None
     each: bool = False
+    folded: bool = False
     install: str = INSTALL
 
 
@@ -285,6 +287,7 @@ PEERS: dict[str, Peer] = {
         partial(quantize_ours, search=False),
         partial(prepare_ours, search=False),
         each=True,
+        folded=True,
     ),
     "ours-search": Peer(
         "ours, whole run",

@@ -5,16 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 WORDS = (
-    "Drop = FP32 as shipped - INT8 on the same runtime, in points; in brackets its one-sided 95 % upper bound (paired "
-    "bootstrap). Disc. = share of samples whose outcome differs. Coverage = share of multiply-accumulates with both "
-    "operands in INT8. Quantize = seconds inside the quantizer, reading of sets and start-up left out: for all but "
-    "*ours* it begins with the imported FP32 model, for *ours, no search* with the folded one, for *ours, whole run* "
-    "with the published one. Peak = resident memory of the quantizer's process and "
-    "its children, sampled. Medians of milliseconds; in each row INT8 took turns with FP32 prepared (folded) and FP32 "
-    "as shipped. OpenVINO: operators that are not in INT8 in f32; *default* is the precision that it chooses itself."
+    "Drop = FP32 as shipped - INT8 on the same runtime, in points; in brackets its one-sided 95 % upper bound "
+    "(paired bootstrap). Disc. = share of samples whose outcome differs. Cover. = share of multiply-accumulates "
+    "with both operands in INT8; exec. = on integer kernels, by the runtime's own account, known for ONNX files. "
+    "Size = bytes / bytes of FP32 as shipped. Quantize = seconds inside the quantizer, reading of sets and start-up "
+    "left out: for all but *ours* it begins with the imported FP32 model, for *ours, no search* with the folded one "
+    "(folding is added), for *ours, whole run* with the published one. Peak = resident memory of the quantizer's "
+    "process and its children, sampled. MB = 10^6 bytes. Medians of milliseconds; on each runtime FP32 as shipped, "
+    "FP32 prepared (folded) and all INT8 models took turns in one process. OpenVINO: operators that are not in INT8 "
+    "in f32; *default* is the precision that it chooses itself."
 )
-_ACCURACY = ("n", "FP32", "INT8", "Drop (≤95 %)", "Disc. %", "Gate", "Cover. %", "MB", "Size", "Quantize s", "Peak MB")
-_TIMES = ("INT8 ms", "FP32 prepared ms", "FP32 shipped ms", "INT8 default ms")
+_ACCURACY = (
+    "n",
+    "FP32",
+    "INT8",
+    "Drop (≤95 %)",
+    "Disc. %",
+    "Gate",
+    "Cover. %",
+    "Exec. %",
+    "MB",
+    "Size",
+    "Quantize s",
+    "Peak MB",
+)
+_TIMES = ("INT8 ms", "against shipped", "against prepared", "INT8 default ms", "default against shipped")
+_FP32 = {"fp32": "FP32 as shipped", "fp32_prepared": "FP32 prepared"}
 NOT_KNOWN = "-"
 
 
@@ -30,14 +46,14 @@ def markdown(report: dict[str, Any]) -> str:
         WORDS,
         f"## Accuracy, size and cost; latency at {_size(reference)}",
         table(["Quantizer", "Runtime", *_ACCURACY, *_TIMES, "Remark"], [_line(row, reference) for row in rows]),
-        "## Latency: INT8 / FP32 prepared / FP32 as shipped, ms",
+        "## Latency, ms",
         _latency_table([row for row in rows if row.get("cells")]),
     ]
     return "\n\n".join(facts) + "\n"
 
 
 def _line(row: dict[str, Any], reference: list[int]) -> list[str]:
-    cost = [_number(row.get("seconds"), 1), _number(row.get("peak_mb"), 0)]
+    cost = [_quantize(row), _number(row.get("peak_mb"), 0)]
     if row["status"] != "judged":
         empty = [NOT_KNOWN] * (len(_ACCURACY) - len(cost))
         return [
@@ -58,37 +74,63 @@ def _line(row: dict[str, Any], reference: list[int]) -> list[str]:
         f"{_number(row['drop'])} ({_number(row['drop_upper95'])})",
         _number(row["discordance"], 1),
         "FAILED" if not gate["passed"] else "certified" if gate["certified"] else "passed",
-        NOT_KNOWN if row["coverage"] is None else _number(100 * row["coverage"], 1),
+        _percent(row["coverage"]),
+        _percent(row["executed_coverage"]),
         _number(row["bytes"] / 1e6),
-        _number(row["bytes"] / row["fp32_bytes"]),
+        _number(row["bytes"] / row["fp32_bytes"], 3),
         *cost,
         *_times(next((cell for cell in row["cells"] if cell["shape"] == reference), None)),
-        "" if gate["evidence"] == "real" else "generated data, not evidence",
+        row["not_timed"] or ("" if gate["evidence"] == "real" else "generated data, not evidence"),
     ]
+
+
+def _quantize(row: dict[str, Any]) -> str:
+    folding = row.get("folding_seconds")
+    return _number(row.get("seconds"), 1) + (f" + {_number(folding, 1)}" if folding else "")
 
 
 def _times(cell: dict[str, Any] | None) -> list[str]:
     ms, default = (cell or {}).get("ms") or {}, (cell or {}).get("default_ms") or {}
-    return [*(_number(ms.get(name)) for name in ("int8", "fp32_prepared", "fp32")), _number(default.get("int8"))]
+    return [
+        _number(ms.get("int8")),
+        _speed(ms, "fp32"),
+        _speed(ms, "fp32_prepared"),
+        _number(default.get("int8")),
+        _speed(default, "fp32"),
+    ]
+
+
+def _speed(ms: dict[str, float | None], rival: str) -> str:
+    fp32, int8 = ms.get(rival), ms.get("int8")
+    return f"{fp32 / int8:.2f}x" if fp32 and int8 else NOT_KNOWN
 
 
 def _latency_table(rows: list[dict[str, Any]]) -> str:
+    """For each runtime and precision the FP32 models, and then what was measured in turn with them."""
     if not rows:
         return "Nothing was timed."
     shapes = [cell["shape"] for cell in rows[0]["cells"]]
     lines = []
-    for row in rows:
+    for target in dict.fromkeys(row["target"] for row in rows):
+        here = [row for row in rows if row["target"] == target]
         for field, precision in (("ms", ""), ("default_ms", "default")):
-            cells = [cell[field] for cell in row["cells"]]
-            if field == "ms" or any(cells):
-                notes = [cell["note"] or NOT_KNOWN for cell in row["cells"]]
-                texts = [_triple(cell) if cell else note for cell, note in zip(cells, notes, strict=True)]
-                lines.append([row["label"], f"{row['target']} {precision}".strip(), *texts])
-    return table(["Quantizer", "Runtime", *map(_size, shapes)], lines)
+            if any(cell[field] for row in here for cell in row["cells"]):
+                runtime = f"{target} {precision}".strip()
+                fp32 = ([label, runtime, *_fp32_times(here, field, name)] for name, label in _FP32.items())
+                lines += [line for line in fp32 if set(line[2:]) != {NOT_KNOWN}]
+                lines += [[row["label"], runtime, *_int8_times(row["cells"], field)] for row in here]
+    return table(["Model", "Runtime", *map(_size, shapes)], lines)
 
 
-def _triple(timing: dict[str, float | None]) -> str:
-    return " / ".join(_number(timing[name]) for name in ("int8", "fp32_prepared", "fp32"))
+def _fp32_times(rows: list[dict[str, Any]], field: str, name: str) -> list[str]:
+    """Of the first row that has them: all rows of a runtime share them."""
+    columns = zip(*(row["cells"] for row in rows), strict=True)
+    found = ([cell[field][name] for cell in column if cell[field]] for column in columns)
+    return [_number(next(iter(times), None)) for times in found]
+
+
+def _int8_times(cells: list[dict[str, Any]], field: str) -> list[str]:
+    return [_number(cell[field]["int8"]) if cell[field] else cell["note"] or NOT_KNOWN for cell in cells]
 
 
 def table(headings: list[str], lines: list[list[str]]) -> str:
@@ -102,6 +144,10 @@ def _number(value: float | None, digits: int = 2) -> str:
         return NOT_KNOWN
     text = f"{value:.{digits}f}"
     return text.lstrip("-") if float(text) == 0 else text
+
+
+def _percent(share: float | None) -> str:
+    return NOT_KNOWN if share is None else _number(100 * share, 1)
 
 
 def _size(shape: list[int]) -> str:

@@ -14,27 +14,25 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-from peer_coverage import coverage
-from peer_quantizers import PEERS, Inputs
+from peer_coverage import IR, coverage, executed_share
+from peer_quantizers import INSTALL, PEERS, Inputs
 
 from eval.dataset import by_shape, pick, picture_of
 from eval.evaluation import compare, evidence
 from eval.gate import judge
 from eval.metric import make_metric
 from eval.statistics import estimate_drop
-from quant.job import Options, fp32_folders
+from quant.job import Options, fp32_folders, prepared_stage
 from quant.judging import outcomes_of
-from quant.latency import SECONDS, time_cells
+from quant.latency import SECONDS, time_turns
 from quant.runtime import Precision, Session, model_bytes, open_session, openvino_session
+from quant.stage import StageStore
 from quant.target import TargetName
-
-IR = "inference.xml"
-"""OpenVINO's own format, which some quantizers write."""
 
 PROFILE = "profile.pstats"
 
@@ -44,13 +42,15 @@ class Task:
     """A step.
 
     Attributes:
-        kind: `profile` quantizes, and leaves `profile.pstats` beside the result.
+        kind: `fold` makes what *ours, no search* begins with; `profile` quantizes, and leaves `profile.pstats` beside
+            the result; `time` times the results of all quantizers on a target in turn.
         folder: of the quantizer's result.
         report: how many pictures of the report split; None for all.
         seconds: for each input shape that is timed.
+        artifacts: folders of the results to time, by quantizer.
     """
 
-    kind: Literal["quantize", "profile", "judge"]
+    kind: Literal["fold", "quantize", "profile", "judge", "time"]
     peer: str
     target: TargetName
     folder: str
@@ -62,6 +62,7 @@ class Task:
     feeds: str
     report: int | None = None
     seconds: float = SECONDS
+    artifacts: dict[str, str] = field(default_factory=dict)
 
     def inputs(self) -> Inputs:
         model_dir = Path(self.model_dir) if self.model_dir else None
@@ -77,9 +78,10 @@ def main(file: Path) -> None:
     task = Task(**json.loads(file.read_text(encoding="utf-8")))
     _limit_processors(task.threads)
     try:
-        result = _judged(task) if task.kind == "judge" else _quantized(task)
+        result = _STEPS[task.kind](task)
     except ImportError as error:
-        result = {"status": "skipped", "reason": f"{error}; install it: {PEERS[task.peer].install}"}
+        install = PEERS[task.peer].install if task.peer else INSTALL
+        result = {"status": "skipped", "reason": f"{error}; install it: {install}"}
     except Exception as error:  # whatever a quantizer raises is its row's reason
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
@@ -92,6 +94,14 @@ def _limit_processors(threads: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         process = psutil.Process()
         process.cpu_affinity(process.cpu_affinity()[:threads])
+
+
+def _folded(task: Task) -> dict[str, Any]:
+    job = task.inputs().job()
+    fresh = replace(job, store=StageStore(Path(task.folder)))
+    start = time.perf_counter()
+    prepared_stage(fresh)
+    return {"seconds": time.perf_counter() - start}
 
 
 def _quantized(task: Task) -> dict[str, Any]:
@@ -117,10 +127,6 @@ def _judged(task: Task) -> dict[str, Any]:
     def open_pair() -> tuple[Session, Session]:
         return open_session(target, fp32["fp32"], task.threads), _open(target, artifact, task.threads)
 
-    def open_all(precision: Precision) -> Mapping[str, Session]:
-        sessions = {name: open_session(target, folder, task.threads, precision) for name, folder in fp32.items()}
-        return {**sessions, "int8": _open(target, artifact, task.threads, precision)}
-
     if (artifact / IR).is_file():
         found = compare(open_pair, by_shape(samples), job.adapter, metric)
     else:
@@ -134,8 +140,21 @@ def _judged(task: Task) -> dict[str, Any]:
         "bytes": _bytes(target, artifact),
         "fp32_bytes": model_bytes(target, fp32["fp32"]),
         "coverage": coverage(artifact, recipe.latency.shape, task.threads),
-        "cells": [cell.model_dump() for cell in time_cells(job, target, open_all, task.seconds)],
+        "executed_coverage": executed_share(target, artifact, recipe.latency.shape, task.threads),
     }
+
+
+def _timed(task: Task) -> dict[str, Any]:
+    """FP32 as shipped, FP32 prepared and all results take turns, so that noise disturbs them alike."""
+    job, target = task.inputs().job(), task.target
+    fp32 = fp32_folders(job, target)
+
+    def open_all(precision: Precision) -> Mapping[str, Session]:
+        folders = {**fp32, **{peer: Path(folder) for peer, folder in task.artifacts.items()}}
+        return {name: _open(target, folder, task.threads, precision) for name, folder in folders.items()}
+
+    found = time_turns(job, target, open_all, task.seconds)
+    return {"cells": {peer: [turns.cell(peer).model_dump() for turns in found] for peer in task.artifacts}}
 
 
 def _open(target: TargetName, folder: Path, threads: int, precision: Precision = "f32") -> Session:
@@ -148,6 +167,9 @@ def _open(target: TargetName, folder: Path, threads: int, precision: Precision =
 def _bytes(target: TargetName, folder: Path) -> int:
     ir = [folder / IR, folder / "inference.bin"]
     return sum(path.stat().st_size for path in ir) if ir[0].is_file() else model_bytes(target, folder)
+
+
+_STEPS = {"fold": _folded, "quantize": _quantized, "profile": _quantized, "judge": _judged, "time": _timed}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 Writes results/peers-MODEL.md and a JSON beside it. Every quantizer, and every judgement of its result, runs in a
 process of its own; what is not installed, fails, or takes too long or too much memory becomes a row with the reason.
-Native tools are told the number of threads, and processes are kept to as many processors.
+Then one process for each runtime times FP32 as shipped, FP32 prepared and all results in turn. Native tools are told
+the number of threads, and processes are kept to as many processors.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -35,18 +36,21 @@ from quant.job import Options, calibration_feeds, prepared_stage, start
 from quant.manifest import processor, versions
 from quant.recipe import load_recipe
 from quant.source import without_places
+from quant.target import TargetName
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 PACKAGES = ("nncf", "neural-compressor")
 PLACES = ("--out", "--work", "--model-dir")
 RESULTS = Path(__file__).parents[1] / "results"
+Limits = tuple[float, float]
+"""Seconds and GB of a process and its children."""
 
 
 def main() -> None:
     arguments = _arguments()
-    overrides = list(arguments.overrides)
-    if arguments.samples:
-        overrides += [f"{key}.samples={arguments.samples}" for key in ("calibration", "paddleslim")]
+    overrides = arguments.overrides
+    samples = arguments.samples or load_recipe(arguments.model, overrides).calibration.samples
+    overrides = [*overrides, *(f"{key}.samples={samples}" for key in ("calibration", "paddleslim"))]
     with tempfile.TemporaryDirectory(prefix="peers-") as temporary:
         work = Path(arguments.work or temporary).absolute()
         report = compared(arguments, overrides, work)
@@ -61,11 +65,14 @@ def compared(arguments: argparse.Namespace, overrides: list[str], work: Path) ->
     """The whole comparison as the JSON that is written."""
     task = first_step(arguments.model, overrides, arguments.threads, work, arguments.model_dir)
     task = replace(task, report=arguments.report, seconds=arguments.seconds)
+    limits = (60 * arguments.minutes, arguments.gigabytes)
+    fold = measured(replace(task, kind="fold", folder=str(work / "folded")), work / "fold.json", *limits)
     rows = []
-    for row in compared_rows(arguments, task, work):
-        rows.append(row)
+    for row in judged_rows(arguments.peers, task, work, limits):
+        rows.append(row if not PEERS[row["peer"]].folded else {**row, "folding_seconds": fold.get("seconds")})
         told = row.get("reason") or f"drop {row['drop']:.2f} ({row['drop_upper95']:.2f}), {row['seconds']:.1f} s"
         print(f"{row['label']} on {row['target']}: {row['status']}, {told}", flush=True)
+    add_times(rows, task, work, limits)
     return {
         "schema": 1,
         "model": arguments.model,
@@ -100,14 +107,13 @@ def first_step(model: str, overrides: list[str], threads: int, work: Path, model
     )
 
 
-def compared_rows(arguments: argparse.Namespace, task: Task, work: Path) -> Iterator[dict[str, Any]]:
+def judged_rows(peers: Sequence[str], task: Task, work: Path, limits: Limits) -> Iterator[dict[str, Any]]:
     """A row for every quantizer and runtime."""
-    limits = (60 * arguments.minutes, arguments.gigabytes)
-    for name in arguments.peers:
+    for name in peers:
         peer = PEERS[name]
         made: dict[str, Any] = {}
         for target in peer.targets:
-            folder = work / (f"{name}-{target}" if peer.each else name) / "artifact"
+            folder = artifact_folder(work, name, target)
             step = replace(task, peer=name, target=target, folder=str(folder))
             if peer.each or not made:
                 made = measured(step, folder.parent / "quantize.json", *limits)
@@ -120,6 +126,25 @@ def compared_rows(arguments: argparse.Namespace, task: Task, work: Path) -> Iter
             if "reason" in row:
                 row["reason"] = placeless(row["reason"], work)
             yield row
+
+
+def add_times(rows: list[dict[str, Any]], task: Task, work: Path, limits: Limits) -> None:
+    """Give every judged row its cells, from one process for each runtime."""
+    judged = [row for row in rows if row["status"] == "judged"]
+    for target in dict.fromkeys(row["target"] for row in judged):
+        here = [row for row in judged if row["target"] == target]
+        artifacts = {row["peer"]: str(artifact_folder(work, row["peer"], target)) for row in here}
+        step = replace(task, kind="time", target=target, artifacts=artifacts)
+        found = measured(step, work / f"time-{target}.json", *limits)
+        for row in here:
+            row["cells"] = found["cells"][row["peer"]] if found["status"] == "done" else []
+            row["not_timed"] = placeless(found.get("reason", ""), work)
+        print(f"times on {target}: {found.get('reason', 'done')}, peak {found['peak_mb']:.0f} MB", flush=True)
+
+
+def artifact_folder(work: Path, name: str, target: TargetName) -> Path:
+    """Where a quantizer leaves its result for a target."""
+    return work / (f"{name}-{target}" if PEERS[name].each else name) / "artifact"
 
 
 def measured(task: Task, file: Path, seconds: float, gigabytes: float) -> dict[str, Any]:
@@ -141,7 +166,7 @@ def measured(task: Task, file: Path, seconds: float, gigabytes: float) -> dict[s
     if not reason and not result.is_file():
         reason = f"the process ended with {child.returncode}"
     found = {"status": "failed", "reason": reason} if reason else json.loads(result.read_text(encoding="utf-8"))
-    return {"status": "done", **found, "peak_mb": 1024 * peak}
+    return {"status": "done", **found, "peak_mb": 1000 * peak}
 
 
 def _watched(child: psutil.Popen, seconds: float, gigabytes: float) -> tuple[float, str]:
@@ -196,7 +221,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--minutes", type=float, default=60, help="limit of a process")
     parser.add_argument("--gigabytes", type=float, default=16, help="limit of a process")
-    parser.add_argument("--seconds", type=float, default=15, help="for each input shape that is timed")
+    parser.add_argument("--seconds", type=float, default=15, help="for each input shape, all models in turn")
     parser.add_argument("--work", type=Path, help="empty folder that keeps artifacts and logs")
     return parser.parse_args()
 

@@ -62,10 +62,15 @@ def executed_operators(target: TargetName, folder: Path, plan: QuantPlan) -> set
     Returns:
         None for `paddle`, which cannot be asked.
     """
+    found = integer_operators(target, folder)
+    return None if found is None else {operator.name for operator in plan.operators} & found
+
+
+def integer_operators(target: TargetName, folder: Path) -> set[str] | None:
+    """Names, by the tensor that they write, of all operators that run on integer kernels; None for `paddle`."""
     if target == "paddle" or not TARGETS[target].executed:
         return None
-    found = _openvino_integers(folder) if target == "openvino" else _onnxruntime_integers(folder)
-    return {operator.name for operator in plan.operators} & found
+    return _openvino_integers(folder) if target == "openvino" else _onnxruntime_integers(folder)
 
 
 def executed_coverage(target: TargetName, folder: Path, plan: QuantPlan) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from quant.job import Job, Options, feed_of, fp32_folders, latency_feed, picture
 from quant.judging import find_evaluation, run_command, skipped_rows
 from quant.loop import has_loop
 from quant.recipe import Recipe
-from quant.runtime import Precision, Session, model_bytes, open_session
+from quant.runtime import Feed, Precision, Session, model_bytes, open_session
 from quant.target import TARGETS, TargetName
 
 BATCHES = (1, 8)
@@ -66,40 +67,77 @@ def bench_target(job: Job, target: TargetName, artifact: Path) -> list[BenchRow]
         "fp32_bytes": model_bytes(target, fp32["fp32"]),
         "int8_bytes": model_bytes(target, artifact),
     }
-    return [BenchRow(**facts, **dict(cell)) for cell in time_cells(job, target, open_all)]
+    return [BenchRow(**facts, **dict(turns.cell())) for turns in time_turns(job, target, open_all)]
 
 
-def time_cells(
+@dataclass
+class Turns:
+    """Sessions that took turns at one input shape.
+
+    Attributes:
+        note: why none was timed.
+        failed: by name of a session, why it was left out.
+        ms: median milliseconds by name.
+    """
+
+    shape: list[int]
+    note: str
+    failed: dict[str, str] = field(default_factory=dict)
+    ms: dict[Precision, dict[str, float]] = field(default_factory=dict)
+
+    def cell(self, int8: str = "int8") -> Cell:
+        """The two FP32 models beside the session of a name."""
+        reasons = [self.failed[name] for name in ("fp32", "fp32_prepared", int8) if name in self.failed]
+        timings = {precision: _timing(ms, int8) for precision, ms in self.ms.items()}
+        note = self.note or next(iter(reasons), "")
+        return Cell(shape=self.shape, ms=timings.get("f32"), default_ms=timings.get("default"), note=note)
+
+
+def _timing(ms: Mapping[str, float], int8: str) -> Timing | None:
+    if not {"fp32", int8} <= set(ms):
+        return None
+    return Timing(fp32=ms["fp32"], fp32_prepared=ms.get("fp32_prepared"), int8=ms[int8])
+
+
+def time_turns(
     job: Job, target: TargetName, open_all: Callable[[Precision], Mapping[str, Session]], seconds: float = SECONDS
-) -> list[Cell]:
+) -> list[Turns]:
     """Every batch of every shape of the recipe.
 
     Args:
-        open_all: opens sessions named as the fields of `Timing`; called once for each precision.
+        open_all: opens sessions by name, among them `fp32` and perhaps `fp32_prepared`; called once for each precision.
         seconds: time for one shape in one precision.
     """
     latency = job.recipe.latency
     shapes = [[batch, *shape[1:]] for batch in BATCHES for shape in (latency.shapes or [latency.shape])]
     declared = declared_picture(job)
     loop = has_loop(prepared_graph(job))
-    notes = [_ONE_PICTURE if loop and shape != latency.shape else misfit(shape, declared) for shape in shapes]
-    timings: list[dict[Precision, Timing]] = [{} for _ in shapes]
+    found = [
+        Turns(shape, _ONE_PICTURE if loop and shape != latency.shape else misfit(shape, declared)) for shape in shapes
+    ]
     precisions: tuple[Precision, ...] = ("f32", "default") if target == "openvino" else ("f32",)
     for precision in precisions:
         sessions = open_all(precision)
-        for place, shape in enumerate(shapes):
-            if notes[place]:
+        for turns in found:
+            if turns.note:
                 continue
-            feed = latency_feed(job) if loop else feed_of(job, shape)
-            try:
-                timings[place][precision] = Timing(**interleaved_latency(sessions, feed, latency.runs, seconds))
-            except Exception as error:  # every runtime has exceptions of its own for sizes that a graph cannot take
-                lines = str(error).strip().splitlines()
-                notes[place] = f"the model does not run at this size: {lines[0][:120] if lines else type(error)}"
-    return [
-        Cell(shape=shape, ms=timing.get("f32"), default_ms=timing.get("default"), note=note)
-        for shape, timing, note in zip(shapes, timings, notes, strict=True)
-    ]
+            feed = latency_feed(job) if loop else feed_of(job, turns.shape)
+            turns.failed |= _failing({name: sessions[name] for name in sessions if name not in turns.failed}, feed)
+            ready = {name: session for name, session in sessions.items() if name not in turns.failed}
+            turns.ms[precision] = interleaved_latency(ready, feed, latency.runs, seconds)
+    return found
+
+
+def _failing(sessions: Mapping[str, Session], feed: Feed) -> dict[str, str]:
+    """Why sessions do not take an input, by name."""
+    found = {}
+    for name, session in sessions.items():
+        try:
+            session.run(feed)
+        except Exception as error:  # every runtime has exceptions of its own for sizes that a graph cannot take
+            lines = str(error).strip().splitlines()
+            found[name] = f"the model does not run at this size: {lines[0][:120] if lines else type(error)}"
+    return found
 
 
 def declared_picture(job: Job) -> Shape:

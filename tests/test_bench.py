@@ -20,7 +20,7 @@ from eval.report import print_bench
 from quant import cli, latency
 from quant.errors import Unavailable
 from quant.job import Options, start
-from quant.latency import bench_model, bench_target, misfit, time_cells
+from quant.latency import bench_model, bench_target, misfit, time_turns
 from quant.pipeline import run_model
 from quant.recipe import Recipe, RecipeError, load_recipe
 from quant.runtime import open_session
@@ -168,7 +168,7 @@ def test_a_size_that_breaks_a_runtime_costs_its_cell_alone(recipe_and_options: t
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "declared_picture", lambda job: ())
-        cells = time_cells(job, "onnxruntime", open_all)
+        cells = [turns.cell() for turns in time_turns(job, "onnxruntime", open_all)]
     assert [bool(cell.note) for cell in cells] == [True, False, True, False]
     assert cells[0].ms is None and "does not run at this size" in cells[0].note
 

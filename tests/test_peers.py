@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import peers  # noqa: E402
-from peer_coverage import coverage, ir_coverage, onnx_coverage  # noqa: E402
+from peer_coverage import coverage, executed_share, ir_coverage, onnx_coverage  # noqa: E402
 from peer_quantizers import PEERS  # noqa: E402
 from peer_quote import BEGIN, END, README, RESULTS, quote, quoted  # noqa: E402
 from peer_table import markdown  # noqa: E402
@@ -69,10 +69,18 @@ def test_an_ir_has_the_coverage_of_the_file_it_was_made_from(build: Any, expecte
     openvino.save_model(openvino.convert_model(tmp_path / "m.onnx"), tmp_path / "inference.xml", compress_to_fp16=False)
     assert ir_coverage(tmp_path / "inference.xml", SHAPE) == pytest.approx(expected)
     assert coverage(tmp_path, SHAPE, 1) == pytest.approx(expected)
+    assert executed_share("openvino", tmp_path, SHAPE, 1) is None
 
 
 def test_the_coverage_of_a_paddle_program_is_not_known(tmp_path: Path) -> None:
     assert coverage(tmp_path, SHAPE, 1) is None
+    assert executed_share("paddle", tmp_path, SHAPE, 1) is None
+
+
+def test_executed_work_is_what_the_runtime_takes_in_integers(tmp_path: Path) -> None:
+    onnx.save(second_in_8_bits(), tmp_path / "inference.onnx")
+    assert executed_share("openvino", tmp_path, SHAPE, 1) == pytest.approx(SHARE)
+    assert executed_share("onnxruntime", tmp_path, SHAPE, 1) == 0, "nothing quantizes what the convolution writes"
 
 
 # --- processes -------------------------------------------------------------------------------------
@@ -129,7 +137,7 @@ def test_the_command_names_no_place_of_the_machine() -> None:
 
 # --- the page --------------------------------------------------------------------------------------
 
-CELL = {
+CELL: dict[str, Any] = {
     "shape": [1, 3, 48, 320],
     "ms": {"fp32": 9.25, "fp32_prepared": 4.5, "int8": 1.5},
     "default_ms": {"fp32": 3.5, "fp32_prepared": 3.25, "int8": 1.25},
@@ -148,11 +156,14 @@ JUDGED = {
     "discordance": 3.25,
     "gate": {"passed": True, "certified": False, "evidence": "real"},
     "coverage": None,
+    "executed_coverage": 0.875,
     "bytes": 2_500_000,
     "fp32_bytes": 10_000_000,
     "seconds": 12.34,
     "peak_mb": 567.8,
+    "folding_seconds": 4.5,
     "cells": [CELL, FIXED],
+    "not_timed": "",
 }
 FAILED = {"label": "Other", "target": "paddle", "status": "failed", "reason": "it | broke", "peak_mb": 99.0}
 
@@ -177,25 +188,31 @@ def test_the_page_has_a_row_for_all_that_was_asked() -> None:
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in lines[:4]}) == 1
     judged, failed = lines[2:4]
-    for fact in [
-        "NNCF",
-        "60.00",
-        "0.50 (1.75)",
-        "3.2",
-        "passed",
-        "2.50",
-        "0.25",
-        "12.3",
-        "568",
-        "1.50",
-        "4.50",
-        "9.25",
-    ]:
+    facts = ["NNCF", "60.00", "0.50 (1.75)", "3.2", "passed", "87.5", "2.50", "0.250", "12.3 + 4.5", "568"]
+    for fact in [*facts, "1.50", "6.17x", "3.00x", "1.25"]:
         assert f" {fact} " in judged
-    assert " 1.25 |" in judged, "OpenVINO's default"
+    assert " 2.80x |" in judged, "OpenVINO's default against its own FP32"
     assert "failed: it \\| broke" in failed and " 99 " in failed
-    assert "1.50 / 4.50 / 9.25" in text and "1.25 / 3.25 / 3.50" in text and "fixed at 1" in text
     assert "avx512_vnni" in text and "nncf 3.4.0" in text and "python benchmarks/peers.py" in text
+
+
+def test_every_runtime_shows_fp32_once_above_what_took_turns_with_it() -> None:
+    other = JUDGED | {"label": "Other", "cells": [CELL | {"ms": CELL["ms"] | {"int8": 2.0}}, FIXED]}
+    latency = page(JUDGED, other).split("## Latency, ms")[1].splitlines()
+    lines = [line.strip("| ").split(" | ") for line in latency if line.startswith("|")][2:]
+    fixed = "the model's batch is fixed at 1"
+    assert lines[:4] == [
+        ["FP32 as shipped", "openvino", "9.25", "-"],
+        ["FP32 prepared", "openvino", "4.50", "-"],
+        ["NNCF", "openvino", "1.50", fixed],
+        ["Other", "openvino", "2.00", fixed],
+    ]
+    assert [line[1:3] for line in lines[4:6]] == [["openvino default", "3.50"], ["openvino default", "3.25"]]
+
+
+def test_models_that_could_not_be_timed_say_why() -> None:
+    text = page(JUDGED | {"cells": [], "not_timed": "stopped: not done in 4 minutes"})
+    assert "| stopped: not done in 4 minutes |" in text and "Nothing was timed." in text
 
 
 def test_the_page_without_any_result() -> None:
