@@ -117,15 +117,20 @@ def time_turns(
     ]
     precisions: tuple[Precision, ...] = ("f32", "default") if target == "openvino" else ("f32",)
     for precision in precisions:
-        sessions = open_all(precision)
-        for turns in found:
-            if turns.note:
-                continue
-            feed = latency_feed(job) if loop else feed_of(job, turns.shape)
-            turns.failed |= _failing({name: sessions[name] for name in sessions if name not in turns.failed}, feed)
-            ready = {name: session for name, session in sessions.items() if name not in turns.failed}
-            turns.ms[precision] = interleaved_latency(ready, feed, latency.runs, seconds)
+        # Held by nothing here: those of one precision are gone before the next are opened.
+        _take_turns(job, open_all(precision), [turns for turns in found if not turns.note], precision, seconds)
     return found
+
+
+def _take_turns(
+    job: Job, sessions: Mapping[str, Session], cells: list[Turns], precision: Precision, seconds: float
+) -> None:
+    loop = has_loop(prepared_graph(job))
+    for turns in cells:
+        feed = latency_feed(job) if loop else feed_of(job, turns.shape)
+        turns.failed |= _failing({name: sessions[name] for name in sessions if name not in turns.failed}, feed)
+        ready = {name: session for name, session in sessions.items() if name not in turns.failed}
+        turns.ms[precision] = interleaved_latency(ready, feed, job.recipe.latency.runs, seconds)
 
 
 def _failing(sessions: Mapping[str, Session], feed: Feed) -> dict[str, str]:
