@@ -76,10 +76,10 @@ from quant.ranges import PerTensor
 from quant.recipe import Recipe, TargetChoice
 from quant.rounding import collect_moments, round_by_moments
 from quant.runtime import Feed, Session, onnx_session
-from quant.search import Point, chosen, draw_front, explore, front
+from quant.search import FINAL_SHARE, Point, chosen, draw_front, explore, front, timed_again
 from quant.sensitivity import OutputError, load_errors, measure_errors, output_error, save_errors
 from quant.simulation import simulated_session
-from quant.speed import measured_gains, relative_latency
+from quant.speed import measured_gains, relative_latencies
 from quant.stage import file_digests
 from quant.target import TARGETS, TargetName
 
@@ -100,14 +100,17 @@ def planned_stage(job: Job, target: TargetName) -> Path:
         for name in TRAINING_FILES:
             if (laddered / name).is_file():
                 shutil.copyfile(laddered / name, folder / name)
-        points = _explored(replace(job, targets=(target,)), target, laddered, time.monotonic() + 60 * minutes)
-        plan = chosen(points).plan
-        plan.method = plan.method if chosen(points) is points[0] else f"{plan.method}+search"
+        end = time.monotonic() + 60 * minutes * (1 - FINAL_SHARE)
+        tried = _explored(replace(job, targets=(target,)), target, laddered, end)
+        points = timed_again(tried, partial(relative_latencies, job, target))
+        taken = chosen([point for point in points if point.finalist])
+        plan = taken.plan
+        plan.method = plan.method if taken is points[0] else f"{plan.method}+search"
         plan.save(folder)
         best = front(points)
-        documents = [{**p.document(), "front": p in best, "chosen": p is chosen(points)} for p in points]
+        documents = [{**p.document(), "front": p in best, "chosen": p is taken} for p in points]
         (folder / "search.json").write_text(json.dumps(documents, sort_keys=True), encoding="utf-8")
-        draw_front(points, f"{job.recipe.name} on {target}", folder / "search.svg")
+        draw_front(points, taken, f"{job.recipe.name} on {target}", folder / "search.svg")
 
     key = {
         **_judged_by(job),
@@ -149,7 +152,7 @@ def _explored(job: Job, target: TargetName, laddered: Path, end: float) -> list[
     Its weights and biases fit the operators that are in INT8, and correcting biases anew would undo what they learned.
     """
     recipe, graph = job.recipe, prepared_graph(job)
-    judge, measure = SearchJudge(job, graph), partial(relative_latency, job, target)
+    judge, measure = SearchJudge(job, graph), partial(_latency, job, target)
     full, best = full_plan(job, recipe.targets[target]), load_plan(laddered)
     reverted = len(full.quantized()) - len(best.quantized())
     if trained := TRAINED.intersection(best.method.split("+")):
@@ -171,6 +174,10 @@ def _explored(job: Job, target: TargetName, laddered: Path, end: float) -> list[
         lambda plan: plan.coverage() >= floor and plan.weight_share() >= recipe.ladder.min_weights,
         lambda: time.monotonic() < end,
     )
+
+
+def _latency(job: Job, target: TargetName, plan: QuantPlan) -> float:
+    return relative_latencies(job, target, [plan])[0]
 
 
 def _laddered_stage(job: Job, choice: TargetChoice) -> Path:

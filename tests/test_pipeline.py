@@ -427,6 +427,7 @@ def test_a_search_leaves_its_front_beside_the_plan(place: Place, first: First, t
     assert all(point["latency"] > 0 for point in points)
     assert points[0]["name"] == "ladder"
     chosen = next(point for point in points if point["chosen"])
+    assert chosen["finalist"], "its latency was measured once more, beside the others'"
     assert load_plan(folder).coverage() == pytest.approx(chosen["coverage"])
     assert (folder / "search.svg").read_text(encoding="utf-8").startswith("<?xml")
     again = run_model(recipe, place.options(results=tmp_path))
