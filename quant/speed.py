@@ -25,7 +25,7 @@ def relative_latencies(job: Job, target: TargetName, plans: Sequence[QuantPlan])
     with scratch() as place:
         folders = {"fp32": fp32.get("fp32_prepared", fp32["fp32"])}
         for index, plan in enumerate(plans):
-            folders[str(index)] = _exported(job, target, plan, place / str(index))
+            folders[str(index)] = exported_plan(job, target, plan, place / str(index))
         sessions = {name: open_session(target, folder, job.options.threads) for name, folder in folders.items()}
         latency = interleaved_latency(sessions, latency_feed(job), job.recipe.latency.runs)
     return [latency[str(index)] / latency["fp32"] for index in range(len(plans))]
@@ -39,7 +39,7 @@ def measured_gains(job: Job, target: TargetName, full: QuantPlan) -> dict[str, f
     if target_format(target) != "onnx":
         return {}
     with scratch() as place:
-        folder = _exported(job, target, full, place)
+        folder = exported_plan(job, target, full, place)
         int8 = kernel_table(target, folder, latency_feed(job), 1)
     fp32 = kernel_table(target, fp32_folders(job, target)["fp32_prepared"], latency_feed(job), 1)
     return gains(list(full.quantized()), fp32, int8)
@@ -62,7 +62,8 @@ def _milliseconds(kernels: Sequence[Kernel]) -> dict[str, float]:
     return times
 
 
-def _exported(job: Job, target: TargetName, plan: QuantPlan, folder: Path) -> Path:
+def exported_plan(job: Job, target: TargetName, plan: QuantPlan, folder: Path) -> Path:
+    """The folder, with the artifact of a plan."""
     graph = prepared_graph(job)
     original = old_ir_form(prepared_stage(job))
     plan = fitted(target, graph, plan, original)

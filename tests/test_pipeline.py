@@ -428,6 +428,7 @@ def test_a_search_leaves_its_front_beside_the_plan(place: Place, first: First, t
     assert points[0]["name"] == "ladder"
     chosen = next(point for point in points if point["chosen"])
     assert chosen["finalist"], "its latency was measured once more, beside the others'"
+    assert chosen["measured"]["samples"] == chosen["score"]["samples"], "on onnxruntime itself, on the same pictures"
     assert load_plan(folder).coverage() == pytest.approx(chosen["coverage"])
     assert (folder / "search.svg").read_text(encoding="utf-8").startswith("<?xml")
     again = run_model(recipe, place.options(results=tmp_path))

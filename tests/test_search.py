@@ -11,9 +11,20 @@ from test_ladder import GATE, ladder, score
 from test_plan import operator, plan_with
 
 from quant.execution import Kernel
-from quant.ladder import Rung, SearchScore
+from quant.ladder import Limits, Rung, SearchScore
 from quant.plan import QuantPlan
-from quant.search import FINALISTS, Point, chosen, draw_front, explore, front, neighbours, timed_again
+from quant.search import (
+    FINALISTS,
+    Point,
+    chosen,
+    confirmed,
+    draw_front,
+    explore,
+    front,
+    neighbours,
+    taken,
+    timed_again,
+)
 from quant.speed import gains
 
 
@@ -140,6 +151,26 @@ def test_few_points_are_timed_again() -> None:
     failing = [point(0.3, 3.0, passed=False), point(0.9, 2.0, passed=False)]
     again = timed_again(failing, lambda plans: [0.5] * len(plans))
     assert [p.finalist for p in again] == [False, True], "none passes: the best"
+
+
+LIMITS = Limits.of(ladder(max_discordance=3.0), GATE)
+
+
+def test_what_fails_on_the_target_is_not_taken() -> None:
+    """The fastest passes in simulation alone; the next best passes on the target, too, and no other is scored there."""
+    points = [replace(point(latency, 0.1), finalist=True) for latency in (0.9, 0.5, 0.7, 0.8)]
+    points.append(point(0.1, 0.0))
+    results = {id(points[1].plan): score(0.2, discordance=9.0), id(points[2].plan): score(0.3)}
+    found = confirmed(points, LIMITS, lambda plan: results[id(plan)])
+    assert [p.measured for p in found] == [None, *results.values(), None, None]
+    assert taken(found, LIMITS) is found[2] and found[2].document()["measured"]["drop"] == 0.3
+
+
+def test_where_none_passes_on_the_target_the_best_there_is_taken() -> None:
+    points = [replace(point(latency, 0.1), finalist=True) for latency in (0.9, 0.5, 0.7)]
+    drops = {id(p.plan): drop for p, drop in zip(points, (3.0, 4.0, 2.0), strict=True)}
+    found = confirmed(points, LIMITS, lambda plan: score(drops[id(plan)]))
+    assert taken(found, LIMITS) is found[2]
 
 
 def test_the_front_holds_what_no_other_beats() -> None:
