@@ -88,7 +88,8 @@ class RangeMethod(Protocol):
 
 @dataclass(frozen=True)
 class MinMax:
-    """The full observed range."""
+    """The full observed range, as Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference", 2018, take it for weights, and "max" of Wu et al. (see `Percentile`)."""
 
     def choose(self, histogram: Histogram, *, symmetric: bool) -> tuple[float, float]:
         return histogram.minimum, histogram.maximum
@@ -96,7 +97,12 @@ class MinMax:
 
 @dataclass(frozen=True)
 class Percentile:
-    """Cut the tails so that `percent` of the values lie inside, half of the rest on either side."""
+    """Cut the tails so that `percent` of the values lie inside, half of the rest on either side.
+
+    McKinstry et al., "Discovering Low-Precision Networks Close to Full-Precision Networks for Efficient Embedded
+    Inference", 2018; Wu et al., "Integer Quantization for Deep Learning Inference: Principles and Empirical
+    Evaluation", 2020, compare it, taken of magnitudes, with other methods.
+    """
 
     percent: float
 

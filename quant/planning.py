@@ -38,9 +38,11 @@ from quant.job import (
     tracked,
     work_feeds,
 )
+from quant.judging import outcomes_of
 from quant.ladder import (
     TRAINED,
     TRAINING_FILES,
+    Limits,
     SearchScore,
     best_rung,
     climb,
@@ -76,11 +78,12 @@ from quant.ranges import PerTensor
 from quant.recipe import Recipe, TargetChoice
 from quant.rounding import collect_moments, round_by_moments
 from quant.runtime import Feed, Session, onnx_session
-from quant.search import Point, chosen, draw_front, explore, front
+from quant.search import FINAL_SHARE, Point, confirmed, draw_front, explore, front, taken, timed_again
 from quant.sensitivity import OutputError, load_errors, measure_errors, output_error, save_errors
 from quant.simulation import simulated_session
-from quant.speed import measured_gains, relative_latency
+from quant.speed import exported_plan, measured_gains, relative_latencies
 from quant.stage import file_digests
+from quant.storage import scratch
 from quant.target import TARGETS, TargetName
 
 
@@ -100,14 +103,19 @@ def planned_stage(job: Job, target: TargetName) -> Path:
         for name in TRAINING_FILES:
             if (laddered / name).is_file():
                 shutil.copyfile(laddered / name, folder / name)
-        points = _explored(replace(job, targets=(target,)), target, laddered, time.monotonic() + 60 * minutes)
-        plan = chosen(points).plan
-        plan.method = plan.method if chosen(points) is points[0] else f"{plan.method}+search"
+        end = time.monotonic() + 60 * minutes * (1 - FINAL_SHARE)
+        limits = Limits.of(job.recipe.ladder, job.recipe.gate)
+        tried = _explored(replace(job, targets=(target,)), target, laddered, end)
+        timed = timed_again(tried, partial(relative_latencies, job, target))
+        points = confirmed(timed, limits, partial(_target_score, job, target))
+        final = taken(points, limits)
+        plan = final.plan
+        plan.method = plan.method if final is points[0] else f"{plan.method}+search"
         plan.save(folder)
         best = front(points)
-        documents = [{**p.document(), "front": p in best, "chosen": p is chosen(points)} for p in points]
+        documents = [{**p.document(), "front": p in best, "chosen": p is final} for p in points]
         (folder / "search.json").write_text(json.dumps(documents, sort_keys=True), encoding="utf-8")
-        draw_front(points, f"{job.recipe.name} on {target}", folder / "search.svg")
+        draw_front(points, final, f"{job.recipe.name} on {target}", folder / "search.svg")
 
     key = {
         **_judged_by(job),
@@ -149,7 +157,7 @@ def _explored(job: Job, target: TargetName, laddered: Path, end: float) -> list[
     Its weights and biases fit the operators that are in INT8, and correcting biases anew would undo what they learned.
     """
     recipe, graph = job.recipe, prepared_graph(job)
-    judge, measure = SearchJudge(job, graph), partial(relative_latency, job, target)
+    judge, measure = SearchJudge(job, graph), partial(_latency, job, target)
     full, best = full_plan(job, recipe.targets[target]), load_plan(laddered)
     reverted = len(full.quantized()) - len(best.quantized())
     if trained := TRAINED.intersection(best.method.split("+")):
@@ -171,6 +179,19 @@ def _explored(job: Job, target: TargetName, laddered: Path, end: float) -> list[
         lambda plan: plan.coverage() >= floor and plan.weight_share() >= recipe.ladder.min_weights,
         lambda: time.monotonic() < end,
     )
+
+
+def _latency(job: Job, target: TargetName, plan: QuantPlan) -> float:
+    return relative_latencies(job, target, [plan])[0]
+
+
+def _target_score(job: Job, target: TargetName, plan: QuantPlan) -> SearchScore:
+    """The artifact on its own runtime against FP32 as shipped there, on the search split: as the gate will judge it."""
+    samples = job.selection.search
+    advance = counted(job.options.progress, job.title(f"search split on {target}"), len(samples))
+    with scratch() as place:
+        outcomes = outcomes_of(job, target, exported_plan(job, target, plan, place), samples, advance)
+    return _search_score(job, outcomes.fp32, outcomes.int8)
 
 
 def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
@@ -447,12 +468,10 @@ class SearchJudge:
         return output_error(self._session(plan, self.job.options.threads), feeds, exact)
 
     def score(self, plan: QuantPlan) -> SearchScore:
-        recipe = self.job.recipe
         title = self.job.title(f"search split at coverage {plan.coverage():.3f}")
         scores = _search_scores(self.job, self._session(plan, 1), title)
         exact = np.load(_exact_search_scores(self.job, self.graph) / "scores.npy", allow_pickle=False)
-        estimate = compare_counts(make_metric(recipe.metric), exact, scores)
-        return SearchScore(estimate.drop, estimate.relative_drop, estimate.discordance, estimate.samples)
+        return _search_score(self.job, exact, scores)
 
     @cached_property
     def _exact(self) -> tuple[list[Feed], list[list[np.ndarray]]]:
@@ -462,6 +481,12 @@ class SearchJudge:
 
     def _session(self, plan: QuantPlan, threads: int) -> Session:
         return simulated_session(self.graph, plan, threads)
+
+
+def _search_score(job: Job, exact: np.ndarray, scores: np.ndarray) -> SearchScore:
+    """From counts of the metric for each picture, of FP32 and of INT8."""
+    estimate = compare_counts(make_metric(job.recipe.metric), exact, scores)
+    return SearchScore(estimate.drop, estimate.relative_drop, estimate.discordance, estimate.samples)
 
 
 def _exact_search_scores(job: Job, graph: Graph) -> Path:

@@ -268,12 +268,16 @@ class PaddleSlim(_Part):
 
 class TargetChoice(_Part):
     method: MethodName = "ptq"
-    activations: ActivationType = Field("uint8", description="uint8 asymmetric, int8 symmetric")
+    activations: ActivationType = Field(
+        "uint8", description="uint8 asymmetric, int8 symmetric; left out: the target's first"
+    )
     equalization: EqualizationScope = Field(
         "depthwise", description="convolutions whose input channels are evened out; all: dense ones are centred too"
     )
     placement: Placement = Field(
-        "inputs", description="what convolutions are given in INT8; outputs: what they write, too, for integer kernels"
+        "inputs",
+        description="inputs: what convolutions are given is in INT8; outputs: what they write, too, for integer "
+        "kernels; left out: the target's first",
     )
     weights: Literal["auto", "full", "reduced"] = Field(
         "auto", description="reduced: 7 bits, for processors whose 8-bit products saturate; auto: where this one does"
@@ -339,6 +343,14 @@ class Recipe(_Part):
     tolerance: float = Field(gt=0, description="largest difference allowed between original and prepared")
     seed: int = Field(0, ge=0)
 
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _as_the_targets_want(cls, targets: Any) -> Any:
+        """What is left out of a choice is taken from its target; what is no choice is left to the next check."""
+        if not isinstance(targets, dict):
+            return targets
+        return {name: _completed(name, choice) for name, choice in targets.items()}
+
     @property
     def clocked(self) -> bool:
         """Whether the clock may decide what comes out: in a search, or where `minutes` end a training."""
@@ -348,6 +360,13 @@ class Recipe(_Part):
         """Hex sha256 of everything the recipe says, after merging and overriding."""
         text = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _completed(name: Any, choice: Any) -> Any:
+    if name not in TARGETS or not isinstance(choice, dict):
+        return choice
+    target = TARGETS[name]
+    return {"activations": target.activations[0], "placement": target.placements[0], **choice}
 
 
 def class_labels(recipe: Recipe) -> list[str]:

@@ -2,7 +2,9 @@
 
 Every point is a plan, its score on the search split and its latency on the target, as a share of FP32 prepared on the
 same runtime in the same minute. Points that no other beats in both are the front. The neighbours of the fastest
-passing plan are tried, the most promising first, until the time is up.
+passing plan are tried, the most promising first, until the time is up. Then those of the front that pass are timed
+once more, side by side: of many noisy figures the least is a lucky one, and says little about its plan. The one to be
+taken has to pass on the target's own runtime as well.
 """
 
 from __future__ import annotations
@@ -12,12 +14,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quant.ladder import Judge, Rung, badness, try_plan
+from quant.ladder import Judge, Limits, Rung, SearchScore, badness, try_plan
 from quant.plan import QuantPlan
 from quant.recipe import Gate, Ladder
 
 TIE = 0.02
 """Latencies nearer than this share cannot be told apart on a shared machine; then the better score decides."""
+
+FINALISTS = 4
+"""Most points beside the ladder's that are timed once more."""
+
+FINAL_SHARE = 0.3
+"""Of the time, kept for what follows once no further point is tried."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,15 +33,24 @@ class Point:
     """One plan of the search.
 
     Attributes:
-        latency: INT8 / FP32 prepared on the target, below 1 where INT8 is faster.
+        latency: INT8 / FP32 prepared on the target, below 1 where INT8 is faster; of finalists the second figure.
+        finalist: whether it was timed once more, so that it may be taken.
+        measured: its score on the target's own runtime; the one of its rung is that of its simulation.
     """
 
     plan: QuantPlan
     rung: Rung
     latency: float
+    finalist: bool = False
+    measured: SearchScore | None = None
 
     def document(self) -> dict[str, Any]:
-        return {**asdict(self.rung), "latency": self.latency}
+        measured = asdict(self.measured) if self.measured else None
+        return {**asdict(self.rung), "latency": self.latency, "finalist": self.finalist, "measured": measured}
+
+    def passes(self, limits: Limits) -> bool:
+        """Whether it passes on the target, where it was measured there."""
+        return self.measured is not None and not limits.missed(self.rung.error, self.measured)
 
 
 def explore(
@@ -102,6 +119,42 @@ def chosen(points: Sequence[Point]) -> Point:
     return min((p for p in passing if p.latency <= fastest * (1 + TIE)), key=lambda point: badness(point.rung))
 
 
+def timed_again(points: Sequence[Point], measure: Callable[[Sequence[QuantPlan]], list[float]]) -> list[Point]:
+    """The points, of which those that may be taken have a latency that was not picked for being low.
+
+    They are the fastest of the front that pass, and the ladder's, the first; where none passes, the best alone.
+
+    Args:
+        measure: latencies of plans in turn with one another, see `Point`.
+    """
+    passing = front([point for point in points if point.rung.passed])[:FINALISTS]
+    last = [point for point in points if point in passing or point is points[0]] if passing else [chosen(points)]
+    latencies = dict(zip(map(id, last), measure([point.plan for point in last]), strict=True))
+    return [
+        replace(point, latency=latencies[id(point)], finalist=True) if id(point) in latencies else point
+        for point in points
+    ]
+
+
+def confirmed(points: Sequence[Point], limits: Limits, score: Callable[[QuantPlan], SearchScore]) -> list[Point]:
+    """The points, finalists with their score on the target, in the order of `chosen` until one passes there."""
+    points = list(points)
+    while left := [point for point in points if point.finalist and point.measured is None]:
+        best = chosen(left)
+        found = replace(best, measured=score(best.plan))
+        points[points.index(best)] = found
+        if found.passes(limits):
+            break
+    return points
+
+
+def taken(points: Sequence[Point], limits: Limits) -> Point:
+    """The finalist that passes on the target; where none does, the best by what was measured there."""
+    scored = [point for point in points if point.measured]
+    passing = [point for point in scored if point.passes(limits)]
+    return passing[0] if passing else min(scored, key=lambda point: badness(replace(point.rung, score=point.measured)))
+
+
 def front(points: Sequence[Point]) -> list[Point]:
     """Scored points that no other beats in latency and in score, the fastest first."""
     scored = sorted((p for p in points if p.rung.score), key=lambda point: (point.latency, badness(point.rung)))
@@ -112,7 +165,7 @@ def front(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def draw_front(points: Sequence[Point], title: str, file: Path) -> None:
+def draw_front(points: Sequence[Point], best: Point, title: str, file: Path) -> None:
     """A plot of all scored points as SVG, the front joined, the chosen one marked; the same bytes every time."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -126,7 +179,6 @@ def draw_front(points: Sequence[Point], title: str, file: Path) -> None:
     joined = [place(point) for point in front(points)]
     axes.plot([x for x, _ in joined], [y for _, y in joined], color="tab:blue", label="front")
     axes.scatter([x for x, _ in scored], [y for _, y in scored], color="tab:gray", label="tried")
-    best = chosen(points)
     if best.rung.score:
         axes.scatter(*place(best), color="tab:red", label="chosen")
     axes.set(xlabel="latency, INT8 / FP32 prepared", ylabel="drop + discordance / 2 on the search split", title=title)

@@ -139,7 +139,7 @@ def _weight_shape(graph: Graph, operator: Operator) -> tuple[int, ...]:
 def score_worst(errors: Mapping[str, OutputError], score: Callable[[str], SearchScore]) -> dict[str, SearchScore]:
     """Scores on the search split of the operators with the largest damage, the worst first.
 
-    A score takes as long as the whole search split, so that only MOST_SCORED operators get one, and none after
+    A score takes a pass over many pictures, so that only MOST_SCORED operators get one, and none after
     PATIENCE in a row have changed no outcome: what damages the outputs less rarely changes more.
     """
     scores: dict[str, SearchScore] = {}

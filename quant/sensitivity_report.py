@@ -31,6 +31,10 @@ from quant.target import TargetName
 COLUMNS = ("Damage %", "SNR dB", "Work %", "Weights %", "Disc. %", "Drop")
 NOT_KNOWN = "-"
 
+SCORED = 200
+"""Pictures of the search split that single operators are scored on: a pass over all of them for each is most of the
+time. Kinds change more, and are few: they are scored on all."""
+
 
 @dataclass(frozen=True)
 class Sensitivity:
@@ -115,13 +119,14 @@ def _sensitivity_stage(job: Job, target: TargetName) -> Path:
 def _measure(
     job: Job, graph: Graph, plan: QuantPlan, errors: Mapping[str, OutputError]
 ) -> tuple[list[OperatorImpact], list[GroupImpact]]:
-    judge, operators = SearchJudge(job, graph), plan.quantized()
+    operators = plan.quantized()
+    few = replace(job, selection=replace(job.selection, search=job.selection.search[:SCORED]))
     position = {name: index for index, name in enumerate(operators, start=1)}
 
-    def score(names: set[str]) -> SearchScore:
-        return judge.score(plan.with_only(names, "measured without it"))
+    def score(names: set[str], on: Job) -> SearchScore:
+        return SearchJudge(on, graph).score(plan.with_only(names, "measured without it"))
 
-    scores = score_worst(errors, lambda name: score({name}))
+    scores = score_worst(errors, lambda name: score({name}, few))
     groups = kernel_groups(graph, operators.values())
     advance = counted(job.options.progress, job.title("damage per kind"), len(groups))
     group_errors = part_errors(job, plan, groups, advance)
@@ -141,7 +146,7 @@ def _measure(
             GroupImpact(
                 kind=kind,
                 operators=len(groups[kind]),
-                **_numbers(plan, groups[kind], group_errors[kind], score(groups[kind])),
+                **_numbers(plan, groups[kind], group_errors[kind], score(groups[kind], job)),
             )
             for kind in worst_first(group_errors)
         ],

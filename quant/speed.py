@@ -19,17 +19,16 @@ _DECORATIONS = ("/WithoutBiases", "_nchwc", "/MatmulTransposeFusion/")
 """What runtimes add to the name of an operator that they rewrite."""
 
 
-def relative_latency(job: Job, target: TargetName, plan: QuantPlan) -> float:
-    """INT8 / FP32 on the target, interleaved: FP32 prepared, or as shipped where the target reads no ONNX."""
+def relative_latencies(job: Job, target: TargetName, plans: Sequence[QuantPlan]) -> list[float]:
+    """INT8 / FP32 of each plan on the target, all in turn: FP32 prepared, or as shipped where it reads no ONNX."""
     fp32 = fp32_folders(job, target)
     with scratch() as place:
-        folders = {
-            "fp32": fp32.get("fp32_prepared", fp32["fp32"]),
-            "int8": _exported(job, target, plan, place),
-        }
+        folders = {"fp32": fp32.get("fp32_prepared", fp32["fp32"])}
+        for index, plan in enumerate(plans):
+            folders[str(index)] = exported_plan(job, target, plan, place / str(index))
         sessions = {name: open_session(target, folder, job.options.threads) for name, folder in folders.items()}
         latency = interleaved_latency(sessions, latency_feed(job), job.recipe.latency.runs)
-    return latency["int8"] / latency["fp32"]
+    return [latency[str(index)] / latency["fp32"] for index in range(len(plans))]
 
 
 def measured_gains(job: Job, target: TargetName, full: QuantPlan) -> dict[str, float]:
@@ -40,7 +39,7 @@ def measured_gains(job: Job, target: TargetName, full: QuantPlan) -> dict[str, f
     if target_format(target) != "onnx":
         return {}
     with scratch() as place:
-        folder = _exported(job, target, full, place)
+        folder = exported_plan(job, target, full, place)
         int8 = kernel_table(target, folder, latency_feed(job), 1)
     fp32 = kernel_table(target, fp32_folders(job, target)["fp32_prepared"], latency_feed(job), 1)
     return gains(list(full.quantized()), fp32, int8)
@@ -63,7 +62,8 @@ def _milliseconds(kernels: Sequence[Kernel]) -> dict[str, float]:
     return times
 
 
-def _exported(job: Job, target: TargetName, plan: QuantPlan, folder: Path) -> Path:
+def exported_plan(job: Job, target: TargetName, plan: QuantPlan, folder: Path) -> Path:
+    """The folder, with the artifact of a plan."""
     graph = prepared_graph(job)
     original = old_ir_form(prepared_stage(job))
     plan = fitted(target, graph, plan, original)

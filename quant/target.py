@@ -1,7 +1,7 @@
 """Targets as data: what each runtime rewards in a quantized model, and what it cannot do.
 
 Measured on the versions in `constraints.txt`; `docs/targets.md` shows the measurements. Recipes choose within these
-limits, the exporters and the cross-runtime check read them.
+limits, and get the first of what they leave open; exporters, the checks of artifacts and judging go by the flags.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Target:
 
     Attributes:
         format: of the artifact.
-        activations: types that its kernels compute rightly; uint8 is asymmetric, int8 symmetric.
-        placements: where it wants Q/DQ. inputs: on what a convolution reads; outputs: on what it writes as well,
-            because the integer kernel is only taken when values stay integers behind it.
+        activations: types that its kernels compute rightly, the best first; uint8 is asymmetric, int8 symmetric.
+        placements: where Q/DQ may stand, the best first. inputs: on what a convolution reads; outputs: on what it
+            writes as well, because the integer kernel is only taken when values stay integers behind it.
         equalizations: scopes of channel equalization that it computes rightly.
-        fuses: what it merges into one kernel, so that a quantizer belongs behind it and not inside.
-        cannot: what it does not do, in words; rules and searches keep away from it.
+        fuses, cannot: a note on what it merges into one kernel, and on what it does not do: why the choices above are
+            what they are. No code reads them.
         signed_behind_concat: false where S8 behind a Concat is computed wrongly (`docs/openvino-s8.md`).
         shared_without_bias: false where a convolution without bias is computed wrongly if its output is read twice
             (`docs/openvino-bias.md`).

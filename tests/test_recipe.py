@@ -17,6 +17,7 @@ from calib_data.registry import dataset_names
 from eval.metric import make_metric
 from quant import recipe as recipe_module
 from quant.errors import InputError
+from quant.planning import least_coverage
 from quant.recipe import METRICS, RecipeError, Task, limited_to, load_recipe, recipe_names, recipes_dir
 from quant.task import BoxPrediction, ClassPrediction, FormulaPrediction, TablePrediction, TextPrediction
 
@@ -335,6 +336,15 @@ def test_the_hash_changes_with_what_the_recipe_says_and_only_then() -> None:
     assert load_recipe(REC, ["seed=1"]).content_hash() != load_recipe(REC).content_hash()
     same = load_recipe(REC).calibration.samples
     assert load_recipe(REC, [f"calibration.samples={same}"]).content_hash() == load_recipe(REC).content_hash()
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("PP-OCR")])
+def test_text_models_stay_mostly_in_integers(name: str) -> None:
+    """The ladder never ends below these, on targets where what goes back to FP32 buys little."""
+    recipe = load_recipe(name)
+    floors = {target: least_coverage(recipe, choice) for target, choice in recipe.targets.items()}
+    assert floors["openvino"] >= 0.95 and floors["paddle"] >= 0.9
+    assert floors["paddle"] == floors["tensorrt"], "they share a plan"
 
 
 def test_targets_can_be_limited() -> None:

@@ -177,7 +177,7 @@ def test_a_search_leaves_what_was_trained(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("quant.planning.full_plan", lambda job, choice: full)
     monkeypatch.setattr("quant.planning.prepared_graph", lambda job: net.graph())
     monkeypatch.setattr("quant.planning.SearchJudge", lambda job, graph: ErrorJudge(net, 0.0))
-    monkeypatch.setattr("quant.planning.relative_latency", lambda job, target, plan: 1.0)
+    monkeypatch.setattr("quant.planning.relative_latencies", lambda job, target, plans: [1.0] * len(plans))
     job = job_of("recon", tmp_path, monkeypatch, net)
     (point,) = _explored(job, "onnxruntime", tmp_path / "best", 0.0)
     assert point.plan.method == "ptq+recon" and "no faster plan was looked for: recon" in point.plan.notes[-1]

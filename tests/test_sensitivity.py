@@ -13,10 +13,12 @@ from test_pipeline import NAME, Place, noted_stages, place
 from test_plan import plan_of
 from tiny_models import TinyNet, run, simulate, small_detector, small_recognizer
 
-from quant import cli
+from quant import cli, sensitivity_report
 from quant.advice import GroupImpact, OperatorImpact, advise, most_damaging
-from quant.job import start
+from quant.job import prepared_graph, start
 from quant.ladder import SearchScore
+from quant.plan import QuantPlan, load_plan
+from quant.planning import SearchJudge, alone_errors, alone_stage
 from quant.runtime import onnx_session
 from quant.sensitivity import (
     MOST_SCORED,
@@ -32,7 +34,13 @@ from quant.sensitivity import (
     save_errors,
     score_worst,
 )
-from quant.sensitivity_report import Sensitivity, draw_sensitivity, load_sensitivity, report_sensitivity
+from quant.sensitivity_report import (
+    Sensitivity,
+    _measure,
+    draw_sensitivity,
+    load_sensitivity,
+    report_sensitivity,
+)
 from quant.simulation import simulated_model, simulated_session
 
 __all__ = ["place"]  # the fixture
@@ -319,6 +327,26 @@ def check_document(document: dict[str, Any], table: str) -> None:
     assert sum(op["weights_share"] for op in operators) == pytest.approx(1)
     assert all(sentence in table for sentence in document["advice"])
     assert all(op["name"] in table for op in operators)
+
+
+def test_single_operators_are_scored_on_fewer_pictures(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = start(place.recipe, place.options())
+    choice = job.recipe.targets["onnxruntime"]
+    monkeypatch.setattr(sensitivity_report, "SCORED", 3)
+    pictures: list[tuple[int, int]] = []
+    plain = SearchJudge.score
+
+    def noted(judge: SearchJudge, plan: QuantPlan) -> SearchScore:
+        found = plain(judge, plan)
+        pictures.append((len(plan.quantized()), found.samples))
+        return found
+
+    monkeypatch.setattr(SearchJudge, "score", noted)
+    plan = load_plan(alone_stage(job, choice))
+    operators, groups = _measure(job, prepared_graph(job), plan, alone_errors(job, choice))
+    every = len(job.selection.search)
+    assert every > 3
+    assert pictures == [(1, 3)] * len(operators) + [(group.operators, every) for group in groups]
 
 
 def test_targets_of_their_own_and_unknown_ones(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
