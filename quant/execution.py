@@ -11,10 +11,10 @@ import re
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import onnx
 
@@ -34,6 +34,8 @@ _ONNXRUNTIME_KERNELS = (
     "QLinearMatMul",
 )
 _WARM_UP, _RUNS = 3, 15
+_DECORATIONS = ("/WithoutBiases", "_nchwc", "/MatmulTransposeFusion/")
+"""What runtimes add to the name of an operator that they rewrite."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,25 @@ class Kernel:
         kind: the runtime's name of the operator; for OpenVINO its implementation follows in brackets.
         precision: type that it computes in, as the runtime writes it: `u8`, `f32`, `uint8`, `float`.
         milliseconds: median over several runs.
+        merged: names of the artifact's operators that it computes; empty where the runtime does not say.
     """
 
     name: str
     kind: str
     precision: str
     milliseconds: float
+    merged: tuple[str, ...] = ()
+
+    @property
+    def operator(self) -> str:
+        """The name without what runtimes add to it."""
+        return _undecorated(self.name)
+
+
+def _undecorated(name: str) -> str:
+    for decoration in _DECORATIONS:
+        name = name.removesuffix(decoration)
+    return name
 
 
 def executed_operators(target: TargetName, folder: Path, plan: QuantPlan) -> set[str] | None:
@@ -82,19 +97,32 @@ def executed_coverage(target: TargetName, folder: Path, plan: QuantPlan) -> floa
     return sum(operator.macs for operator in plan.operators if operator.name in executed) / total if total else 0.0
 
 
-def kernel_table(target: TargetName, folder: Path, feed: Feed, threads: int) -> list[Kernel]:
-    """Every step that the runtime takes for one input, the slowest first.
+def kernel_tables(target: TargetName, folders: Sequence[Path], feed: Feed, threads: int) -> list[list[Kernel]]:
+    """Every step that the runtime takes for one input, the slowest first, of each model.
+
+    The models take turns, so that a noisy machine disturbs them alike.
 
     Raises:
         ValueError: for `paddle`, whose profile is not read here.
     """
     if target == "paddle":
         raise ValueError("no profile is read from Paddle Inference")
-    if target == "openvino":
-        kernels = _openvino_profile(folder, feed, threads)
-    else:
-        kernels = _onnxruntime_profile(folder, feed, threads)
-    return sorted(kernels, key=lambda kernel: -kernel.milliseconds)
+    kind = _OpenVinoProfile if target == "openvino" else _OnnxRuntimeProfile
+    with tempfile.TemporaryDirectory() as place:
+        profiles: list[_Profile] = [kind(folder, threads, Path(place)) for folder in folders]
+        for _ in range(_WARM_UP + _RUNS):
+            for profile in profiles:
+                profile.run(feed)
+        tables = [profile.kernels() for profile in profiles]
+    return [sorted(kernels, key=lambda kernel: -kernel.milliseconds) for kernels in tables]
+
+
+class _Profile(Protocol):
+    """A model in a runtime that notes the time of every step."""
+
+    def run(self, feed: Feed) -> None: ...
+
+    def kernels(self) -> list[Kernel]: ...
 
 
 def _named_model(folder: Path) -> bytes:
@@ -129,24 +157,31 @@ def _openvino_steps(compiled: Any) -> Iterator[dict[str, str]]:
         yield {"name": node.get_friendly_name(), **{field: notes[field].astype(str) for field in fields}}
 
 
-def _openvino_profile(folder: Path, feed: Feed, threads: int) -> list[Kernel]:
-    from openvino import ProfilingInfo
+class _OpenVinoProfile:
+    def __init__(self, folder: Path, threads: int, _: Path) -> None:
+        compiled = _openvino_model(folder, threads, profile=True)
+        self._steps = {step["name"]: step for step in _openvino_steps(compiled)}
+        self._request = compiled.create_infer_request()
+        self._kinds: dict[str, str] = {}
+        self._times: dict[str, list[float]] = defaultdict(list)
 
-    compiled = _openvino_model(folder, threads, profile=True)
-    precisions = {step["name"]: step["runtimePrecision"] for step in _openvino_steps(compiled)}
-    request = compiled.create_infer_request()
-    kinds: dict[str, str] = {}
-    times: dict[str, list[float]] = defaultdict(list)
-    for turn in range(_WARM_UP + _RUNS):
-        request.infer(feed)
-        for info in request.get_profiling_info():
-            if turn >= _WARM_UP and info.status == ProfilingInfo.Status.EXECUTED:
-                kinds[info.node_name] = f"{info.node_type} ({info.exec_type})"
-                times[info.node_name].append(1000 * info.real_time.total_seconds())
-    return [
-        Kernel(name, kinds[name], precisions.get(name, "unknown"), statistics.median(values))
-        for name, values in times.items()
-    ]
+    def run(self, feed: Feed) -> None:
+        from openvino import ProfilingInfo
+
+        self._request.infer(feed)
+        for info in self._request.get_profiling_info():
+            if info.status == ProfilingInfo.Status.EXECUTED:
+                self._kinds[info.node_name] = f"{info.node_type} ({info.exec_type})"
+                self._times[info.node_name].append(1000 * info.real_time.total_seconds())
+
+    def kernels(self) -> list[Kernel]:
+        # Some steps are done in the first run alone.
+        return [self._kernel(name, times[_WARM_UP:]) for name, times in self._times.items() if len(times) > _WARM_UP]
+
+    def _kernel(self, name: str, times: Sequence[float]) -> Kernel:
+        step = self._steps.get(name, {"runtimePrecision": "unknown", "originalLayersNames": ""})
+        merged = tuple(_undecorated(layer) for layer in step["originalLayersNames"].split(",") if layer)
+        return Kernel(name, self._kinds[name], step["runtimePrecision"], statistics.median(times), merged)
 
 
 def _onnxruntime_session(folder: Path, options: Any) -> Any:
@@ -172,23 +207,29 @@ def _old_name(name: str) -> str:
     return re.sub(r"_token_\d+$", "", name)
 
 
-def _onnxruntime_profile(folder: Path, feed: Feed, threads: int) -> list[Kernel]:
-    import onnxruntime
+class _OnnxRuntimeProfile:
+    def __init__(self, folder: Path, threads: int, place: Path) -> None:
+        import onnxruntime
 
-    with tempfile.TemporaryDirectory() as place:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Else the idle threads of one session take the cores from the next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.enable_profiling = True
-        options.profile_file_prefix = str(Path(place) / "profile")
-        session = _onnxruntime_session(folder, options)
-        for _ in range(_WARM_UP + _RUNS):
-            session.run(None, feed)
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    seen: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            seen[event["name"].removesuffix("_kernel_time")].append(event)
-    return [_onnxruntime_kernel(name, same[_WARM_UP:]) for name, same in seen.items()]
+        options.profile_file_prefix = str(Path(tempfile.mkdtemp(dir=place)) / "profile")
+        self._session = _onnxruntime_session(folder, options)
+
+    def run(self, feed: Feed) -> None:
+        self._session.run(None, feed)
+
+    def kernels(self) -> list[Kernel]:
+        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        seen: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                # Two nodes may bear one name.
+                seen[event["name"].removesuffix("_kernel_time"), event["args"]["node_index"]].append(event)
+        return [_onnxruntime_kernel(name, same[_WARM_UP:]) for (name, _), same in seen.items()]
 
 
 def _onnxruntime_kernel(name: str, events: list[dict[str, Any]]) -> Kernel:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.benchmark import interleaved_latency
-from quant.execution import Kernel, kernel_table
+from quant.execution import Kernel, kernel_tables
 from quant.export import export_artifact, fitted
 from quant.job import Job, fp32_folders, latency_feed, prepared_graph, prepared_stage
 from quant.plan import QuantPlan
@@ -14,9 +14,6 @@ from quant.prepare import old_ir_form
 from quant.runtime import open_session, target_format
 from quant.storage import scratch
 from quant.target import TargetName
-
-_DECORATIONS = ("/WithoutBiases", "_nchwc", "/MatmulTransposeFusion/")
-"""What runtimes add to the name of an operator that they rewrite."""
 
 
 def relative_latencies(job: Job, target: TargetName, plans: Sequence[QuantPlan]) -> list[float]:
@@ -39,27 +36,15 @@ def measured_gains(job: Job, target: TargetName, full: QuantPlan) -> dict[str, f
     if target_format(target) != "onnx":
         return {}
     with scratch() as place:
-        folder = exported_plan(job, target, full, place)
-        int8 = kernel_table(target, folder, latency_feed(job), 1)
-    fp32 = kernel_table(target, fp32_folders(job, target)["fp32_prepared"], latency_feed(job), 1)
+        folders = [fp32_folders(job, target)["fp32_prepared"], exported_plan(job, target, full, place)]
+        fp32, int8 = kernel_tables(target, folders, latency_feed(job), 1)
     return gains(list(full.quantized()), fp32, int8)
 
 
 def gains(operators: Sequence[str], fp32: Sequence[Kernel], int8: Sequence[Kernel]) -> dict[str, float]:
     """FP32 - INT8 in milliseconds, for the operators whose kernels are found in both profiles."""
-    before, after = _milliseconds(fp32), _milliseconds(int8)
+    before, after = ({kernel.operator: kernel.milliseconds for kernel in kernels} for kernels in (fp32, int8))
     return {name: before[name] - after[name] for name in operators if name in before and name in after}
-
-
-def _milliseconds(kernels: Sequence[Kernel]) -> dict[str, float]:
-    """By the name of the operator, without what runtimes add to it."""
-    times = {}
-    for kernel in kernels:
-        name = kernel.name
-        for decoration in _DECORATIONS:
-            name = name.removesuffix(decoration)
-        times[name] = kernel.milliseconds
-    return times
 
 
 def exported_plan(job: Job, target: TargetName, plan: QuantPlan, folder: Path) -> Path:

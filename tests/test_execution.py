@@ -9,7 +9,7 @@ import pytest
 from test_plan import plan_of
 from tiny_models import TinyNet, small_detector, small_recognizer
 
-from quant.execution import executed_coverage, executed_operators, kernel_table
+from quant.execution import executed_coverage, executed_operators, kernel_tables
 from quant.export import export_artifact
 from quant.plan import QuantPlan
 
@@ -113,7 +113,7 @@ def test_paddle_cannot_be_asked(tmp_path: Path) -> None:
     assert executed_operators("paddle", tmp_path, plan) is None
     assert executed_coverage("paddle", tmp_path, plan) is None
     with pytest.raises(ValueError, match="Paddle"):
-        kernel_table("paddle", tmp_path, {}, 1)
+        kernel_tables("paddle", [tmp_path], {}, 1)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_the_profile_names_kernels_types_and_times(target: Any, integer: str, fl
     plan = plan_of(net)
     last = plan.operators[-1].name
     part = plan.with_only(set(plan.quantized()) - {last}, "a test")
-    table = kernel_table(target, exported(net, part, tmp_path, target), net.feed(), 1)
+    (table,) = kernel_tables(target, [exported(net, part, tmp_path, target)], net.feed(), 1)
     times = [kernel.milliseconds for kernel in table]
     assert times == sorted(times, reverse=True)
     assert all(0 <= time < 1000 for time in times)
