@@ -16,10 +16,10 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast
 
 import onnx
-from goals import SPEEDS, machine
+from goals import SPEEDS, TARGETS, machine
 from peer_table import NOT_KNOWN, table
 
 from eval.benchmark import interleaved_latency
@@ -114,11 +114,11 @@ def main() -> None:
     options = Options(arguments.results, arguments.threads, lambda *_: None)
     found = find_evaluation(load_recipe(arguments.model), options)
     for target in arguments.targets.split(","):
-        if target not in get_args(TargetName) or target not in found.manifest.artifacts:
+        if target not in TARGETS or target not in found.manifest.artifacts:
             raise SystemExit(
-                f"{found.folder} has no artifact for '{target}'; it has {', '.join(found.manifest.artifacts)}"
+                f"no profile of '{target}': {found.folder} has no artifact, or its runtime has no profiler"
             )
-        report = profiled(found, target)
+        report = profiled(found, cast(TargetName, target))
         file = RESULTS / f"profile-{arguments.model}-{target}.json"
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         file.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
