@@ -24,7 +24,15 @@ from eval.gate import verdict_text
 from quant.charts import Dot, histogram, scatter
 from quant.errors import InputError
 from quant.report import ModelReport, TargetReport
-from quant.report_tables import diff_table, ladder_table, operator_table, size_table, slice_table, standings
+from quant.report_tables import (
+    diff_table,
+    ladder_table,
+    operator_table,
+    size_table,
+    slice_table,
+    standings,
+    unmeasured,
+)
 
 MOST_PICTURES = 12
 """Shown of a target."""
@@ -122,6 +130,7 @@ def _targets(model: ModelReport, album: Album) -> list[dict[str, Any]]:
             "verdict": verdict_text(target.pooled) if target.pooled else "",
             "ladder": ladder_table(target),
             "operators": operator_table(target),
+            "unmeasured": unmeasured(model, target),
             "sizes": size_table(target),
             "slices": slice_table(target.exhibits.slices if target.exhibits else []),
             "search": _search_front(target),
