@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 from interruptions import TinyJob, content, kill_and_resume, make_job, run_folder
+from tried import RecordProperty, tried
 
 from quant.archive import discard, staged, sweep
 from quant.verification import verify
 
 slow = pytest.mark.slow
-KILLS = 4  # 50 in benchmarks/interruption.py
+KILLS = int(os.environ.get("QUANT_TEST_KILLS", "4"))  # 50 in benchmarks/interruption.py
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +37,11 @@ def calm(job: TinyJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @slow
 @pytest.mark.xdist_group("interruption")
-def test_killed_runs_go_on_and_end_with_the_same_bytes(job: TinyJob, tmp_path: Path) -> None:
+def test_killed_runs_go_on_and_end_with_the_same_bytes(
+    job: TinyJob, tmp_path: Path, record_property: RecordProperty
+) -> None:
     outcome = kill_and_resume(job, tmp_path, KILLS, seed=1)
-    print(f"{outcome.kills} kills, {outcome.runs} runs")
+    tried(record_property, "kills with SIGKILL", "quant run", outcome.kills)
     assert outcome.kills == KILLS and outcome.runs >= 1
     assert (outcome.different, outcome.damaged, outcome.survivors) == (0, 0, 0)
 
