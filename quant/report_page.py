@@ -211,7 +211,7 @@ def _findings(exhibit: Exhibit) -> list[tuple[str, Finding]]:
 
 def _side(task: str, name: str, found: Finding, exhibit: Exhibit) -> dict[str, Any]:
     """What one side of an exhibit shows: shapes on the picture, a table's cells, or a text with its errors."""
-    side: dict[str, Any] = {"name": name, "shapes": found.shapes, "cells": [], "segments": []}
+    side: dict[str, Any] = {"name": name, "shapes": found.shapes, "missed": found.missed, "cells": [], "segments": []}
     if task == "table_structure":
         side["cells"] = table_cells(found.text)
     elif task == "formula_recognition":

@@ -341,6 +341,29 @@ def test_the_markdown_tells_the_front_and_the_ranges(tiny: TinyRun, tmp_path: Pa
     )
 
 
+def test_boxes_without_partners_are_marked_and_explained(tmp_path: Path) -> None:
+    """Also of pictures that were kept before labels without a partner were."""
+    folder = write_small_run(tmp_path)
+    file = folder / EXHIBITS / "onnxruntime" / "exhibits.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    square = {"points": [[0, 0], [9, 0], [9, 5]]}
+    for side in ("fp32_found", "int8_found"):
+        record["exhibits"][0][side] = {"shapes": [square]}
+    record["task"] = "text_detection"
+    file.write_text(json.dumps(record), encoding="utf-8")
+    assert shape_kinds(folder) == ["shape", "shape"]
+    record["exhibits"][0]["int8_found"] = {"shapes": [{**square, "alone": True, "extra": True}], "missed": [square]}
+    file.write_text(json.dumps(record), encoding="utf-8")
+    assert shape_kinds(folder) == ["shape", "shape alone extra", "shape missed"]
+    legend = page_of([read_run(folder)]).html.partition('class="legend"')[2].partition("</p>")[0]
+    assert all(f'"shape {kind}"' in legend for kind in ("extra", "missed", "alone"))
+
+
+def shape_kinds(folder: Path) -> list[str]:
+    gallery = page_of([read_run(folder)]).html.partition('class="gallery"')[2]
+    return re.findall(r'<polygon class="([^"]*)"', gallery)
+
+
 def test_tables_are_read_as_spans_alone() -> None:
     html = '<table><tr><td colspan="2" onclick="hack()">a</td></tr><tr><td rowspan=900>b</td><td></td></tr></table>'
     assert table_cells(html) == [[(1, 2)], [(50, 1), (1, 1)]]
