@@ -27,6 +27,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "fuzz")]
 from campaign import Tried, run  # noqa: E402
 from subjects import SUBJECTS  # noqa: E402
 
+from quant.stage import code_digest  # noqa: E402
+
 
 def main() -> int:
     arguments = _parsed()
@@ -65,12 +67,13 @@ def _campaign(kinds: Sequence[str], cases: int, seconds: float, seed: int) -> It
 
 
 def _write(file: Path, seed: int, found: list[Tried]) -> None:
-    """Beside what other kinds were found with this seed before: the campaign can be run in parts."""
+    """Beside what other kinds were found with this seed and code before: the campaign can be run in parts."""
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    kinds = known["kinds"] if known.get("seed") == seed else {}
+    of = {"seed": seed, "code": code_digest()}
+    kinds = known["kinds"] if of.items() <= known.items() else {}
     kinds |= {tried.kind: tried.document() for tried in found}
     cases = sum(tried["cases"] for tried in kinds.values())
-    document = {"schema": 1, "seed": seed, "cases": cases, "kinds": dict(sorted(kinds.items()))}
+    document = {"schema": 1, **of, "cases": cases, "kinds": dict(sorted(kinds.items()))}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     file.with_suffix(".md").write_text(page(document), encoding="utf-8")
@@ -84,12 +87,13 @@ def page(document: dict[str, Any]) -> str:
     total = (
         f"{document['cases']:,} mutated inputs, {findings} findings: every other one was read or refused in a sentence."
     )
+    code = f" Code `{document['code']}`." if "code" in document else ""  # pages from before did not say
     lines = ["| Kind | Cases | Read | Refused | Findings |", "| --- | ---: | ---: | ---: | ---: |"]
     lines += [
         f"| {kind} | {tried['cases']:,} | {tried['read']:,} | {tried['refused']:,} | {len(tried['findings'])} |"
         for kind, tried in kinds.items()
     ]
-    return "\n".join(["# Fuzz campaign", "", f"{head} {total}", "", *lines]) + "\n"
+    return "\n".join(["# Fuzz campaign", "", f"{head} {total}{code}", "", *lines]) + "\n"
 
 
 def _parsed() -> argparse.Namespace:

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from eval.matching import Matching
 from quant.errors import InputError
 
 FloatArray = npt.NDArray[np.float64]
@@ -108,7 +109,7 @@ class MeanAveragePrecision:
         labelled = np.zeros(len(prediction.labels))
         detections: list[FloatArray] = []
         for number in sorted(set(counted.values())):
-            truth = [r for r in label.regions if r.name is None or numbers[r.name] == number]
+            truth = [label.regions[i] for i in _regions_of(label.regions, number, numbers)]
             labelled[number] = sum(region.name is not None and not region.crowd for region in truth)
             detections.append(_judged(number, counted, prediction, truth))
         found = np.concatenate([*detections, np.zeros((0, _NUMBERS))])
@@ -147,8 +148,50 @@ class MeanAveragePrecision:
         return before, after
 
 
+def matched_boxes(prediction: HasBoxes, label: PageLabel) -> Matching:
+    """What of a page's regions is judged at IoU 0.5 among the detections that clients show, and what matches."""
+    numbers = {name: index for index, name in enumerate(prediction.labels)}
+    counted = {numbers[own]: numbers[judged] for own, judged in label.counted_as}
+    labelled, detected = set[int](), set[int]()
+    pairs = []
+    for number in sorted(set(counted.values())):
+        places = _regions_of(label.regions, number, numbers)
+        labelled |= {i for i in places if label.regions[i].name is not None and not label.regions[i].crowd}
+        chosen, result = _evaluated(number, counted, prediction, [label.regions[i] for i in places])
+        if result is None:
+            continue
+        for rank, identity in enumerate(result["dtIds"]):
+            detection, match = int(chosen[identity - 1]), int(result["dtMatches"][0, rank])
+            if prediction.scores[detection] >= SHOWN and not result["dtIgnore"][0, rank]:
+                detected.add(detection)
+                pairs += [(places[match - 1], detection)] if match else []
+    return Matching(frozenset(labelled), frozenset(detected), pairs)
+
+
+def _regions_of(regions: Sequence[LabelledBox], number: int, numbers: Mapping[str, int]) -> list[int]:
+    """Places of the regions that matter to a class: its own, and those where nothing is judged."""
+    return [i for i, region in enumerate(regions) if region.name is None or numbers[region.name] == number]
+
+
 def _judged(number: int, counted: Mapping[int, int], prediction: HasBoxes, truth: Sequence[LabelledBox]) -> FloatArray:
     """Class, score and bits of the detections that count as class `number`, by pycocotools."""
+    _, result = _evaluated(number, counted, prediction, truth)
+    if result is None:
+        return np.zeros((0, _NUMBERS))
+    bits = 2.0 ** np.arange(len(THRESHOLDS))
+    spared = result["dtIgnore"].astype(bool)
+    hits = (result["dtMatches"] > 0) & ~spared
+    columns = (np.full(hits.shape[1], number), result["dtScores"], bits @ hits, bits @ spared)
+    return np.stack([np.asarray(column, dtype=np.float64) for column in columns], axis=1)
+
+
+def _evaluated(
+    number: int, counted: Mapping[int, int], prediction: HasBoxes, truth: Sequence[LabelledBox]
+) -> tuple[IntArray, dict[str, Any] | None]:
+    """The detections that count as class `number`, and what pycocotools says; None without detections and labels.
+
+    Its numbers start at 1, those of detections in the order of the first result, those of labels in that of `truth`.
+    """
     from pycocotools.cocoeval import COCOeval
 
     own = [index for index, judged in counted.items() if judged == number]
@@ -165,14 +208,7 @@ def _judged(number: int, counted: Mapping[int, int], prediction: HasBoxes, truth
         for index, (box, score) in enumerate(zip(boxes, scores, strict=True), start=1)
     ]
     judge.ious = {place: judge.computeIoU(*place)}
-    result = judge.evaluateImg(*place, _WHOLE_PAGE, MOST_OF_A_CLASS)
-    if result is None:  # neither labels nor detections
-        return np.zeros((0, _NUMBERS))
-    bits = 2.0 ** np.arange(len(THRESHOLDS))
-    spared = result["dtIgnore"].astype(bool)
-    hits = (result["dtMatches"] > 0) & ~spared
-    columns = (np.full(hits.shape[1], number), result["dtScores"], bits @ hits, bits @ spared)
-    return np.stack([np.asarray(column, dtype=np.float64) for column in columns], axis=1)
+    return chosen, judge.evaluateImg(*place, _WHOLE_PAGE, MOST_OF_A_CLASS)
 
 
 def _labelled(index: int, region: LabelledBox) -> dict[str, object]:

@@ -18,11 +18,13 @@ import numpy.typing as npt
 import shapely
 from pydantic import BaseModel, ConfigDict, Field
 
-from eval.dataset import IGNORE, Box, Sample, picture_size, read_sample
+from eval.average_precision import SHOWN, matched_boxes
+from eval.dataset import IGNORE, Box, Label, Sample, picture_size, read_sample
 from eval.evaluation import Outcomes
 from eval.formula_metric import latex_tokens
-from eval.layouts import Layout
-from eval.metric import MIN_IOU, Metric, polygon_iou
+from eval.layouts import Layout, LayoutRegion
+from eval.matching import Matching
+from eval.metric import MIN_IOU, Metric, matched_regions, polygon_iou
 from quant.errors import InputError
 from quant.record import read_record
 
@@ -37,7 +39,6 @@ RECORD = "exhibits.json"
 _LONGEST_SIDE = 1280  # pixels; on an A4 page, letters of 10 points can still be read
 _QUALITY = 60
 _MOST_SHAPES = 300
-_SHOWN_SCORE = 0.5  # from which clients show a region of a layout
 _LENGTHS = (5, 10, 20, 40)  # characters
 _HEIGHTS = (16, 24, 32, 48)  # pixels
 _SHARES = (50, 75, 100, 150)  # percent
@@ -60,6 +61,7 @@ class Shape(_Part):
     points: list[tuple[float, float]]
     name: str = ""
     alone: bool = Field(default=False, description="the other model has none that matches it")
+    extra: bool = Field(default=False, description="no label matches it, as the metric judges")
 
 
 class Finding(_Part):
@@ -67,6 +69,9 @@ class Finding(_Part):
 
     text: str = ""
     shapes: list[Shape] = []
+    missed: list[Shape] = Field(
+        default=[], description="labels that a prediction has nothing for, as the metric judges"
+    )
 
 
 class Differing(_Part):
@@ -289,15 +294,15 @@ def _exhibit(
     image, (fp32, int8) = read_sample(sample), predict(sample)
     name = f"{number:02}.jpg"
     (folder / name).write_bytes(_jpeg(image))
-    found = _told_apart(_found(task, fp32), _found(task, int8))
+    found = _told_apart(*(_found(task, prediction, sample.label) for prediction in (fp32, int8)))
     return Exhibit(
         **row.model_dump(exclude={"slices"}),
         picture=name,
         width=image.shape[1],
         height=image.shape[0],
         label=_labelled(sample, classes),
-        fp32_found=found[0],
-        int8_found=found[1],
+        fp32_found=_bounded(found[0]),
+        int8_found=_bounded(found[1]),
     )
 
 
@@ -314,15 +319,18 @@ def _jpeg(image: npt.NDArray[np.uint8]) -> bytes:
     return encoded.tobytes()
 
 
-def _found(task: str, prediction: Any) -> Finding:
-    """A prediction as it is shown."""
-    if task == "text_detection":
-        return Finding(shapes=[Shape(points=_corners(polygon)) for polygon in prediction.polygons[:_MOST_SHAPES]])
-    if task == "layout_detection":
-        certain = [i for i, score in enumerate(prediction.scores) if score >= _SHOWN_SCORE][:_MOST_SHAPES]
+def _found(task: str, prediction: Any, label: Label) -> Finding:
+    """A prediction as it is shown, with what of it and of the label has no partner."""
+    if isinstance(label, tuple):
+        matching = matched_regions(prediction.polygons, label)
+        corners = [_corners(polygon) for polygon in prediction.polygons]
+        return _judged_finding(matching, {i: Shape(points=points) for i, points in enumerate(corners)}, label)
+    if isinstance(label, Layout):
+        certain = [i for i, score in enumerate(prediction.scores) if score >= SHOWN]
         corners = [_rectangle(*map(float, prediction.boxes[i])) for i in certain]
         names = [prediction.labels[prediction.classes[i]] for i in certain]
-        return Finding(shapes=[Shape(points=p, name=n) for p, n in zip(corners, names, strict=True)])
+        shapes = {i: Shape(points=p, name=n) for i, p, n in zip(certain, corners, names, strict=True)}
+        return _judged_finding(matched_boxes(prediction, label), shapes, label.regions)
     attribute = {
         "text_recognition": "text",
         "image_classification": "label",
@@ -332,14 +340,32 @@ def _found(task: str, prediction: Any) -> Finding:
     return Finding(text=str(getattr(prediction, attribute)))
 
 
+def _judged_finding(matching: Matching, shapes: dict[int, Shape], labels: Sequence[Box | LayoutRegion]) -> Finding:
+    """Args: shapes: by the number of the detection."""
+    extra = set(matching.extra)
+    judged = [shape.model_copy(update={"extra": number in extra}) for number, shape in shapes.items()]
+    return Finding(shapes=judged, missed=[_label_shape(labels[number]) for number in matching.missed])
+
+
+def _bounded(finding: Finding) -> Finding:
+    shapes = {"shapes": finding.shapes[:_MOST_SHAPES], "missed": finding.missed[:_MOST_SHAPES]}
+    return finding.model_copy(update=shapes)
+
+
+def _label_shape(label: Box | LayoutRegion) -> Shape:
+    if isinstance(label, Box):
+        return Shape(points=_corners(label.points), name=label.text)
+    x, y, width, height = label.box
+    return Shape(points=_rectangle(x, y, x + width, y + height), name=label.name or "")
+
+
 def _labelled(sample: Sample, classes: Sequence[str]) -> Finding:
     label = sample.label
     if isinstance(label, Layout):
         regions = [region for region in label.regions if region.name][:_MOST_SHAPES]
-        corners = [_rectangle(x, y, x + w, y + h) for x, y, w, h in (region.box for region in regions)]
-        return Finding(shapes=[Shape(points=p, name=r.name or "") for p, r in zip(corners, regions, strict=True)])
+        return Finding(shapes=[_label_shape(region) for region in regions])
     if isinstance(label, tuple):
-        return Finding(shapes=[Shape(points=_corners(box.points), name=box.text) for box in label[:_MOST_SHAPES]])
+        return Finding(shapes=[_label_shape(box) for box in label[:_MOST_SHAPES]])
     return Finding(text=_class_name(label, classes) if isinstance(label, int) else label)
 
 

@@ -18,6 +18,7 @@ import shapely
 from rapidfuzz.distance import Levenshtein
 
 from eval.average_precision import THRESHOLDS, MeanAveragePrecision
+from eval.matching import Matching
 from quant.errors import InputError
 
 FloatArray = npt.NDArray[np.float64]
@@ -164,10 +165,8 @@ class Hmean(Summed):
     name = "hmean"
 
     def score(self, prediction: HasPolygons, label: Sequence[Region]) -> FloatArray:
-        ignored = _valid_polygons(region.points for region in label if region.text == IGNORED)
-        labelled = _valid_polygons(region.points for region in label if region.text != IGNORED)
-        detected = _judged(_valid_polygons(prediction.polygons), ignored)
-        return np.array([_matches(labelled, detected), len(detected), len(labelled)], dtype=np.float64)
+        found = matched_regions(prediction.polygons, label)
+        return np.array([len(found.pairs), len(found.detected), len(found.labelled)], dtype=np.float64)
 
     def aggregates(self, totals: FloatArray) -> FloatArray:
         # 2 p r / (p + r) with p = matched / detected and r = matched / labelled
@@ -289,6 +288,15 @@ def make_metric(name: str) -> Metric:
     return _METRICS[name]()
 
 
+def matched_regions(polygons: Sequence[npt.NDArray[Any]], label: Sequence[Region]) -> Matching:
+    """What of a picture's text regions is judged, and what matches, by the rules of `Hmean`."""
+    regions = _valid_polygons(region.points for region in label)
+    ignored = {index: polygon for index, polygon in regions.items() if label[index].text == IGNORED}
+    labelled = {index: polygon for index, polygon in regions.items() if index not in ignored}
+    detected = _judged(_valid_polygons(polygons), ignored)
+    return Matching(frozenset(labelled), frozenset(detected), _matches(labelled, detected))
+
+
 def polygon_iou(first: shapely.Polygon, second: shapely.Polygon) -> float:
     """Area of the intersection over area of the union of two valid polygons, 0..1."""
     shared = first.intersection(second).area
@@ -301,36 +309,41 @@ def _percent(part: FloatArray, whole: FloatArray) -> FloatArray:
     return np.divide(100.0 * part, whole, out=np.zeros_like(part, dtype=np.float64), where=whole > 0)
 
 
-def _valid_polygons(outlines: Iterable[npt.ArrayLike]) -> list[shapely.Polygon]:
-    corners = [np.asarray(points, dtype=np.float64) for points in outlines]
-    polygons = [shapely.Polygon(points) for points in corners if len(points) >= 3]
-    return [polygon for polygon in polygons if polygon.is_valid and polygon.area > 0]
+_Polygons = dict[int, shapely.Polygon]
+"""By the number of their outlines."""
 
 
-def _judged(detected: list[shapely.Polygon], ignored: list[shapely.Polygon]) -> list[shapely.Polygon]:
+def _valid_polygons(outlines: Iterable[npt.ArrayLike]) -> _Polygons:
+    corners = {number: np.asarray(points, dtype=np.float64) for number, points in enumerate(outlines)}
+    polygons = {number: shapely.Polygon(points) for number, points in corners.items() if len(points) >= 3}
+    return {number: polygon for number, polygon in polygons.items() if polygon.is_valid and polygon.area > 0}
+
+
+def _judged(detected: _Polygons, ignored: _Polygons) -> _Polygons:
     """Detections that do not lie mostly in one ignored region."""
     covered = {
-        int(inner)
+        inner
         for inner, outer in _touching(detected, ignored)
         if detected[inner].intersection(ignored[outer]).area / detected[inner].area > MAX_IGNORED_SHARE
     }
-    return [polygon for index, polygon in enumerate(detected) if index not in covered]
+    return {number: polygon for number, polygon in detected.items() if number not in covered}
 
 
-def _matches(labelled: list[shapely.Polygon], detected: list[shapely.Polygon]) -> int:
+def _matches(labelled: _Polygons, detected: _Polygons) -> list[tuple[int, int]]:
     taken: set[int] = set()
-    served: set[int] = set()
+    pairs: dict[int, int] = {}
     for label, detection in sorted(_touching(labelled, detected)):
-        free = label not in served and detection not in taken
+        free = label not in pairs and detection not in taken
         if free and polygon_iou(labelled[label], detected[detection]) > MIN_IOU:
-            served.add(label)
+            pairs[label] = detection
             taken.add(detection)
-    return len(taken)
+    return list(pairs.items())
 
 
-def _touching(first: list[shapely.Polygon], second: list[shapely.Polygon]) -> list[tuple[int, int]]:
-    """Index pairs of polygons that share a point: all others have no common area."""
+def _touching(first: _Polygons, second: _Polygons) -> list[tuple[int, int]]:
+    """Pairs of polygons that share a point: all others have no common area."""
     if not first or not second:
         return []
-    pairs = shapely.STRtree(second).query(first, predicate="intersects")
-    return [(int(left), int(right)) for left, right in pairs.T]
+    numbers, others = list(first), list(second)
+    pairs = shapely.STRtree(list(second.values())).query(list(first.values()), predicate="intersects")
+    return [(numbers[left], others[right]) for left, right in pairs.T]

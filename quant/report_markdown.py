@@ -15,6 +15,7 @@ from quant.report_tables import (
     range_table,
     size_table,
     slice_table,
+    unmeasured,
 )
 
 _SHOWN_OPERATORS = 10
@@ -30,13 +31,16 @@ def report_markdown(models: Sequence[ModelReport]) -> str:
         parts += [f"## {plain(model.title)}", f"Run {plain(manifest.run)}, made from {plain(manifest.source)}."]
         parts += ["Speed against FP32 as shipped, and accuracy:", _markdown(front_table(model))]
         for target in model.targets:
-            parts += _target(target)
+            parts += _target(model, target)
     return "\n\n".join(parts) + "\n"
 
 
-def _target(target: TargetReport) -> list[str]:
+def _target(model: ModelReport, target: TargetReport) -> list[str]:
     parts = [f"### {plain(target.target)}", "Steps of the ladder:", _markdown(ladder_table(target))]
-    parts += ["Operators that INT8 hurts most:", _markdown(operator_table(target), _SHOWN_OPERATORS)]
+    if why := unmeasured(model, target):
+        parts.append(plain(why))
+    else:
+        parts += ["Operators that INT8 hurts most:", _markdown(operator_table(target), _SHOWN_OPERATORS)]
     parts += ["Size by type of operator:", _markdown(size_table(target))]
     parts += ["Ranges that clip most:", _markdown(range_table(target), _SHOWN_RANGES)]
     exhibits = target.exhibits

@@ -24,7 +24,15 @@ from eval.gate import verdict_text
 from quant.charts import Dot, histogram, scatter
 from quant.errors import InputError
 from quant.report import ModelReport, TargetReport
-from quant.report_tables import diff_table, ladder_table, operator_table, size_table, slice_table, standings
+from quant.report_tables import (
+    diff_table,
+    ladder_table,
+    operator_table,
+    size_table,
+    slice_table,
+    standings,
+    unmeasured,
+)
 
 MOST_PICTURES = 12
 """Shown of a target."""
@@ -122,6 +130,7 @@ def _targets(model: ModelReport, album: Album) -> list[dict[str, Any]]:
             "verdict": verdict_text(target.pooled) if target.pooled else "",
             "ladder": ladder_table(target),
             "operators": operator_table(target),
+            "unmeasured": unmeasured(model, target),
             "sizes": size_table(target),
             "slices": slice_table(target.exhibits.slices if target.exhibits else []),
             "search": _search_front(target),
@@ -202,7 +211,7 @@ def _findings(exhibit: Exhibit) -> list[tuple[str, Finding]]:
 
 def _side(task: str, name: str, found: Finding, exhibit: Exhibit) -> dict[str, Any]:
     """What one side of an exhibit shows: shapes on the picture, a table's cells, or a text with its errors."""
-    side: dict[str, Any] = {"name": name, "shapes": found.shapes, "cells": [], "segments": []}
+    side: dict[str, Any] = {"name": name, "shapes": found.shapes, "missed": found.missed, "cells": [], "segments": []}
     if task == "table_structure":
         side["cells"] = table_cells(found.text)
     elif task == "formula_recognition":

@@ -144,17 +144,35 @@ def ladder_table(target: TargetReport) -> Table:
     return Table(headings, rows, ["passed" if rung.passed else "failed" for rung in target.rungs])
 
 
+def unmeasured(model: ModelReport, target: TargetReport) -> str:
+    """Why no operator's damage is known, and what measures it; empty where one is known."""
+    if _damages(target):
+        return ""
+    whole = any(rung.passed and not rung.reverted for rung in target.rungs)
+    passed = "All that the recipe puts into INT8 passed, so nothing" if whole else "Nothing"
+    command = f"quant sensitivity {model.manifest.model} --target {target.target}"
+    return f"{passed} was measured operator by operator; the command {command} does that, and the next report shows it."
+
+
+def _damages(target: TargetReport) -> dict[str, float]:
+    """Of the operators of which it is known: as `quant sensitivity` measured it, else as the ladder did."""
+    laddered = {op.name: op.damage for op in target.plan.operators if op.damage is not None}
+    measured = {op.name: op.damage for op in target.sensitivity.operators} if target.sensitivity else {}
+    known, names = laddered | measured, {op.name for op in target.plan.operators}
+    return {name: damage for name, damage in known.items() if name in names}
+
+
 def operator_table(target: TargetReport) -> Table:
     """The operators that INT8 hurts most when each is alone in INT8, and what the plan made of them."""
     measured = {op.name: op for op in target.sensitivity.operators} if target.sensitivity else {}
     operators, work = target.plan.operators, sum(op.macs for op in target.plan.operators) or 1
     weights = sum(op.parameters for op in operators) or 1
-    damages = {op.name: measured[op.name].damage if op.name in measured else op.damage for op in operators}
-    worst = sorted(operators, key=lambda op: (-(damages[op.name] or 0.0), op.name))[:MOST_OPERATORS]
+    damages = _damages(target)
+    worst = sorted(operators, key=lambda op: (-damages.get(op.name, 0.0), op.name))[:MOST_OPERATORS]
     headings = ["Operator", "Type", "Damage %", "Drop", "Work %", "Weights %", "Stored as", "Why"]
     rows = []
     for op in worst:
-        damage, known = damages[op.name], measured.get(op.name)
+        damage, known = damages.get(op.name), measured.get(op.name)
         rows.append(
             [
                 Cell(op.name),

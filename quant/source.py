@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from quant.archive import Progress, file_sha256, install, install_files
-from quant.document import MOST_JSON, MOST_YAML, parse_json, parse_yaml, read_bounded
+from quant.document import MOST_JSON, MOST_YAML, DocumentError, parse_json, parse_yaml, read_bounded
 from quant.errors import InputError, Unavailable
 from quant.pir import all_kinds, check_pir, parameter_shapes
 from quant.recipe import Archive, PackageFile, Recipe
@@ -52,6 +52,9 @@ _UNSAFE = {
 """Operators of Paddle with effects beside their outputs."""
 
 _MOST_DIMS = 64
+
+_MOST_PROGRAM = 64 << 20
+"""Bytes of a ProgramDesc, which holds no weights: those of real models have a few millions."""
 
 _ITEM_BYTES = {0: 1, 1: 2, 2: 4, 3: 8, 4: 2, 5: 4, 6: 8, 20: 1, 21: 1, 22: 2, 23: 8, 24: 16}
 """Bytes of one number, by Paddle's VarType.Type: bool, int16..int64, fp16..fp64, uint8, int8, bf16, complex."""
@@ -396,10 +399,11 @@ def _check_content(model: Path, params: Path) -> None:
             check_pir(document)
             shapes, kinds = sorted(parameter_shapes(document).values()), all_kinds(document)
         else:
-            program = model.read_bytes()
+            program = read_bounded(model, _MOST_PROGRAM)
             shapes, kinds = sorted(_program_shapes(program)), _program_kinds(program)
     except _MALFORMED as error:
-        raise InputError(f"{model} is cut off, or no Paddle model; fetch the model again") from error
+        reason = f" ({error})" if isinstance(error, DocumentError) else ""
+        raise InputError(f"{model} is cut off, or no Paddle model{reason}; fetch the model again") from error
     if unsafe := sorted(kinds & _UNSAFE):
         raise InputError(
             f"{model} holds the operator '{unsafe[0]}', which reads or writes files, or runs code: no inference model "

@@ -34,6 +34,16 @@ def copied(tiny: TinyRun, results: Path, name: str = NAME) -> Path:
     return folder
 
 
+def with_damages(folder: Path) -> Path:
+    """The run as if full INT8 had failed on every target: what each operator costs alone is known."""
+    for file in folder.glob("plans/*/plan.json"):
+        plan = json.loads(file.read_text(encoding="utf-8"))
+        for place, operator in enumerate(plan["operators"], start=1):
+            operator["damage"] = place / 100
+        file.write_text(json.dumps(plan), encoding="utf-8")
+    return folder
+
+
 def with_differences(tiny: TinyRun, folder: Path, target: str, read: str, count: int = 5) -> list[Sample]:
     """INT8 reads `read` where FP32 is right; returns the samples that differ, in no order."""
     samples = list(start(tiny.place.recipe, tiny.place.options()).selection.report)

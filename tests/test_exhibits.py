@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from eval import exhibits
+from eval import average_precision, exhibits
 from eval.dataset import IGNORE, Box, Label, Sample, read_sample
 from eval.evaluation import Outcomes
 from eval.exhibits import Exhibits, Finding, Shape, load_exhibits, script_of, write_exhibits
@@ -130,6 +130,41 @@ def test_boxes_that_only_one_has_are_marked(tmp_path: Path) -> None:
     assert {part.axis: part.name for part in record.slices}[
         "size of text"
     ] == "17 to 24 pixels high as the model sees it"
+
+
+def test_a_box_that_slips_off_its_label_is_marked(tmp_path: Path) -> None:
+    """The models' boxes are partners, but only one of them is near enough to the label."""
+    samples = pictures(tmp_path, [(label_box(100, 10, "one"), label_box(300, 10, "two"))], height=100)
+    fp32, int8 = boxes((110, 10), (300, 10)), boxes((115, 10), (300, 10))
+    (shown,) = made(tmp_path / "kept", "text_detection", "hmean", samples, [fp32], [int8]).exhibits
+    assert (shown.fp32, shown.int8) == (100, 50)
+    assert not any(shape.alone for found in (shown.fp32_found, shown.int8_found) for shape in found.shapes)
+    assert [shape.extra for shape in shown.int8_found.shapes] == [True, False]
+    assert [shape.name for shape in shown.int8_found.missed] == ["one"]
+    assert not shown.fp32_found.missed and not any(shape.extra for shape in shown.fp32_found.shapes)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_marks_are_as_many_as_the_metric_counts(seed: int) -> None:
+    """Boxes that touch one another, some in places that are not judged; detections that clients do not show."""
+    dice = np.random.default_rng(seed)
+    places = dice.integers(0, 60, (12, 2)).tolist()
+    label = tuple(label_box(x, y, IGNORE if number % 4 == 0 else "a") for number, (x, y) in enumerate(places[:6]))
+    found = exhibits._found("text_detection", prediction := boxes(*map(tuple, places[6:])), label)
+    matched, detected, labelled = make_metric("hmean").score(prediction, label)
+    assert len(found.missed) == labelled - matched
+    assert sum(shape.extra for shape in found.shapes) == detected - matched
+
+    names = dice.choice(["text", "table", ""], 6).tolist()
+    regions = [LayoutRegion((x, y, 40, 40), name or None) for (x, y), name in zip(places[:6], names, strict=True)]
+    page = Layout(tuple(regions), (("text", "text"), ("table", "table")))
+    corners = np.array([[x, y, x + 40, y + 40] for x, y in places[6:]], dtype=np.float64)
+    classes = dice.integers(0, 3, 6)
+    layouts = LayoutPrediction(corners, dice.uniform(0.3, 1.0, 6), classes, ("text", "table", "seal"))
+    shown = exhibits._found("layout_detection", layouts, page)
+    right, wrong = average_precision._shown(make_metric("map50").score(layouts, page)).sum(axis=0)
+    assert len(shown.missed) == sum(name != "" for name in names) - right
+    assert sum(shape.extra for shape in shown.shapes) == wrong
 
 
 def test_boxes_of_another_name_or_without_area_are_no_partners() -> None:

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 from interruptions import TinyJob, content, kill_and_resume, make_job, run_folder
+from small_run import MODEL, write_small_run
+from tried import RecordProperty, tried
 
 from quant.archive import discard, staged, sweep
 from quant.verification import verify
 
 slow = pytest.mark.slow
-KILLS = 4  # 50 in benchmarks/interruption.py
+KILLS = int(os.environ.get("QUANT_TEST_KILLS", "4"))  # 50 in benchmarks/interruption.py
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +36,40 @@ def calm(job: TinyJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return results
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "timed"),
+    [
+        ("manifest.json", '"seconds": 60.0', '"seconds": 61.0', True),
+        ("manifest.json", '"created": "', '"created": "1', True),
+        ("manifest.json", '"error": 0.05', '"error": 0.06', False),
+        ("manifest.json", '"run": "', '"run": "1', False),
+        ("onnxruntime/README.md", "41.2 ms", "41.3 ms", True),
+        ("onnxruntime/README.md", "2.00x", "2.10x", True),
+        ("onnxruntime/README.md", "58.53", "58.54", False),
+        ("metrics.json", '"int8": 58', '"int8": 57', False),
+        ("onnxruntime/inference.onnx", "model", "Model", False),
+    ],
+)
+def test_only_what_a_clock_said_is_left_out_of_a_comparison(
+    file: str, old: str, new: str, timed: bool, tmp_path: Path
+) -> None:
+    folder = write_small_run(tmp_path)
+    shutil.rmtree(tmp_path / MODEL / "sensitivity")
+    card = "| 58.53 |\n\n* Speed at 1x3x48x320: 41.2 ms\n* reader: INT8 is NOT faster here (2.00x of the best FP32)\n"
+    (folder / "onnxruntime" / "README.md").write_text(card, encoding="utf-8")
+    before, text = content(tmp_path, MODEL), (folder / file).read_text(encoding="utf-8")
+    assert old in text
+    (folder / file).write_text(text.replace(old, new), encoding="utf-8")
+    assert (content(tmp_path, MODEL) == before) is timed
+
+
 @slow
 @pytest.mark.xdist_group("interruption")
-def test_killed_runs_go_on_and_end_with_the_same_bytes(job: TinyJob, tmp_path: Path) -> None:
+def test_killed_runs_go_on_and_end_with_the_same_bytes(
+    job: TinyJob, tmp_path: Path, record_property: RecordProperty
+) -> None:
     outcome = kill_and_resume(job, tmp_path, KILLS, seed=1)
-    print(f"{outcome.kills} kills, {outcome.runs} runs")
+    tried(record_property, "kills with SIGKILL", "quant run", outcome.kills)
     assert outcome.kills == KILLS and outcome.runs >= 1
     assert (outcome.different, outcome.damaged, outcome.survivors) == (0, 0, 0)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import HOSTILE, copied, with_differences
+from report_runs import HOSTILE, copied, with_damages, with_differences
 from small_run import write_small_run
 from tiny_run import TinyRun
 
@@ -51,7 +51,7 @@ def browser() -> Iterator[Any]:
 def opened(browser: Any, tiny: TinyRun, tmp_path: Path) -> Any:
     """Two models, one with a hostile name, with pictures on which INT8 reads something else."""
     results = tmp_path / "results"
-    with_differences(tiny, copied(tiny, results), "onnxruntime", HOSTILE)
+    with_differences(tiny, with_damages(copied(tiny, results)), "onnxruntime", HOSTILE)
     with_differences(tiny, copied(tiny, results, "another<b>"), "openvino", "rgb", count=4)
     page = write_report(results, [], tmp_path / "report").page
     browser.get_log("browser")

