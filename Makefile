@@ -46,16 +46,28 @@ clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find quant eval calib_data tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# uv where it is installed, plain venv and pip where not; both end with the same versions.
+# The pinned versions have wheels for this Python alone.
+IS_THIS_PYTHON := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'
+NAMES := python3.11 python3 python
+
+# uv where it is installed, which fetches Python too, plain venv and pip where not; both end with the same versions.
 ifneq ($(shell command -v uv 2>/dev/null),)
-CREATE := uv venv -q --clear $(VENV)
+PYTHON ?= 3.11
+INTERPRETER = uv run -q --no-project --python $(PYTHON) python
+CREATE = uv venv -q --clear --python $(PYTHON) $(VENV)
 INSTALL := uv pip install -q --python $(BIN)/python -c constraints.txt
 else
-CREATE := python3 -m venv --clear $(VENV)
+PYTHON ?= $(shell for name in $(NAMES); do $$name $(IS_THIS_PYTHON) 2>/dev/null && echo $$name && break; done)
+INTERPRETER = $(or $(PYTHON),false)
+CREATE = $(INTERPRETER) -m venv --clear $(VENV)
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 endif
+NO_PYTHON = Python 3.11 is needed and was not found as $(or $(PYTHON),$(NAMES)): get it (pyenv install 3.11; python3.11 and \
+python3.11-venv, on Ubuntu from the deadsnakes PPA; or install uv, which fetches it) and say where it is if it has \
+another name: make PYTHON=/path/to/python ...
 
 $(READY): pyproject.toml constraints.txt Makefile
+	@$(INTERPRETER) $(IS_THIS_PYTHON) 2>/dev/null || { echo "$(NO_PYTHON)" >&2; exit 2; }
 	@echo "set-up, 1 of 3: creating the environment $(VENV)"
 	@$(CREATE)
 	@echo "set-up, 2 of 3: downloading and installing this program and what it needs ($(EXTRAS)), which takes minutes"

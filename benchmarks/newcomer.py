@@ -3,9 +3,10 @@
     python benchmarks/newcomer.py [--place FOLDER] [--out results/newcomer.md]
 
 Clones this repository's last commit into an empty folder with a home of its own and no data or models from outside,
-then: `make quant`, own pictures as calibration data, the report in a headless Chromium (left out where there is none),
-export, verify, and the README's code for PaddleX and RapidOCR. Needs git, make and Python; ends with 1 where a step
-fails.
+then, by the README's own lines: `make quant`, own pictures as calibration data, the report in a headless Chromium (left
+out where there is none), export, verify, and its code for PaddleX and RapidOCR; last a wheel, installed with all that
+it needs into an empty environment and used outside of the clone. Needs git, make, Python and a network; ends with 1
+where a step fails.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -30,6 +32,9 @@ write_text_lines(Path("my_lines"), 1200, seed=77)
 write_text_pages(Path("my_pages"), 1, seed=77)
 """
 """Somebody's own pictures: others than those of the built-in set."""
+
+FEW = ["data.generated.samples=60", "calibration.samples=8", "ladder.search_samples=8"]
+"""Sizes for a run that only has to come to its end."""
 
 BROWSER = """
 import sys, shutil
@@ -66,6 +71,12 @@ class Newcomer:
     def repository(self) -> Path:
         return self.place / "repository"
 
+    def told(self, begin: str, *more: str, programs: Path = Path()) -> None:
+        """Do what the README says in the line that begins so."""
+        (line,) = [line for line in readme_commands(self.repository) if line.startswith(begin)]
+        program, *words = shlex.split(line)
+        self.do(" ".join([line, *more]), [str(programs / program), *words, *more])
+
     def do(self, what: str, command: list[str], folder: Path | None = None) -> None:
         """Run a command; raises SystemExit with what it said if it fails."""
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.place / "home")}
@@ -99,27 +110,48 @@ def main() -> None:
 def walk(newcomer: Newcomer) -> None:
     (newcomer.place / "home").mkdir(parents=True)
     newcomer.do("git clone", ["git", "clone", "-q", str(ROOT), str(newcomer.repository)], newcomer.place)
-    newcomer.do("make quant MODEL=PP-OCRv4_mobile_det", ["make", "quant", "MODEL=PP-OCRv4_mobile_det"])
+    newcomer.told("make quant MODEL=PP-OCRv4_mobile_det")
+    newcomer.do("room for .venv", ["du", "-sh", ".venv"])
+    newcomer.do("room for the cache", ["du", "-sh", ".cache/paddle-quant"], newcomer.place / "home")
     newcomer.python("own pictures", PICTURES)
-    own = ["run", "PP-OCRv4_mobile_rec", "--data", "my_lines", "--target", "onnxruntime"]
-    newcomer.do(f"quant {' '.join(own)}", [".venv/bin/quant", *own])
-    newcomer.do("quant report", [".venv/bin/quant", "report"])
+    newcomer.told(".venv/bin/quant run PP-OCRv4_mobile_rec", "--target", "onnxruntime")
+    newcomer.told(".venv/bin/quant report")
     if shutil.which("chromedriver"):
         report = newcomer.repository / "results" / "report" / "report.html"
         newcomer.python("the report in Chromium", BROWSER, report.as_uri())
     for model in ("PP-OCRv4_mobile_det", "PP-OCRv4_mobile_rec"):
-        newcomer.do(f"quant export {model} --to deploy", [".venv/bin/quant", "export", model, "--to", "deploy"])
-    newcomer.do("quant verify deploy", [".venv/bin/quant", "verify", "deploy"])
+        newcomer.told(f".venv/bin/quant export {model}")
+    newcomer.told(".venv/bin/quant verify")
     for source, name in (("my_lines", "line.jpg"), ("my_pages", "page.jpg")):
         first = min((newcomer.repository / source / "images").iterdir())
         newcomer.do(f"a picture as {name}", ["cp", str(first), name])
-    for code in readme_code():
+    for code in readme_blocks(newcomer.repository, "python"):
         newcomer.python(f"the README's code for {code.split()[1]}", code)
+    install_and_use(newcomer)
 
 
-def readme_code() -> list[str]:
-    """The Python blocks of the README."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def install_and_use(newcomer: Newcomer) -> None:
+    """The README's section on the package: a wheel in an environment that is empty, used where no clone is."""
+    environment, elsewhere = newcomer.place / "environment", newcomer.place / "elsewhere"
+    elsewhere.mkdir()
+    newcomer.do("an empty environment", [".venv/bin/python", "-m", "venv", str(environment)])
+    for begin in ("pip wheel", "pip install -c", "pip install --no-deps"):
+        newcomer.told(begin, programs=environment / "bin")
+    few = [word for setting in FEW for word in ("--set", setting)]
+    run = ["run", "PP-OCRv4_mobile_det", "--target", "onnxruntime", *few]
+    for words in (["doctor"], run, ["report"]):
+        what = f"quant {' '.join(words)}, from the wheel"
+        newcomer.do(what, [str(environment / "bin" / "quant"), *words], elsewhere)
+
+
+def readme_commands(repository: Path) -> list[str]:
+    lines = "\n".join(readme_blocks(repository, "sh")).splitlines()
+    return [line.split("#")[0].strip() for line in lines]
+
+
+def readme_blocks(repository: Path, kind: str) -> list[str]:
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 def page(newcomer: Newcomer) -> str:

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import tomllib
 from collections.abc import Iterator
+from functools import cache
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -20,6 +25,7 @@ from quant.recipe import load_recipe, recipe_names
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = typer.main.get_command(app)
+SETTING = re.compile(r"[A-Z_]+=.*")
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 MESSAGE = re.compile(r"`([^`]+)`")
@@ -39,31 +45,71 @@ def commands() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "line"), list(commands()))
 def test_a_command_is_one_that_the_program_knows(page: str, line: str) -> None:
-    """Parsed as the program does it, without doing anything."""
-    words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
+    """Parsed as the program, make and pip do it, without doing anything."""
+    words = shlex.split(line)
+    environment = list(takewhile(SETTING.fullmatch, words))
+    assert [name for name in map(setting_name, environment) if f'"{name}"' not in program()] == []
+    words = words[len(environment) :]
     if words[0] == "make":
-        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-        assert words[1] in targets
-        return
-    if words[:2] == ["pip", "install"]:
-        assert asked_of_pip(words[2:]), f"{page}: {line}"
-        return
-    assert words[0] in ("quant", ".venv/bin/quant"), f"{page}: {line}"
-    command, context, rest = COMMAND, COMMAND.make_context("quant", words[1:], resilient_parsing=False), words[1:]
+        words = made_of(words[1:])
+    if words[0] == "pip":
+        assert asked_of_pip(words[1:]), f"{page}: {line}"
+    elif words[0] in ("quant", ".venv/bin/quant"):
+        parse(words[1:])
+    else:
+        assert words[0] in (".venv/bin/pytest",), f"{page}: {line}"
+
+
+def parse(words: list[str]) -> None:
+    command, context, rest = COMMAND, COMMAND.make_context("quant", words, resilient_parsing=False), words
     while hasattr(command, "resolve_command"):
         name, command, rest = command.resolve_command(context, rest)
         context = command.make_context(name, list(rest), parent=context)
     assert not context.args
 
 
+def made_of(words: list[str]) -> list[str]:
+    """What make would do last, once it has set up the environment with extras that there are."""
+    done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    settings = dict(word.split("=", 1) for word in words if SETTING.fullmatch(word))
+    assert set(settings) <= set(re.findall(r"\$\((\w+)\)", read("Makefile")))
+    assert {*settings.get("EXTRAS", "cpu").split(",")} <= set(extras())
+    last = shlex.split(done.stdout.splitlines()[-1])
+    assert "MODEL" not in settings or settings["MODEL"] in last
+    return last
+
+
 def asked_of_pip(words: list[str]) -> bool:
-    """This project with extras that it has, as the Makefile constrains it, or what the Makefile takes without needs."""
-    if words[0] == "--no-deps":
-        return " ".join(words[1:]) in re.findall(r"^NO_DEPS := (.*)$", read("Makefile"), re.MULTILINE)
-    option, constraints, project = words
-    extras = re.fullmatch(r"\.\[([\w,]+)\]", project)
-    known = re.findall(r"^(\w+) = \[", read("pyproject.toml"), re.MULTILINE)
-    return extras is not None and {*extras[1].split(",")} <= {*known} and f"{option} {constraints}" in read("Makefile")
+    """A wheel, this project with extras that it has, constrained as by the Makefile, or what that takes without needs."""
+    if words[0] == "wheel":
+        return words[1:] == ["--no-deps", "-w", "dist", "."]
+    if words[1] == "--no-deps":
+        return " ".join(words[2:]) in re.findall(r"^NO_DEPS := (.*)$", read("Makefile"), re.MULTILINE)
+    install, option, constraints, project = words
+    about = project_table()
+    built = f"dist/{about['name'].replace('-', '_')}-{about['version']}-py3-none-any.whl"
+    found = re.fullmatch(r"(.+)\[([\w,]+)\]", project)
+    assert found is not None and found[1] in (".", built) and {*found[2].split(",")} <= set(extras())
+    return install == "install" and f"{option} {constraints}" in read("Makefile")
+
+
+def project_table() -> dict[str, Any]:
+    return tomllib.loads(read("pyproject.toml"))["project"]
+
+
+def extras() -> list[str]:
+    return list(project_table()["optional-dependencies"])
+
+
+def setting_name(word: str) -> str:
+    return word.split("=")[0]
+
+
+@cache
+def program() -> str:
+    files = (file for name in ("quant", "eval", "calib_data") for file in (ROOT / name).rglob("*.py"))
+    return "".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def read(name: str) -> str:
@@ -87,16 +133,11 @@ def test_the_example_is_a_recipe(tmp_path: Path) -> None:
 
 
 def test_quoted_messages_stand_in_the_program() -> None:
-    program = "".join(
-        file.read_text(encoding="utf-8")
-        for name in ("quant", "eval", "calib_data")
-        for file in (ROOT / name).rglob("*.py")
-    )
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     messages = [message for row in rows for message in MESSAGE.findall(row)]
     assert len(messages) > 15
-    assert [message for message in messages if message not in program] == []
+    assert [message for message in messages if message not in program()] == []
 
 
 def test_named_tests_are_tests() -> None:

@@ -1,7 +1,8 @@
 """The commands of the manual are done, in their order, by a copy of the package whose models are tiny ones.
 
-Those that train twins are done by tests/test_twin_runs.py, those of make by benchmarks/newcomer.py (`make quant`) and
-.ci/run (the others); tests/test_manual.py parses all.
+Not run here: commands that train twins, which take minutes (tests/test_twin_runs.py does), and those of make and pip,
+which set up an environment of gigabytes from the network (benchmarks/newcomer.py does, and .ci/run `make test`); that
+for GPUs needs one and is run nowhere. tests/test_manual.py parses all, what make would do too.
 """
 
 from __future__ import annotations
@@ -83,6 +84,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]
     assert done.returncode == 0, done.stderr[-3000:]
     lines = (desk / "ended.jsonl").read_text(encoding="utf-8").splitlines()
     return dict(zip(asked(), map(json.loads, lines), strict=True))
+
+
+def test_no_other_command_is_left_out() -> None:
+    lines = {line.replace(".venv/bin/", "") for _, line in commands()} - {*asked()}
+    others = [line for line in lines if not TRAINING & set(line.split())]
+    assert lines and all(re.match(r"(QUANT_DATA_HOME=\S+ )?(make|pip) ", line) for line in others), others
 
 
 @pytest.mark.parametrize("line", asked())
