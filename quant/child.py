@@ -23,6 +23,7 @@ from quant.storage import check_room, naming
 
 _GIB = 1 << 30
 _WATCH_SECONDS = 0.1
+_DYING_SECONDS = 5.0
 _SHARE_OF_MACHINE = 0.9
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _ERROR_FILE = "error.json"
@@ -224,14 +225,27 @@ def family_memory(pid: int) -> int:
 
 
 def kill_family(pid: int) -> None:
-    """End a process and all its children at once."""
+    """End a process and all its children at once; its children are gone then, but for what the system keeps."""
     import psutil
 
-    for process in reversed(_family(pid)):
+    family, end = _family(pid), time.monotonic() + _DYING_SECONDS
+    for process in reversed(family):
         try:
             process.kill()
         except psutil.NoSuchProcess:
             continue
+    while any(map(_lives, family[1:])) and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def _lives(process: Any) -> bool:
+    """Whether a process still holds memory: one that has ended may be listed until its parent looks."""
+    import psutil
+
+    try:
+        return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _watched(child: subprocess.Popen[bytes], limits: Limits, meanwhile: Callable[[], object]) -> int:
