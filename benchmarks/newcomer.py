@@ -79,13 +79,11 @@ class Newcomer:
 
     def do(self, what: str, command: list[str], folder: Path | None = None) -> None:
         """Run a command; raises SystemExit with what it said if it fails."""
-        environment = {"PATH": os.environ["PATH"], "HOME": str(self.place / "home")}
+        environment, here = {"PATH": os.environ["PATH"], "HOME": str(self.place / "home")}, folder or self.repository
         start = time.monotonic()
-        done = subprocess.run(
-            command, cwd=folder or self.repository, env=environment, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
         said = [line.strip() for line in done.stdout.replace("\r", "\n").splitlines() if line.strip()]
-        last = said[-1].replace(f"{self.repository}/", "") if said else ""
+        last = said[-1].replace(f"{here}/", "") if said else ""
         self.steps.append((what, time.monotonic() - start, last))
         print(f"{what}: {self.steps[-1][1]:.0f} s; {self.steps[-1][2]}", flush=True)
         if done.returncode:
