@@ -5,6 +5,7 @@ What the commands do is tried by tests/test_manual_commands.py.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -70,7 +71,10 @@ def parse(words: list[str]) -> None:
 
 def made_of(words: list[str]) -> list[str]:
     """What make would do last, once it has set up the environment with extras that there are."""
-    done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    # These tests may be run by make, which tells the makes below it its own flags, and they tell where they are.
+    alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    command = ["make", "-n", *words]
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     settings = dict(word.split("=", 1) for word in words if SETTING.fullmatch(word))
     assert set(settings) <= set(re.findall(r"\$\((\w+)\)", read("Makefile")))

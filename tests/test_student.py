@@ -13,8 +13,15 @@ from tiny_models import TinyNet, run, simulate, small_detector, small_recognizer
 from quant.errors import NotTrainable
 from quant.kernels import compute, tensor
 from quant.plan import QuantPlan
+from quant.program import import_paddle
 from quant.simulation import simulated_model
 from quant.student import KINDS, Kind, Student, student_outputs, whole_student
+
+
+@pytest.fixture(autouse=True)
+def _at_once() -> None:
+    """Operators compute when they are called; tests of programs before these may have left Paddle in its other mode."""
+    import_paddle().disable_static()
 
 
 def detector() -> tuple[TinyNet, QuantPlan]:
