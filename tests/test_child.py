@@ -63,11 +63,11 @@ def test_exit_codes_and_signals(tmp_path: Path) -> None:
     ],
 )
 def test_a_child_beyond_its_limits_is_ended_with_its_own(tmp_path: Path, code: str, limits: Limits, said: str) -> None:
-    start = time.monotonic()
+    start, before = time.monotonic(), psutil.Process().children(recursive=True)  # Python's own tracker, perhaps
     with pytest.raises(LimitExceeded, match=said):
         python(code, tmp_path, limits)
     assert time.monotonic() - start < 20
-    assert psutil.Process().children(recursive=True) == []
+    assert [process for process in psutil.Process().children(recursive=True) if process not in before] == []
 
 
 def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
