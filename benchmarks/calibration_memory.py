@@ -65,44 +65,33 @@ def exceeded(row: dict[str, Any], grown: float | None) -> bool:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    heads = (
-        "Model",
-        "Target",
-        "Pictures",
-        "different",
-        "Peak, GB",
-        "limit",
-        "Growth, %",
-        "limit",
-        "Seconds",
-        "Verdict",
-    )
-    lines = [
-        "# Memory while calibrating",
-        "",
-        "Written by `benchmarks/calibration_memory.py`: peak resident memory of the process from equalizing to the "
-        "plan in INT8, as the kernel keeps it; GB = 10^9 bytes. Growth: against the fewest pictures. Where fewer are "
-        "*different* than asked for, the sets have no more, and they were gone through several times.",
-        "",
-        f"| {' | '.join(heads)} |",
-        f"|---|---|{'---:|' * 7}---|",
-    ]
+    from quant.card import markdown_table  # not above: what is measured is what calibrating needs
+
+    numbers = ["Pictures", "different", "Peak, GB", "limit", "Growth, %", "limit", "Seconds"]
+    lines = []
     for row in sorted(rows, key=lambda row: (row["model"], row["target"], row["pictures"])):
         limit, grown = LIMITS.get(row["model"]), growth(row, rows)
-        cells = [
-            row["model"],
-            row["target"],
-            f"{row['pictures']:,}",
-            f"{row['different']:,}",
-            f"{row['peak_bytes'] / 1e9:.2f}",
-            f"{limit / 1e9:.1f}" if limit else "-",
-            "-" if grown is None else f"{100 * grown:.1f}",
-            "-" if grown is None else f"{100 * LARGEST_GROWTH:.0f}",
-            str(row["seconds"]),
-            "EXCEEDED" if exceeded(row, grown) else "kept",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(
+            [
+                row["model"],
+                row["target"],
+                f"{row['pictures']:,}",
+                f"{row['different']:,}",
+                f"{row['peak_bytes'] / 1e9:.2f}",
+                f"{limit / 1e9:.1f}" if limit else "-",
+                "-" if grown is None else f"{100 * grown:.1f}",
+                "-" if grown is None else f"{100 * LARGEST_GROWTH:.0f}",
+                str(row["seconds"]),
+                "EXCEEDED" if exceeded(row, grown) else "kept",
+            ]
+        )
+    text = (
+        "Written by `benchmarks/calibration_memory.py`: peak resident memory of the process from equalizing to the "
+        "plan in INT8, as the kernel keeps it; GB = 10^9 bytes. Growth: against the fewest pictures. Where fewer are "
+        "*different* than asked for, the sets have no more, and they were gone through several times."
+    )
+    headings, right = ["Model", "Target", *numbers, "Verdict"], [False, False, *[True] * len(numbers), False]
+    return "\n\n".join(["# Memory while calibrating", text, markdown_table(headings, lines, right)]) + "\n"
 
 
 def apart(work: Callable[..., Any], *arguments: Any) -> Any:

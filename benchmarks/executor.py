@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from interruptions import content, make_models  # noqa: E402
 from test_pipeline import write_lines  # noqa: E402
 
+from quant.card import markdown_table  # noqa: E402
 from quant.executor import ExecutorName, spread  # noqa: E402
 from quant.manifest import processor  # noqa: E402
 from quant.shards import SHARD_SAMPLES  # noqa: E402
@@ -170,15 +171,14 @@ def cost_table(executor: str, what: str, counts: Sequence[int], seconds: Sequenc
     steps = np.diff(seconds) / np.diff(counts)
     bend = float(steps.max() / steps.min()) if steps.min() > 0 else math.inf
     each = ["-", *(f"{step:.4f}" for step in steps)]
-    rows = zip(counts, seconds, each, strict=True)
+    rows = [[executor, str(n), f"{took:.1f}", step] for n, took, step in zip(counts, seconds, each, strict=True)]
+    cost = markdown_table(["Executor", f"{what.capitalize()}s", "Seconds", "For one more"], rows, [False, *[True] * 3])
     verdict = "below" if bend < MOST_BEND else "NOT below"
     law = (
         f"{slope:.4f} s for each {what}, {start:.1f} s beside; a line misses no time by more than {100 * worst:.0f} %. "
         f"The largest cost of one more is {bend:.1f} times the smallest, {verdict} {MOST_BEND:g}."
     )
-    lines = [f"| Executor | {what.capitalize()}s | Seconds | For one more |", "| --- | ---: | ---: | ---: |"]
-    lines += [f"| {executor} | {count} | {took:.1f} | {step} |" for count, took, step in rows]
-    return Told([_said(line) for line in [*lines, "", law, ""]], bend < MOST_BEND)
+    return Told([_said(line) for line in [*cost.splitlines(), "", law, ""]], bend < MOST_BEND)
 
 
 def _said(line: str) -> str:

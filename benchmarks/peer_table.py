@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from quant.card import markdown_table
+
 WORDS = (
     "Drop = FP32 as shipped - INT8 on the same runtime, in points; in brackets its one-sided 95 % upper bound "
     "(paired bootstrap). Disc. = share of samples whose outcome differs. Cover. = share of multiply-accumulates "
@@ -135,8 +137,8 @@ def _int8_times(cells: list[dict[str, Any]], field: str) -> list[str]:
 
 def table(headings: list[str], lines: list[list[str]]) -> str:
     """A table in Markdown."""
-    every = [headings, ["---"] * len(headings), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in every)
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (headings, *lines)]
+    return markdown_table(escaped[0], escaped[1:])
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -28,6 +28,7 @@ from peer_quantizers import Inputs
 from peer_table import NOT_KNOWN
 from peer_worker import PROFILE, Task
 
+from quant.card import markdown_table
 from quant.job import prepared_graph
 from quant.manifest import processor
 from quant.runtime import onnx_session
@@ -144,7 +145,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     columns = [
         [
             f"{row['model']}, {row['target']}",
-            "---:",
             row["pictures"],
             f"**{row['seconds']}**",
             row["nncf_seconds"] or row["nncf_reason"],
@@ -155,8 +155,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in ordered
     ]
-    heads = ("Seconds", "---", "pictures", "**ours, whole**", "NNCF, whole", "ours / NNCF", "one pass of FP32")
+    heads = ("Seconds", "pictures", "**ours, whole**", "NNCF, whole", "ours / NNCF", "one pass of FP32")
     lines = zip((*heads, *(f"profiled: {name}" for name in (*names, "whole"))), *columns, strict=True)
+    headings, *cells = ([str(cell) for cell in line] for line in lines)
     return "\n".join(
         [
             "# Time of quantizing",
@@ -167,7 +168,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"under a profiler, which slows it down. {'; '.join(sorted({row['processor'] for row in ordered}))}; NNCF "
             f"{', '.join(sorted({row['nncf'] for row in ordered}))}.",
             "",
-            *(f"| {' | '.join(map(str, line))} |" for line in lines),
+            markdown_table(headings, cells, [False, *[True] * len(columns)]),
             "",
         ]
     )

@@ -118,14 +118,13 @@ def time_turns(
     precisions: tuple[Precision, ...] = ("f32", "default") if target == "openvino" else ("f32",)
     for precision in precisions:
         # Held by nothing here: those of one precision are gone before the next are opened.
-        _take_turns(job, open_all(precision), [turns for turns in found if not turns.note], precision, seconds)
+        _take_turns(job, open_all(precision), [turns for turns in found if not turns.note], loop, precision, seconds)
     return found
 
 
 def _take_turns(
-    job: Job, sessions: Mapping[str, Session], cells: list[Turns], precision: Precision, seconds: float
+    job: Job, sessions: Mapping[str, Session], cells: list[Turns], loop: bool, precision: Precision, seconds: float
 ) -> None:
-    loop = has_loop(prepared_graph(job))
     for turns in cells:
         feed = latency_feed(job) if loop else feed_of(job, turns.shape)
         turns.failed |= _failing({name: sessions[name] for name in sessions if name not in turns.failed}, feed)

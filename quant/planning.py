@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -458,10 +458,15 @@ def part_errors(
 
 @dataclass(frozen=True)
 class SearchJudge:
-    """Judges plans on the search split, in simulation on onnxruntime."""
+    """Judges plans on the search split, in simulation on onnxruntime.
+
+    Attributes:
+        pictures: the first that plans are scored on; None = all.
+    """
 
     job: Job
     graph: Graph
+    pictures: int | None = None
 
     def error(self, plan: QuantPlan) -> float:
         feeds, exact = self._exact
@@ -469,9 +474,10 @@ class SearchJudge:
 
     def score(self, plan: QuantPlan) -> SearchScore:
         title = self.job.title(f"search split at coverage {plan.coverage():.3f}")
-        scores = _search_scores(self.job, self._session(plan, 1), title)
+        search = self.job.selection.search[: self.pictures]
+        scores = _search_scores(self.job, search, self._session(plan, 1), title)
         exact = np.load(_exact_search_scores(self.job, self.graph) / "scores.npy", allow_pickle=False)
-        return _search_score(self.job, exact, scores)
+        return _search_score(self.job, exact[: len(scores)], scores)
 
     @cached_property
     def _exact(self) -> tuple[list[Feed], list[list[np.ndarray]]]:
@@ -492,19 +498,20 @@ def _search_score(job: Job, exact: np.ndarray, scores: np.ndarray) -> SearchScor
 def _exact_search_scores(job: Job, graph: Graph) -> Path:
     """Stage: the prepared FP32 model on the search split; every plan is compared with it."""
 
+    search = job.selection.search
+
     def build(folder: Path) -> None:
         session = onnx_session(graph.to_model(), 1)
-        scores = _search_scores(job, session, f"{job.recipe.name}: FP32 on the search split")
+        scores = _search_scores(job, search, session, f"{job.recipe.name}: FP32 on the search split")
         write_array(folder / "scores.npy", scores)
 
-    search = job.selection.search
     key = {**job.key, "samples": sample_ids(search), "labels": labels_digest(search), "metric": job.recipe.metric}
     return job.store.result("search", {**key, "tolerance": job.recipe.tolerance}, build)
 
 
-def _search_scores(job: Job, session: Session, title: str) -> np.ndarray:
-    """Counts of the metric for each readable picture of the search split; the session serves several threads."""
-    search, adapter, metric = job.selection.search, job.adapter, make_metric(job.recipe.metric)
+def _search_scores(job: Job, search: Sequence[Sample], session: Session, title: str) -> np.ndarray:
+    """Counts of the metric for each readable picture, in their order; the session serves several threads."""
+    adapter, metric = job.adapter, make_metric(job.recipe.metric)
 
     def score(sample: Sample) -> list[np.ndarray]:
         pictures = (prepared for _, prepared in readable([sample], adapter, []))

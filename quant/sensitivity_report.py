@@ -120,13 +120,13 @@ def _measure(
     job: Job, graph: Graph, plan: QuantPlan, errors: Mapping[str, OutputError]
 ) -> tuple[list[OperatorImpact], list[GroupImpact]]:
     operators = plan.quantized()
-    few = replace(job, selection=replace(job.selection, search=job.selection.search[:SCORED]))
+    on_all, on_few = SearchJudge(job, graph), SearchJudge(job, graph, SCORED)
     position = {name: index for index, name in enumerate(operators, start=1)}
 
-    def score(names: set[str], on: Job) -> SearchScore:
-        return SearchJudge(on, graph).score(plan.with_only(names, "measured without it"))
+    def score(names: set[str], judge: SearchJudge) -> SearchScore:
+        return judge.score(plan.with_only(names, "measured without it"))
 
-    scores = score_worst(errors, lambda name: score({name}, few))
+    scores = score_worst(errors, lambda name: score({name}, on_few))
     groups = kernel_groups(graph, operators.values())
     advance = counted(job.options.progress, job.title("damage per kind"), len(groups))
     group_errors = part_errors(job, plan, groups, advance)
@@ -146,7 +146,7 @@ def _measure(
             GroupImpact(
                 kind=kind,
                 operators=len(groups[kind]),
-                **_numbers(plan, groups[kind], group_errors[kind], score(groups[kind], job)),
+                **_numbers(plan, groups[kind], group_errors[kind], score(groups[kind], on_all)),
             )
             for kind in worst_first(group_errors)
         ],
