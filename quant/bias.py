@@ -9,26 +9,20 @@ of all pictures are kept, and a new bias only shifts them.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import takewhile
 
 import numpy as np
-import onnx
-from onnx import NodeProto, helper, numpy_helper
-from onnx.helper import make_tensor_value_info, np_dtype_to_tensor_dtype
 
-from quant.conversion import OPSET
-from quant.graph import Graph, reads
+from quant.graph import Graph
 from quant.placement import place, written_chains
 from quant.plan import QuantPlan, corrected_graph
 from quant.runtime import Feed, Session, onnx_session
+from quant.segments import Segment, segments_of
 from quant.simulation import FloatWriter
 
 Array = np.ndarray
-IR_VERSION = 8
 
 
 def sequential_biases(
@@ -51,11 +45,11 @@ def sequential_biases(
     names = corrected_operators(plan)
     if not names:
         return {}
-    exact = _channel_means(graph, names, feeds, threads)
-    simulated = _Simulated.of(graph, plan, exact)
+    exact = channel_means(graph, names, feeds, threads)
+    simulated = Simulated.of(graph, plan, exact)
     shifts = {}
     values = [dict(feed) for feed in feeds]
-    for segment in _segments(simulated.graph, names):
+    for segment in segments_of(simulated.graph, names):
         if segment.end is not None:
             segment.run(values, segment.session(values[0], threads))
             shifts[segment.end] = simulated.put_right(values, segment.end, exact[segment.end], len(feeds))
@@ -81,16 +75,16 @@ class Parts:
         self._graph, self._threads = graph, threads
         self._plan = plan
         self._names = corrected_operators(plan) if calibration else []
-        self._exact = _channel_means(graph, self._names, calibration, threads)
+        self._exact = channel_means(graph, self._names, calibration, threads)
         self._calibration, self._feeds = calibration, feeds
-        self._fp32 = list(_segments(self._simulated(set()).graph, self._names))
+        self._fp32 = list(segments_of(self._simulated(set()).graph, self._names))
         self._sessions: dict[bytes, Session | None] = dict.fromkeys(segment.digest for segment in self._fp32)
         self._done, self._values = 0, self._inputs()
 
     def outputs(self, names: Collection[str]) -> list[list[Array]]:
         """The model's outputs for each picture of `feeds`, with the operators of these names in INT8."""
         simulated = self._simulated(set(names))
-        segments = list(_segments(simulated.graph, self._names))
+        segments = list(segments_of(simulated.graph, self._names))
         same = takewhile(lambda pair: pair[0].digest == pair[1].digest, zip(segments, self._fp32, strict=True))
         begin = min(sum(1 for _ in same), len(segments) - 1)
         values = self._before(begin)
@@ -101,8 +95,8 @@ class Parts:
                 simulated.put_right(values, segment.end, self._exact[segment.end], len(self._calibration))
         return [[kept[name] for name in self._graph.outputs] for kept in values[len(self._calibration) :]]
 
-    def _simulated(self, names: set[str]) -> _Simulated:
-        return _Simulated.of(self._graph, self._plan.with_only(names, ""), self._exact)
+    def _simulated(self, names: set[str]) -> Simulated:
+        return Simulated.of(self._graph, self._plan.with_only(names, ""), self._exact)
 
     def _before(self, begin: int) -> list[dict[str, Array]]:
         """The values in FP32 that the segments from `begin` on read."""
@@ -116,7 +110,7 @@ class Parts:
     def _inputs(self) -> list[dict[str, Array]]:
         return [dict(feed) for feed in (*self._calibration, *self._feeds)]
 
-    def _session(self, segment: _Segment, kept: Mapping[str, Array]) -> Session:
+    def _session(self, segment: Segment, kept: Mapping[str, Array]) -> Session:
         """Those in FP32 are the same for all parts, so they are kept."""
         session = self._sessions.get(segment.digest) or segment.session(kept, self._threads)
         if segment.digest in self._sessions:
@@ -125,7 +119,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class _Simulated:
+class Simulated:
     """The simulation of a plan.
 
     Attributes:
@@ -138,7 +132,7 @@ class _Simulated:
     steps: dict[str, Array]
 
     @classmethod
-    def of(cls, graph: Graph, plan: QuantPlan, exact: Mapping[str, Array]) -> _Simulated:
+    def of(cls, graph: Graph, plan: QuantPlan, exact: Mapping[str, Array]) -> Simulated:
         """With uncorrected biases for all convolutions whose exact means are given."""
         shifts = {name: np.zeros(len(means), dtype=np.float32) for name, means in exact.items()}
         plain = replace(plan, bias_shifts=plan.bias_shifts | shifts)
@@ -172,55 +166,8 @@ def corrected_operators(plan: QuantPlan) -> list[str]:
     return [op.name for op in plan.operators if op.quantized and op.op_type != "MatMul" and op.weight is not None]
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """Some consecutive nodes of a graph.
-
-    Attributes:
-        end: the convolution behind which it is cut, None for the rest of the graph.
-        reads: tensors that they read and do not write.
-        leaves: tensors that later nodes, or the caller, read: written here or before.
-    """
-
-    end: str | None
-    nodes: list[NodeProto]
-    constants: dict[str, Array]
-    reads: list[str]
-    leaves: list[str]
-
-    @cached_property
-    def digest(self) -> bytes:
-        """Of what it computes."""
-        parts = [node.SerializeToString(deterministic=True) for node in self.nodes]
-        parts += [
-            f"{name} {value.dtype} {value.shape}".encode() + value.tobytes() for name, value in self.constants.items()
-        ]
-        return hashlib.sha256(b"\0".join([*parts, *(name.encode() for name in self.leaves)])).digest()
-
-    def session(self, kept: Mapping[str, Array], threads: int) -> Session:
-        """Ready to run on values of the types of those given."""
-        inputs = [make_tensor_value_info(n, np_dtype_to_tensor_dtype(kept[n].dtype), None) for n in self.reads]
-        outputs = [onnx.ValueInfoProto(name=name) for name in self._computed]
-        constants = [numpy_helper.from_array(np.asarray(value, order="C"), n) for n, value in self.constants.items()]
-        body = helper.make_graph(self.nodes, "segment", inputs, outputs, constants)
-        model = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)])
-        model.ir_version = IR_VERSION
-        return onnx_session(model, threads, integers=False)
-
-    def run(self, values: list[dict[str, Array]], session: Session) -> None:
-        """Put what later nodes read in the place of what earlier nodes left, picture by picture to spare memory."""
-        computed = self._computed
-        for index, kept in enumerate(values):
-            found = dict(zip(computed, session.run({n: kept[n] for n in self.reads}, computed), strict=True))
-            values[index] = {name: found[name] if name in found else kept[name] for name in self.leaves}
-
-    @property
-    def _computed(self) -> list[str]:
-        written = {name for node in self.nodes for name in node.output}
-        return [name for name in self.leaves if name in written]
-
-
-def _channel_means(graph: Graph, names: list[str], feeds: Sequence[Feed], threads: int) -> dict[str, Array]:
+def channel_means(graph: Graph, names: list[str], feeds: Sequence[Feed], threads: int) -> dict[str, Array]:
+    """Mean of every channel of these tensors over pictures, their batches and places, float64[C]."""
     session = onnx_session(graph.to_model(names), threads)
     totals: dict[str, Array] = {}
     for feed in feeds:
@@ -232,24 +179,3 @@ def _channel_means(graph: Graph, names: list[str], feeds: Sequence[Feed], thread
 def _means(value: Array) -> Array:
     """Mean of every channel, over batch and places, float64[C]."""
     return np.asarray(value.mean(axis=(0, *range(2, value.ndim)), dtype=np.float64))
-
-
-def _segments(graph: Graph, names: Collection[str]) -> Iterator[_Segment]:
-    """The graph cut behind each named tensor, and what is left behind the last one."""
-    ends = {name: index for index, node in enumerate(graph.nodes, start=1) for name in node.output}
-    start, available = 0, set(graph.inputs)
-    for name in (*sorted(names, key=lambda name: ends[name]), None):
-        end = len(graph.nodes) if name is None else ends[name]
-        nodes, later = graph.nodes[start:end], graph.nodes[end:]
-        written = {output for node in nodes for output in node.output}
-        read = dict.fromkeys(key for node in nodes for key in reads(node) if key)
-        wanted = {key for node in later for key in reads(node)} | {*graph.outputs, *([name] if name else [])}
-        available |= written
-        yield _Segment(
-            name,
-            nodes,
-            {key: graph.constants[key] for key in read if graph.is_constant(key)},
-            [key for key in read if key in available - written],
-            sorted(wanted & available),
-        )
-        start = end

@@ -184,6 +184,7 @@ def climb(
     judge: Judge,
     damaged: Callable[[QuantPlan], QuantPlan] = lambda plan: plan,
     refine: Callable[[QuantPlan], QuantPlan] = lambda candidate: candidate,
+    fit: Callable[[QuantPlan], QuantPlan] | None = None,
 ) -> tuple[QuantPlan, list[Rung]]:
     """The first plan that passes on the search split, or the best one.
 
@@ -191,33 +192,41 @@ def climb(
         plan: with everything in INT8, its biases corrected.
         judge: runs a plan's simulation on the search split.
         damaged: notes the damage of each quantized operator; asked where the plan as it is does not pass.
-        refine: fits a candidate to the operators that are left in INT8.
+        refine: fits a candidate's biases to the operators that are left in INT8.
+        fit: fits its weights too; tried where a step fails without.
 
     Returns:
         The chosen plan and all rungs tried, in order.
     """
     tried: list[tuple[QuantPlan, Rung]] = []
+    ranked = False
     for limit in (1.0, *(step for step in ladder.coverage_steps if min_coverage < step < 1), min_coverage):
-        if limit < 1 and len(tried) == 1:
-            plan = damaged(plan)
+        if limit < 1 and not ranked:
+            plan, ranked = damaged(plan), True
         choices = _choices(plan, limit, ladder, [before for before, _ in tried])
         if not choices:
             continue
         refined = [refine(less) for less in choices] if tried else choices
         # The nearest is scored first; where its score fails, by a few samples perhaps, another one may pass.
-        for error, candidate in by_error(refined, judge):
+        nearest = by_error(refined, judge)
+        for error, candidate in nearest:
             reverted = len(plan.quantized()) - len(candidate.quantized())
+            candidate.method = f"{plan.method}+revert" if reverted else plan.method
             name = f"revert {reverted}" if reverted else "ptq"
             rung = rung_at(name, candidate, reverted, error, ladder, gate, judge)
             tried.append((candidate, rung))
             if rung.passed or rung.score is None:  # the others err more
                 break
+        if fit and not tried[-1][1].passed:
+            candidate = fit(nearest[0][1])
+            candidate.method += "+fit"
+            reverted = len(plan.quantized()) - len(candidate.quantized())
+            name = f"revert {reverted}, fit" if reverted else "ptq, fit"
+            tried.append((candidate, try_plan(name, candidate, reverted, ladder, gate, judge)))
         if tried[-1][1].passed:
             break
     best = best_rung([rung for _, rung in tried])
-    chosen, rung = next(pair for pair in tried if pair[1] is best)
-    chosen.method = plan.method if not rung.reverted else f"{plan.method}+revert"
-    return chosen, [rung for _, rung in tried]
+    return next(candidate for candidate, rung in tried if rung is best), [rung for _, rung in tried]
 
 
 def best_rung(rungs: Sequence[Rung]) -> Rung:
@@ -228,6 +237,11 @@ def best_rung(rungs: Sequence[Rung]) -> Rung:
 def reverts(ladder: Ladder) -> bool:
     """Whether operators may go back to FP32; a method that is asked for by name starts with everything in INT8."""
     return ladder.method in ("auto", "ptq")
+
+
+def fits(ladder: Ladder) -> bool:
+    """Whether weights are fitted on the way down; a method that is asked for by name shows what it gives alone."""
+    return ladder.fit_samples > 0 and ladder.method in ("auto", "ptq")
 
 
 def trains(ladder: Ladder, best: Rung) -> bool:

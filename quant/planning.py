@@ -46,12 +46,14 @@ from quant.ladder import (
     SearchScore,
     best_rung,
     climb,
+    fits,
     read_seconds,
     reverts,
     trains,
     try_plan,
     write_seconds,
 )
+from quant.least_squares import fitted_operators, refit
 from quant.manifest import processor, products_saturate
 from quant.observer import candidate_methods, make_range_method
 from quant.plan import (
@@ -166,7 +168,8 @@ def _explored(job: Job, target: TargetName, laddered: Path, end: float) -> list[
         rung = try_plan("ladder", best, reverted, recipe.ladder, recipe.gate, judge)
         return [Point(best, rung, measure(best))]
     shifts = full.bias_shifts | best.bias_shifts
-    plan = replace(full, operators=best.operators, bias_shifts=shifts, method=best.method)
+    integers = full.integers | best.integers
+    plan = replace(full, operators=best.operators, integers=integers, bias_shifts=shifts, method=best.method)
     rung = try_plan("ladder", plan, reverted, recipe.ladder, recipe.gate, judge)
     floor = least_coverage(job.recipe, recipe.targets[target])
     return explore(
@@ -209,7 +212,8 @@ def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
         graph = prepared_graph(job)
         minimum = least_coverage(job.recipe, choice) if reverts(recipe.ladder) else 1.0
         judge, refine = SearchJudge(job, graph), partial(_with_full_biases, job, graph)
-        best, rungs = climb(load_plan(everything), recipe.ladder, recipe.gate, minimum, judge, damaged, refine)
+        fit = partial(fitted, job, graph) if fits(recipe.ladder) else None
+        best, rungs = climb(load_plan(everything), recipe.ladder, recipe.gate, minimum, judge, damaged, refine, fit)
         if trains(recipe.ladder, best_rung(rungs)):
             from quant.rungs import train_on  # not above: Paddle is wanted where something is trained
 
@@ -304,6 +308,15 @@ def _with_full_biases(job: Job, graph: Graph, plan: QuantPlan) -> QuantPlan:
     feeds = first_feeds(job, job.selection.calibration, job.recipe.calibration.bias_samples)
     advance = counted(job.options.progress, job.title("correcting biases"), len(corrected_operators(plan)))
     return replace(plan, bias_shifts=sequential_biases(graph, plan, feeds, job.options.threads, advance))
+
+
+def fitted(job: Job, graph: Graph, plan: QuantPlan) -> QuantPlan:
+    """The plan with weights and biases that fit the operators that it quantizes."""
+    feeds = first_feeds(job, job.selection.calibration, job.recipe.ladder.fit_samples)
+    advance = counted(job.options.progress, job.title("fitting weights"), len(fitted_operators(graph, plan)))
+    found, results = refit(graph, plan, feeds, job.options.threads, job.recipe.seed, advance)
+    nearer = sum(result.after < result.before for result in results)
+    return replace(found, notes=[*plan.notes, f"weights of {nearer} of {len(results)} layers fitted to FP32"])
 
 
 def _equalizers(job: Job, graph: Graph, choice: TargetChoice) -> dict[str, Equalizer]:

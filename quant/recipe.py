@@ -193,6 +193,9 @@ class Ladder(_Part):
         description="pictures that rank the operators: of the search split, and as many to correct biases on",
     )
     error_samples: int = Field(ge=1, description="pictures of the search split that max_error is measured on")
+    fit_samples: int = Field(
+        16, ge=0, description="calibration pictures that a step's weights are fitted on where it fails; 0: never"
+    )
     coverage_steps: list[float] = Field(description="coverages to stop at on the way down, falling")
     min_coverage: float = Field(ge=0, le=1, description="never revert below this share of INT8 work")
     min_weights: float = Field(ge=0, le=1, description="never revert below this share of INT8 weights: it bounds size")
@@ -208,18 +211,21 @@ class Search(_Part):
 
 
 class Reconstruction(_Part):
-    """Training part by part against FP32 (see `quant.reconstruction`)."""
+    """Fitting part by part to FP32 (see `quant.least_squares` and `quant.reconstruction`)."""
 
+    method: Literal["least_squares", "gradients"] = Field(
+        "least_squares", description="in closed form, layer by layer; gradients: what stands below learns"
+    )
     samples: int = Field(64, ge=2, description="calibration pictures, whose values at one cut are kept in memory")
-    operators: int = Field(1, ge=1, description="with weights, that are trained together")
+    operators: int = Field(1, ge=1, description="with weights, that gradients train together")
     learned: list[Learned] = Field(
-        ["weights", "biases", "scales"], min_length=1, description="ranges: scales of activations"
+        ["weights", "biases", "scales"], min_length=1, description="by gradients; ranges: scales of activations"
     )
     learning_rate: float = Field(1.5e-2, gt=0, description="integer steps per iteration, about, for weights")
     warm_up: int = Field(10, ge=0, description="iterations over which the rate rises")
     batch: int = Field(4, ge=1, description="pictures, of one size")
     iterations: int = Field(100, ge=1, description="for each part")
-    minutes: float = Field(5, gt=0, description="parts not reached by then stay as they are")
+    minutes: float = Field(5, gt=0, description="parts that gradients do not reach by then stay as they are")
 
 
 class Training(_Part):

@@ -20,6 +20,7 @@ from onnx import NodeProto
 from quant.errors import NotTrainable
 from quant.graph import Graph, reads
 from quant.kernels import Array, Value
+from quant.least_squares import HELD_BACK, PartResult
 from quant.plan import QuantPlan
 from quant.recipe import Reconstruction
 from quant.runtime import Feed, onnx_session
@@ -27,9 +28,6 @@ from quant.student import Kind, Student, Traced, trace
 from quant.training import Schedule, Trainer, batches, relative_square, shuffled
 
 log = logging.getLogger(__name__)
-
-_HELD_BACK = 4
-"""One picture of so many is not learned from, but decides whether a part has become better."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +42,6 @@ class Part:
     nodes: list[NodeProto]
     aim: str
     leaves: list[str]
-
-
-@dataclass(frozen=True)
-class PartResult:
-    """What training a part gave on held-back pictures: squared error in units of the aim's variance."""
-
-    aim: str
-    before: float
-    after: float
 
 
 def reconstruct(
@@ -102,9 +91,9 @@ def _split(prepared: Graph, feeds: Sequence[Feed], size: int) -> tuple[list[Feed
     """Batches to learn from, then those that were held back, and how many are learned from."""
     if len(feeds) < 2:
         raise NotTrainable("reconstruction takes at least two calibration pictures, one of them to judge by")
-    kept = [feed for index, feed in enumerate(feeds) if index % _HELD_BACK]
+    kept = [feed for index, feed in enumerate(feeds) if index % HELD_BACK]
     found = batches(prepared, kept, size)
-    return [*found, *batches(prepared, feeds[::_HELD_BACK], size)], len(found)
+    return [*found, *batches(prepared, feeds[::HELD_BACK], size)], len(found)
 
 
 def parts(traced: Traced, plan: QuantPlan, names: set[str], operators: int) -> Iterator[Part]:

@@ -12,17 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import NodeProto
 
-from quant.graph import Graph, attribute
+from quant.graph import Graph
+from quant.patches import is_supported, patches, rows_of, unrow
 from quant.plan import FULL_WEIGHTS, IntegerWeight, Operator, QuantPlan
 from quant.runtime import Feed, onnx_session
 
 POSITIONS = 128
 """Output positions of a picture that are looked at, at most."""
-
-LARGEST = 2304
-"""Most inputs of an output channel: the moments of more take too much memory, nearest rounding remains."""
 
 _BLOCK = 32
 """Inputs whose errors are passed on to those behind them at once, as one matrix product."""
@@ -85,7 +82,7 @@ def collect_moments(
     """
     nodes = {node.output[0]: node for node in graph.nodes if node.output}
     found = [nodes[op.name] for op in operators if op.quantized and not op.in_loop]
-    chosen = [node for node in found if _supported(graph, node)]
+    chosen = [node for node in found if is_supported(graph, node)]
     tensors = list(dict.fromkeys(node.input[0] for node in chosen))
     inner = [name for name in tensors if name not in graph.inputs]
     session = onnx_session(graph.to_model(inner), threads)
@@ -94,11 +91,11 @@ def collect_moments(
     for feed in feeds:
         arrays = feed | dict(zip(inner, session.run(feed, inner), strict=True))
         for node in chosen:
-            patches = _patches(graph, node, arrays[node.input[0]], rng)
+            read = patches(graph, node, arrays[node.input[0]], rng, POSITIONS)
             if node.output[0] in moments:
-                moments[node.output[0]].update(patches)
+                moments[node.output[0]].update(read)
             else:
-                moments[node.output[0]] = Moments.of(patches)
+                moments[node.output[0]] = Moments.of(read)
     return moments
 
 
@@ -119,20 +116,20 @@ def round_by_moments(
         node = nodes[operator.name]
         exact = graph.constants[operator.weight]
         scale = integers[operator.weight].scale
-        rows = _rows(node, exact, attribute(node, "group", 1))
+        rows = rows_of(node, exact)
         wide = np.broadcast_to(
             np.expand_dims(scale, _other_axes(exact.ndim, plan.weights[operator.weight].axis)), exact.shape
         )
-        steps = _rows(node, wide, attribute(node, "group", 1))[:, :, 0]
+        steps = rows_of(node, wide)[:, :, 0]
         hessian = found.covariance() if biases_follow and node.op_type != "MatMul" else found.second_moment()
         noise = plan.activations[operator.activations[0]].scale ** 2 / 12
         limit = int(np.abs(integers[operator.weight].values).max())  # nearest rounding reaches it in every channel
-        values = _round_rows(rows / steps[:, :, None], hessian, noise, limit)
-        integers[operator.weight] = IntegerWeight(_unrow(node, values, exact.shape), scale)
+        values = round_rows(rows / steps[:, :, None], hessian, noise, limit)
+        integers[operator.weight] = IntegerWeight(unrow(node, values, exact.shape), scale)
     return integers
 
 
-def _round_rows(rows: np.ndarray, hessian: np.ndarray, noise: float, limit: int = FULL_WEIGHTS) -> np.ndarray:
+def round_rows(rows: np.ndarray, hessian: np.ndarray, noise: float, limit: int = FULL_WEIGHTS) -> np.ndarray:
     """Integers float64[groups, rows, inputs] for weights in units of their scales."""
     inputs = rows.shape[2]
     diagonal = np.arange(inputs)
@@ -159,62 +156,5 @@ def _round_rows(rows: np.ndarray, hessian: np.ndarray, noise: float, limit: int 
     return back.transpose(0, 2, 1)
 
 
-def _supported(graph: Graph, node: NodeProto) -> bool:
-    if not graph.is_constant(node.input[1]):
-        return False
-    weight = graph.constants[node.input[1]]
-    if node.op_type == "MatMul":
-        return weight.shape[0] <= LARGEST
-    if weight.ndim != 4 or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
-        return False
-    if node.op_type == "ConvTranspose":  # each output pixel must come from one input pixel
-        plain = list(attribute(node, "strides", [1, 1])) == list(weight.shape[2:])
-        return plain and not any(attribute(node, "pads", [0])) and weight.shape[0] <= LARGEST
-    return bool(np.prod(weight.shape[1:]) <= LARGEST)
-
-
-def _rows(node: NodeProto, weight: np.ndarray, groups: int) -> np.ndarray:
-    """A weight as [groups, output rows, inputs]."""
-    if node.op_type == "Conv":
-        return weight.reshape(groups, weight.shape[0] // groups, -1)
-    return np.moveaxis(weight, 0, -1).reshape(1, -1, weight.shape[0])
-
-
-def _unrow(node: NodeProto, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if node.op_type == "Conv":
-        return rows.reshape(shape).astype(np.int8)
-    return np.ascontiguousarray(np.moveaxis(rows.reshape(*shape[1:], shape[0]), -1, 0)).astype(np.int8)
-
-
 def _other_axes(ndim: int, axis: int) -> tuple[int, ...]:
     return tuple(other for other in range(ndim) if other != axis)
-
-
-def _patches(graph: Graph, node: NodeProto, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What single output positions read, float32[groups, positions, inputs]."""
-    if node.op_type == "MatMul":
-        return _some(values.reshape(-1, values.shape[-1]), rng)[None]
-    if node.op_type == "ConvTranspose":
-        return _some(np.moveaxis(values, 1, -1).reshape(-1, values.shape[1]), rng)[None]
-    kernel = graph.constants[node.input[1]].shape[2:]
-    groups = attribute(node, "group", 1)
-    strides, dilations = attribute(node, "strides", [1, 1]), attribute(node, "dilations", [1, 1])
-    top, left, bottom, right = attribute(node, "pads", [0, 0, 0, 0])
-    padded = np.pad(values, ((0, 0), (0, 0), (top, bottom), (left, right)))
-    reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
-    height, width = ((size - r) // s + 1 for size, r, s in zip(padded.shape[2:], reach, strides, strict=True))
-    count = len(padded) * height * width
-    places = rng.choice(count, min(count, POSITIONS), replace=False)
-    picture, row, column = np.unravel_index(places, (len(padded), height, width))
-    down = row[:, None, None] * strides[0] + np.arange(kernel[0])[None, :, None] * dilations[0]
-    across = column[:, None, None] * strides[1] + np.arange(kernel[1])[None, None, :] * dilations[1]
-    taken = padded[picture[:, None, None], :, down, across]  # [positions, kh, kw, channels]
-    taken = np.moveaxis(taken, -1, 1)
-    grouped = taken.reshape(len(places), groups, -1)
-    return np.ascontiguousarray(grouped.transpose(1, 0, 2))
-
-
-def _some(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    if len(rows) <= POSITIONS:
-        return rows
-    return rows[rng.choice(len(rows), POSITIONS, replace=False)]

@@ -16,11 +16,13 @@ from quant.graph import Graph
 from quant.job import Job, counted, first_feeds, prepared_graph, sample_ids
 from quant.ladder import Judge, Rung, badness, by_error, rung_at
 from quant.launch import distil_together
+from quant.least_squares import PartResult, refit
 from quant.observer import MinMax
 from quant.plan import QuantPlan, quantizable_operators
 from quant.ptq import activation_tensors, make_plan
 from quant.qat import Evaluation, distil
-from quant.reconstruction import PartResult, reconstruct
+from quant.recipe import Recipe
+from quant.reconstruction import reconstruct
 from quant.runtime import Feed
 from quant.source import cache_dir
 from quant.stage import code_digest, digest
@@ -68,7 +70,7 @@ def train_on(
         folder: receives `recon.json`, the error of each part before and after, and `qat.json`, the learning curve.
     """
     done = Trained(plan)
-    for method in METHODS.get(job.recipe.ladder.method, ()):
+    for method in _methods(job.recipe, plan):
         begun = time.monotonic()
         try:
             candidate = _trained(job, graph, done, method, judge, folder)
@@ -89,21 +91,52 @@ def train_on(
     return done
 
 
-def estimated_minutes(job: Job) -> dict[Method, float]:
-    """About how long each method of the recipe would take, from one iteration with pictures of the first one's size.
+def _methods(recipe: Recipe, plan: QuantPlan) -> list[Method]:
+    """What is tried after a plan; what the ladder has fitted gains nothing by being fitted again."""
+    done = recipe.reconstruction.method == "least_squares" and "fit" in plan.method.split("+")
+    return [method for method in METHODS.get(recipe.ladder.method, ()) if not (done and method == "recon")]
 
-    It is the second one: the first also waits for what is made once. Ranges are those of these pictures: an iteration
-    takes as long with any. One iteration of every part is about one of the whole network.
+
+def estimated_minutes(job: Job) -> dict[Method, float]:
+    """About how long each method of the recipe would take.
+
+    By gradients: from one iteration with pictures of the first one's size. It is the second one: the first also waits
+    for what is made once. Ranges are those of these pictures: an iteration takes as long with any. One iteration of
+    every part is about one of the whole network. In closed form: from fits to two pictures and to four.
     """
     recipe, graph = job.recipe, prepared_graph(job)
     methods = METHODS.get(recipe.ladder.method, ())
     if not methods:
         return {}
-    feeds = first_feeds(job, job.selection.calibration, recipe.qat.batch)
+    feeds = first_feeds(job, job.selection.calibration, max(recipe.qat.batch, 4))
+    pictures = feeds[:4]
     feeds = [feed for feed in feeds if _sizes(feed) == _sizes(feeds[0])]
     operators = quantizable_operators(graph, {})
     statistics = collect_statistics(graph, activation_tensors(operators), feeds, job.options.threads)
     plan = make_plan(graph, operators, statistics, MinMax(), model=recipe.name, dtype="uint8", prepared_sha256="")
+    return {
+        method: round(
+            _closed_form_minutes(job, graph, plan, pictures)
+            if method == "recon" and recipe.reconstruction.method == "least_squares"
+            else _gradient_minutes(job, graph, plan, feeds, method),
+            1,
+        )
+        for method in methods
+    }
+
+
+def _closed_form_minutes(job: Job, graph: Graph, plan: QuantPlan, feeds: Sequence[Feed]) -> float:
+    seconds = []
+    for few in (feeds[:2], feeds):
+        begun = time.monotonic()
+        refit(graph, plan, few, job.options.threads, job.recipe.seed)
+        seconds.append(time.monotonic() - begun)
+    each = max(seconds[1] - seconds[0], 0.0) / max(len(feeds) - 2, 1)
+    return (seconds[0] + each * (job.recipe.reconstruction.samples - 2)) / 60
+
+
+def _gradient_minutes(job: Job, graph: Graph, plan: QuantPlan, feeds: Sequence[Feed], method: Method) -> float:
+    recipe = job.recipe
     done: list[float] = []
     twice = recipe.qat.model_copy(update={"iterations": 2, "evaluate_every": 2})
     threads = job.options.threads
@@ -119,11 +152,8 @@ def estimated_minutes(job: Job) -> dict[Method, float]:
     )
     pictures = len(feeds) / len(batches(graph, feeds, recipe.qat.batch))
     each = (done[1] - done[0]) / 60 / pictures
-    limits = {
-        "recon": (recipe.reconstruction.iterations * recipe.reconstruction.batch, recipe.reconstruction.minutes),
-        "qat": (recipe.qat.iterations * recipe.qat.batch, recipe.qat.minutes),
-    }
-    return {method: round(min(limits[method][0] * each, limits[method][1]), 1) for method in methods}
+    settings = recipe.reconstruction if method == "recon" else recipe.qat
+    return min(settings.iterations * settings.batch * each, settings.minutes)
 
 
 def _sizes(feed: Feed) -> list[tuple[int, ...]]:
@@ -133,19 +163,7 @@ def _sizes(feed: Feed) -> list[tuple[int, ...]]:
 def _trained(job: Job, graph: Graph, done: Trained, method: Method, judge: Judge, folder: Path) -> QuantPlan:
     recipe, plan, threads = job.recipe, done.plan, job.options.threads
     if method == "recon":
-        end = time.monotonic() + 60 * recipe.reconstruction.minutes
-        feeds = first_feeds(job, job.selection.calibration, recipe.reconstruction.samples)
-        advance = counted(job.options.progress, job.title("reconstruction"), len(plan.quantized()))
-        candidate, results = reconstruct(
-            graph,
-            plan,
-            feeds,
-            recipe.reconstruction,
-            seed=recipe.seed,
-            threads=threads,
-            advance=advance,
-            expired=lambda: time.monotonic() > end,
-        )
+        candidate, results = _reconstructed(job, graph, plan)
         _write(results, folder / "recon.json")
         note = f"reconstructed in {len(results)} parts, {sum(r.after < r.before for r in results)} of them better"
         return replace(candidate, notes=[*candidate.notes, note])
@@ -162,6 +180,25 @@ def _trained(job: Job, graph: Graph, done: Trained, method: Method, judge: Judge
     best = min(curve, key=lambda point: point.error)
     note = f"QAT: error {best.error:.4f} after {best.iteration} iterations, {curve[0].error:.4f} before"
     return replace(candidate, notes=[*candidate.notes, note])
+
+
+def _reconstructed(job: Job, graph: Graph, plan: QuantPlan) -> tuple[QuantPlan, list[PartResult]]:
+    recipe, threads = job.recipe, job.options.threads
+    feeds = first_feeds(job, job.selection.calibration, recipe.reconstruction.samples)
+    advance = counted(job.options.progress, job.title("reconstruction"), len(plan.quantized()))
+    if recipe.reconstruction.method == "least_squares":
+        return refit(graph, plan, feeds, threads, recipe.seed, advance)
+    end = time.monotonic() + 60 * recipe.reconstruction.minutes
+    return reconstruct(
+        graph,
+        plan,
+        feeds,
+        recipe.reconstruction,
+        seed=recipe.seed,
+        threads=threads,
+        advance=advance,
+        expired=lambda: time.monotonic() > end,
+    )
 
 
 def _write(points: Sequence[PartResult | Evaluation], file: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from test_plan import plan_of
+from test_plan import LARGEST, plan_of
 from tiny_models import TinyNet, run, simulate
 
 from quant.calibration import collect_statistics
@@ -56,7 +56,9 @@ def flowing_plan(net: TinyNet, scope: str = "depthwise") -> QuantPlan:
     operators = quantizable_operators(equalized, {op.name: 1000 for op in plan_of(net).operators})
     watched, outputs = observed_outputs(equalized, operators)
     statistics = collect_statistics(watched, [*activation_tensors(operators), *outputs.values()], feeds, 1)
-    plan = make_plan(equalized, operators, statistics, MinMax(), model="t", dtype="uint8", prepared_sha256="")
+    plan = make_plan(
+        equalized, operators, statistics, MinMax(), model="t", dtype="uint8", prepared_sha256="", largest=LARGEST
+    )
     plan.equalizers = equalizers
     plan.outputs = stored_outputs(outputs, statistics, MinMax(), "uint8")
     plan.integers = scales_for_biases(equalized, plan)

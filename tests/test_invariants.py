@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from test_plan import LARGEST
 
 from quant.bodies import inner_nodes
 from quant.calibration import collect_statistics, count_work, mean_work
@@ -151,7 +152,9 @@ def test_products_inside_of_a_loop_are_quantized_unless_the_policy_says_no(in_lo
     assert ({"asked", "matched"} <= chosen) == in_loop and not {"pairs", "mixed"} & chosen
     statistics = collect_statistics(graph, activation_tensors(operators), feeds(), 1)
     method = make_range_method("minmax", 99.999)
-    plan = make_plan(graph, operators, statistics, method, model="t", dtype="uint8", prepared_sha256="")
+    plan = make_plan(
+        graph, operators, statistics, method, model="t", dtype="uint8", prepared_sha256="", largest=LARGEST
+    )
     missing = sum(op.macs for op in operators if op.in_loop and op.name not in chosen)
     assert missing and plan.coverage() == 1 - missing / sum(op.macs for op in operators)
     simulated = simulated_session(graph, plan, 1)

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import operator, plan_with
 
-from quant.ladder import FAINT, SearchScore, climb, revert_to
+from quant.ladder import FAINT, SearchScore, climb, fits, revert_to
 from quant.plan import QuantPlan
-from quant.recipe import Gate, Ladder
+from quant.recipe import Gate, Ladder, LadderMethod
 
 GATE = Gate(max_drop=1.0, max_relative_drop=1.0)
 
@@ -301,6 +302,52 @@ def test_where_the_nearest_choice_fails_by_its_score_the_others_of_its_coverage_
     _, rungs = climb(plan_with(*operators), ladder(0.9), GATE, 0.7, judge)
     assert [(rung.error, rung.passed) for rung in rungs] == [(0.02, False), (0.005, False), (0.006, True)]
     assert rungs[1].reverted > rungs[2].reverted == 1
+
+
+def fit(plan: QuantPlan) -> QuantPlan:
+    """Stands for the fit of weights: what it was given is in its notes."""
+    return replace(plan, notes=[*plan.notes, f"fitted {len(plan.quantized())}"])
+
+
+def test_weights_are_fitted_where_a_step_fails_before_more_goes_back() -> None:
+    scores = score(3.0), score(2.0), score(1.5), score(0.5)
+    plan, rungs = climb(ten_operators(), ladder(0.9, 0.8), GATE, 0.5, Scripted(*scores), fit=fit)
+    assert [(r.name, r.coverage, r.reverted, r.passed) for r in rungs] == [
+        ("ptq", 1.0, 0, False),
+        ("ptq, fit", 1.0, 0, False),
+        ("revert 1", 0.9, 1, False),
+        ("revert 1, fit", 0.9, 1, True),
+    ]
+    assert (plan.method, plan.notes) == ("ptq+revert+fit", ["fitted 9"]), "fitted anew from the plan without fit"
+
+
+def test_what_passes_is_not_fitted() -> None:
+    plan, rungs = climb(ten_operators(), ladder(0.9), GATE, 0.5, Scripted(score(0.5)), fit=fit)
+    assert ([r.name for r in rungs], plan.method, plan.notes) == (["ptq"], "ptq", [])
+
+
+def test_of_equals_the_plan_that_was_not_fitted_is_taken() -> None:
+    scores = [score(2.0)] * 4
+    plan, rungs = climb(ten_operators(), ladder(), GATE, 0.9, Scripted(*scores), fit=fit)
+    assert [r.name for r in rungs] == ["ptq", "ptq, fit", "revert 1", "revert 1, fit"]
+    assert (plan.method, plan.notes) == ("ptq", [])
+
+
+def test_the_nearest_choice_is_fitted() -> None:
+    operators = [operator("bad", 1, damage=1.0), *(operator(f"op{i}", 2, damage=0.1) for i in range(50))]
+    judge = Scripted(
+        score(9.0), score(9.0), score(2.0), score(2.0), score(0.0), errors=[0.02, 0.01, 0.006, 0.005, 0.001]
+    )
+    _, rungs = climb(plan_with(*operators), ladder(0.9), GATE, 0.7, judge, fit=fit)
+    nearest = min((rung for rung in rungs[2:-1]), key=lambda rung: rung.error)
+    assert rungs[-1].passed and rungs[-1].name == f"revert {nearest.reverted}, fit"
+
+
+@pytest.mark.parametrize(
+    ("method", "samples", "expected"), [("ptq", 16, True), ("auto", 16, True), ("qat", 16, False), ("ptq", 0, False)]
+)
+def test_when_weights_are_fitted(method: LadderMethod, samples: int, expected: bool) -> None:
+    assert fits(ladder().model_copy(update={"method": method, "fit_samples": samples})) is expected
 
 
 def test_a_gain_passes() -> None:

@@ -21,8 +21,11 @@ from quant import calibration
 from quant.calibration import collect_statistics, count_work, load_statistics, save_statistics
 from quant.equalization import Equalizer
 from quant.errors import InputError
+from quant.manifest import products_saturate
 from quant.observer import MinMax
 from quant.plan import (
+    FULL_WEIGHTS,
+    REDUCED_WEIGHTS,
     Operator,
     QuantPlan,
     corrected_graph,
@@ -34,6 +37,9 @@ from quant.plan import (
 )
 from quant.ptq import activation_tensors, make_plan
 
+LARGEST = REDUCED_WEIGHTS if products_saturate() else FULL_WEIGHTS
+"""Integer of a weight, for plans that are run on a target: whether 16 bits hold two products hangs on the processor."""
+
 
 def plan_of(net: TinyNet, dtype: str = "uint8", **changes: Any) -> QuantPlan:
     """A complete plan of a tiny net by min-max calibration."""
@@ -41,7 +47,9 @@ def plan_of(net: TinyNet, dtype: str = "uint8", **changes: Any) -> QuantPlan:
     feeds = [net.feed(seed) for seed in range(3)]
     operators = quantizable_operators(graph, count_work(graph, feeds[0], 1).macs)
     statistics = collect_statistics(graph, activation_tensors(operators), feeds, 1)
-    plan = make_plan(graph, operators, statistics, MinMax(), model="tiny", dtype=dtype, prepared_sha256="0" * 64)
+    plan = make_plan(
+        graph, operators, statistics, MinMax(), model="tiny", dtype=dtype, prepared_sha256="0" * 64, largest=LARGEST
+    )
     for name, value in changes.items():
         setattr(plan, name, value)
     return plan

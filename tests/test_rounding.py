@@ -9,10 +9,9 @@ import pytest
 from test_plan import plan_of
 from tiny_models import TinyNet, run
 
-from quant import rounding
 from quant.graph import Graph
 from quant.plan import FULL_WEIGHTS, REDUCED_WEIGHTS, QuantPlan, dequantize_weight, quantize_weight
-from quant.rounding import Moments, collect_moments, round_by_moments
+from quant.rounding import Moments, collect_moments, round_by_moments, round_rows
 from quant.runtime import Feed
 
 
@@ -79,14 +78,14 @@ def test_unseen_outputs_are_nearer_than_with_nearest_rounding(name: str) -> None
 
 def test_independent_inputs_are_rounded_to_nearest() -> None:
     rows = 20 * np.random.default_rng(0).standard_normal((2, 5, 6))
-    values = rounding._round_rows(rows, np.stack([np.diag(np.arange(1.0, 7.0))] * 2), 0.0)
+    values = round_rows(rows, np.stack([np.diag(np.arange(1.0, 7.0))] * 2), 0.0)
     np.testing.assert_array_equal(values, np.rint(rows))
 
 
 def test_two_inputs_that_move_together_find_the_best_pair() -> None:
     hessian = np.array([[[1.0, 0.95], [0.95, 1.0]]])
     row = np.array([10.4, 7.4])
-    found = rounding._round_rows(row.reshape(1, 1, 2), hessian, 0.0)[0, 0]
+    found = round_rows(row.reshape(1, 1, 2), hessian, 0.0)[0, 0]
 
     def cost(pair: np.ndarray) -> float:
         return float((row - pair) @ hessian[0] @ (row - pair))
@@ -111,21 +110,6 @@ def test_small_movements_far_from_zero_are_not_lost() -> None:
     moments = Moments.of(patches[:, :30])
     moments.update(patches[:, 30:])
     np.testing.assert_allclose(moments.covariance()[0], np.cov(patches[0].T.astype(np.float64), bias=True), rtol=1e-3)
-
-
-def test_patches_are_what_the_operator_reads() -> None:
-    """With identity moments out of the way: rows times patches give the operator's own outputs."""
-    net = TinyNet((1, 4, 7, 6), seed=8)
-    weight = net.weights(6, 2, 3, 2)
-    net.op("Conv", "x", net.const(weight), pads=[1, 0, 2, 1], strides=[2, 1], dilations=[1, 2], group=2)
-    graph, feed = net.graph(), net.feed()
-    patches = rounding._patches(graph, graph.nodes[0], feed["x"], np.random.default_rng(0))
-    outputs = np.matmul(patches, rounding._rows(graph.nodes[0], weight, 2).transpose(0, 2, 1))
-    exact = run(graph.to_model(), feed)[0]
-    groups = exact.reshape(2, 3, -1).transpose(0, 2, 1)
-    order = np.lexsort(np.round(outputs, 3).reshape(-1, 3).T)
-    wanted = np.lexsort(np.round(groups, 3).reshape(-1, 3).T)
-    np.testing.assert_allclose(outputs.reshape(-1, 3)[order], groups.reshape(-1, 3)[wanted], atol=1e-5)
 
 
 def test_layouts_that_are_not_supported_keep_their_rounding() -> None:

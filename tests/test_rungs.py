@@ -140,6 +140,27 @@ def test_qat_goes_on_from_what_reconstruction_left(tmp_path: Path, monkeypatch: 
     assert list((tmp_path / "cache" / "checkpoints").iterdir())
 
 
+def test_what_the_ladder_fitted_is_not_fitted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = small_detector()
+    plan = replace(coarse(plan_of(net)), method="ptq+fit")
+    _, rungs, _ = climbed(job_of("auto", tmp_path, monkeypatch, net), net, plan, 0.0)
+    assert [rung.name for rung in rungs] == ["qat"]
+    job = job_of("auto", tmp_path, monkeypatch, net, "reconstruction.method=gradients")
+    _, rungs, _ = climbed(job, net, plan, 0.0)
+    assert [rung.name for rung in rungs] == ["recon", "qat"]
+
+
+@pytest.mark.parametrize("method", ["least_squares", "gradients"])
+def test_both_reconstructions_end_nearer(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = small_detector()
+    plan = coarse(plan_of(net))
+    job = job_of("recon", tmp_path, monkeypatch, net, f"reconstruction.method={method}")
+    found, (rung,), seconds = climbed(job, net, plan, 0.0)
+    assert error(net, found) == pytest.approx(rung.error) and rung.error < 0.9 * error(net, plan)
+    parts = json.loads((tmp_path / "recon.json").read_text(encoding="utf-8"))
+    assert parts and all(part["after"] <= part["before"] for part in parts) and seconds["recon"] >= 0
+
+
 def test_a_checkpoint_is_of_its_code_and_pictures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = small_detector()
     plan, job = plan_of(net), job_of("qat", tmp_path, monkeypatch, net)
@@ -198,8 +219,8 @@ def test_what_cannot_be_trained_keeps_its_plan_unless_it_was_asked_for(
 ) -> None:
     net = TinyNet((1, 3, 8, 8), free=(0, 2, 3))
     net.conv(net.op("Erf", net.conv("x", 3, 4)), 4, 2)
-    plan, together = plan_of(net), "reconstruction.operators=2"
-    found, rungs, _ = climbed(job_of("auto", tmp_path, monkeypatch, net, together), net, plan, 0.0)
+    plan, parts = plan_of(net), ["reconstruction.method=gradients", "reconstruction.operators=2"]
+    found, rungs, _ = climbed(job_of("auto", tmp_path, monkeypatch, net, *parts), net, plan, 0.0)
     assert found is plan and rungs == []
     assert "Erf" in caplog.text
     with pytest.raises(NotTrainable, match="Erf"):
@@ -217,17 +238,26 @@ def test_when_weights_are_trained(method: str, passed: bool, expected: bool) -> 
     assert trains(recipe.ladder, Rung("ptq", 1.0, 0, 0.0, None, passed)) is expected
 
 
-def test_an_estimate_comes_from_one_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "minutes", "others"),
+    [
+        pytest.param("gradients", 1.5, 3.0, id="3 seconds for 2 pictures, or for the one of the first size"),
+        pytest.param("least_squares", 0.1, 0.1, id="3 seconds for 2 pictures and for all"),
+    ],
+)
+def test_an_estimate_comes_from_what_little_takes(
+    method: str, minutes: float, others: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     net = small_detector()
     monkeypatch.setattr("quant.rungs.prepared_graph", lambda job: net.graph())
     clock = itertools.count(0, 3)
     monkeypatch.setattr("quant.rungs.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
-    found = estimated_minutes(job_of("auto", tmp_path, monkeypatch, net))
-    assert found == {"recon": 1.5, "qat": 1.0}, "3 seconds for 2 pictures"
+    found = estimated_minutes(job_of("auto", tmp_path, monkeypatch, net, f"reconstruction.method={method}"))
+    assert found == {"recon": minutes, "qat": 1.0}
     pictures = [net.feed(), {"x": np.zeros((1, 3, 8, 16), dtype=np.float32)}]
-    job = job_of("auto", tmp_path, monkeypatch, net)
+    job = job_of("auto", tmp_path, monkeypatch, net, f"reconstruction.method={method}")
     monkeypatch.setattr("quant.rungs.first_feeds", lambda job, samples, count: pictures)
-    assert estimated_minutes(job) == {"recon": 3.0, "qat": 2.0}, "3 seconds for the one of the first size"
+    assert estimated_minutes(job) == {"recon": others, "qat": 2.0}
     assert estimated_minutes(job_of("ptq", tmp_path, monkeypatch, net)) == {}
 
 
