@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from eval.evaluation import readable
+from eval.gate import judge
 from eval.metric import Metric, make_metric
 from eval.statistics import estimate_drop
 from quant.card import markdown_table
 from quant.job import Job, Options, prepared_graph, start
 from quant.judging import outcomes_of
+from quant.manifest import processor, products_saturate
 from quant.pipeline import Quantized, quantize
 from quant.plan import QuantPlan
 from quant.recipe import limited_to, load_recipe
@@ -47,7 +49,8 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     arguments = parser.parse_args()
     outcomes, errors = {}, {}
-    report: dict[str, Any] = {"model": arguments.model, "target": arguments.target, "methods": {}}
+    report: dict[str, Any] = {"model": arguments.model, "target": arguments.target}
+    report |= {"processor": processor(), "saturating": products_saturate(), "methods": {}}
     for method in dict.fromkeys(["ptq", *arguments.methods.split(",")]):
         job = _job(arguments, method)
         done = quantize(job, arguments.target)
@@ -68,6 +71,7 @@ def main() -> None:
 
 def _job(arguments: argparse.Namespace, method: str) -> Job:
     fixed = [f"ladder.method={method}", f"targets.{arguments.target}.min_coverage=1", "ladder.coverage_steps=[]"]
+    fixed.append("ladder.fit_samples=0")  # plain PTQ is what the others start from
     limits = [f"{part}.minutes={arguments.minutes}" for part in ("reconstruction", "qat")]
     recipe = load_recipe(arguments.model, [*fixed, *limits, *arguments.overrides])
     options = Options(RESULTS, arguments.threads, lambda what, done, total: None)
@@ -82,6 +86,9 @@ def _compared(job: Job, done: Quantized, outcomes: dict[str, Any], method: str) 
         "ladder": [rung.document() for rung in done.rungs],
         "against_fp32": _estimate(metric, mine.fp32, mine.int8),
     }
+    drop = found["against_fp32"]
+    bounds = (drop["drop"], drop["relative_drop"], drop["drop_upper95"], drop["relative_drop_upper95"])
+    found["gate"] = judge(*bounds, job.recipe.gate, "real").model_dump()
     if method != "ptq":
         found["against_ptq"] = _estimate(metric, outcomes["ptq"].int8, mine.int8)
     curve = done.planned / "qat.json"
@@ -109,14 +116,18 @@ def _estimate(metric: Metric, before: Any, after: Any) -> dict[str, float]:
 
 def table(report: dict[str, Any]) -> str:
     """What each method gave, in Markdown; changes are those against PTQ."""
-    headings = ["Method", "Coverage", "Drop (95 % bound)", "Discordance", "Error of outputs", "Its change", "Seconds"]
+    headings = ["Method", "Coverage", "Drop (95 % bound)", "Gate", "Discordance", "Error of outputs", "Its change"]
+    headings.append("Seconds")
     methods = report["methods"]
     rows = [_row(name, found, methods["ptq"]) for name, found in methods.items()]
     samples = methods["ptq"]["against_fp32"]["samples"]
     title = f"# {report['model']} on {report['target']}, every convolution and matrix product in INT8"
     text = (
         f"Written by `benchmarks/qat.py`. {samples} samples of the report split. Drop in points against FP32; the "
-        "change of the error against PTQ, with 95 % of its paired bootstrap in brackets."
+        "change of the error against PTQ, with 95 % of its paired bootstrap in brackets. Seconds are those of the "
+        f"method after PTQ, beside other work. {report['processor']['cores']} cores, "
+        f"{', '.join(report['processor']['features']) or 'no vector instructions known here'}"
+        f"{': products saturate there, so weights have 7 bits' if report['saturating'] else ''}."
     )
     return "\n\n".join([title, text, markdown_table(headings, rows)]) + "\n"
 
@@ -132,7 +143,9 @@ def _row(name: str, found: dict[str, Any], ptq: dict[str, Any]) -> list[str]:
         changed = f"plan kept, since the search split gave {rung['error']:.4f} after {found['ladder'][0]['error']:.4f}"
     else:
         changed = f"{100 * change['change']:+.1f} % ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
-    return [name, *shares, *errors, changed, "" if rung["seconds"] is None else f"{rung['seconds']:.0f}"]
+    gate = found["gate"]
+    verdict = "certified" if gate["certified"] else "passed" if gate["passed"] else "failed"
+    return [name, *shares, verdict, *errors, changed, "" if rung["seconds"] is None else f"{rung['seconds']:.0f}"]
 
 
 def draw_curve(curve: list[dict[str, Any]], title: str, file: Path) -> None:

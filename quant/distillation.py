@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, helper
 
 from quant.errors import InputError
 from quant.graph import Graph, attribute
@@ -55,13 +55,14 @@ def aims(
 
     Args:
         nodes: names of tensors; a negative number stands for what an operator with weights reads, counted from the end.
+        nodes_weight: of all of them, beside an output.
         outputs: what counts of outputs that end in Softmax or Sigmoid.
     """
     producers = prepared.producers()
     names = [_node_name(prepared, node) for node in nodes]
     if unknown := [name for name in names if name not in producers]:
         raise InputError(f"qat.nodes: '{unknown[0]}' is no tensor of the prepared model; see its inference.onnx")
-    inner = [Aim(name, "plain", weight=nodes_weight) for name in names]
+    inner = [Aim(name, "plain", weight=nodes_weight / len(names)) for name in names]
     return [*(_chosen(_output_aim(producers, name), name, outputs) for name in prepared.outputs), *inner]
 
 
@@ -91,15 +92,30 @@ def _output_aim(producers: Mapping[str, NodeProto], output: str) -> Aim:
 
 
 class Teacher:
-    """The FP32 network, on onnxruntime: no gradient ever reaches it."""
+    """The FP32 network, on onnxruntime: no gradient ever reaches it.
 
-    def __init__(self, prepared: Graph, sought: Sequence[Aim], threads: int) -> None:
-        self._names = [aim.tensor for aim in sought]
-        self._session = onnx_session(prepared.ending_at(self._names).to_model(), threads)
+    Args:
+        convs: convolutions whose channels' means are told too.
+    """
 
-    def answer(self, feed: Feed) -> list[Array]:
-        """Its values of the sought tensors."""
-        return self._session.run(feed, self._names)
+    def __init__(self, prepared: Graph, sought: Sequence[Aim], threads: int, convs: Sequence[str] = ()) -> None:
+        self._names, self._convs = [aim.tensor for aim in sought], [*convs]
+        graph = prepared.ending_at([*self._names, *self._convs])
+        self._means = [_add_mean(graph, name) for name in self._convs]
+        self._session = onnx_session(graph.to_model([*self._names, *self._means]), threads)
+
+    def answer(self, feed: Feed) -> tuple[list[Array], dict[str, Array]]:
+        """Its values of the sought tensors, and the mean of each channel of `convs` over the batch, float32[C]."""
+        found = self._session.run(feed, [*self._names, *self._means])
+        count = len(self._names)
+        means = (pooled.mean(axis=0).reshape(-1) for pooled in found[count:])
+        return found[:count], dict(zip(self._convs, means, strict=True))
+
+
+def _add_mean(graph: Graph, name: str) -> str:
+    mean = graph.fresh_name(f"{name}_mean")
+    graph.nodes.append(helper.make_node("GlobalAveragePool", [name], [mean], name=mean))
+    return mean
 
 
 def loss(sought: Sequence[Aim], found: Mapping[str, Value], exact: Sequence[Array]) -> Any:

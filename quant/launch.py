@@ -53,12 +53,14 @@ def distil_together(
     *,
     seed: int,
     threads: int,
+    bias_pictures: int = 0,
     checkpoint: Path | None = None,
 ) -> tuple[QuantPlan, list[Evaluation]]:
     """What `distil` gives, by `settings.processes` of them.
 
     Args:
         held_out: pictures that the error is measured on.
+        bias_pictures: as of `distil`.
         threads: of each process.
 
     Raises:
@@ -74,6 +76,7 @@ def distil_together(
             "settings": settings.model_dump(),
             "seed": seed,
             "threads": threads,
+            "bias_pictures": bias_pictures,
             "checkpoint": str(checkpoint or ""),
             "learned": len(feeds),
             "held_out": len(held_out),
@@ -103,6 +106,7 @@ def _train(folder: Path) -> None:
         lambda plan: output_error(simulated_session(graph, plan, threads), held_out, exact),
         seed=job["seed"],
         threads=threads,
+        bias_pictures=job["bias_pictures"],
         checkpoint=Path(job["checkpoint"]) if job["checkpoint"] else None,
         team=team,
     )

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from quant.bias import corrected_operators, sequential_biases
 from quant.distillation import Aim, Teacher, aims, loss
 from quant.errors import NotTrainable
 from quant.graph import Graph
@@ -23,7 +24,7 @@ from quant.recipe import Training
 from quant.runtime import Feed
 from quant.student import Student, whole_student
 from quant.team import ALONE, Team
-from quant.training import Schedule, Trainer, batches, load_checkpoint, save_checkpoint, shuffled
+from quant.training import Averaged, Schedule, Trainer, batches, load_checkpoint, save_checkpoint, shuffled
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def distil(
     *,
     seed: int,
     threads: int,
+    bias_pictures: int = 0,
     checkpoint: Path | None = None,
     advance: Callable[[], None] = lambda: None,
     team: Team = ALONE,
@@ -84,6 +86,7 @@ def distil(
     Args:
         feeds: calibration pictures.
         evaluate: error of a plan on pictures that are not among them.
+        bias_pictures: calibration pictures that biases which do not learn are corrected on.
         checkpoint: file to go on from where it exists, written at every evaluation.
         advance: called after each iteration.
         team: of processes that train together; each calls this with the same arguments.
@@ -95,16 +98,28 @@ def distil(
     import paddle
 
     student = whole_student(prepared, plan, settings.learned, settings.quantizers)
-    sought = aims(prepared, settings.nodes, outputs=settings.outputs, nodes_weight=settings.nodes_weight)
+    nodes = [*settings.nodes, *_spread(student, settings)]
+    sought = aims(prepared, nodes, outputs=settings.outputs, nodes_weight=settings.nodes_weight)
     _check_nodes(sought, student)
-    teacher, inputs = Teacher(prepared, sought, threads), batches(prepared, feeds, settings.batch)
+    follow = bias_pictures > 0 and "biases" not in settings.learned
+    teacher = Teacher(prepared, sought, threads, corrected_operators(plan) if follow else [])
+    inputs = batches(prepared, feeds, settings.batch)
     trainer = Trainer(student.parameters, Schedule(settings.learning_rate, settings.warm_up, settings.iterations))
     with paddle.no_grad():  # an operator that cannot be trained shows itself before minutes are spent
         student.run(inputs[0], [aim.tensor for aim in sought])
+    averaged = Averaged(student.state(), settings.average)
+
+    def refined() -> QuantPlan:
+        found = student.refined(plan)
+        if not follow:
+            return found
+        return replace(found, bias_shifts=sequential_biases(prepared, found, feeds[:bias_pictures], threads))
+
     progress = _Progress([Evaluation(0, None, team.led(lambda: evaluate(plan)))], student.state())
     if checkpoint is not None and (saved := load_checkpoint(checkpoint)) is not None:
         progress = _Progress([Evaluation(**point) for point in saved["curve"]], saved["best"], saved["seconds"])
         student.restore(saved["student"])
+        averaged.state = saved["averaged"]
         trainer.restore(saved["trainer"])
     begun, losses = time.monotonic() - progress.seconds, list[float]()
     mine = islice(shuffled(len(inputs), settings.iterations * team.size, seed), team.rank, None, team.size)
@@ -113,37 +128,59 @@ def distil(
             continue
         if progress.over(settings):  # perhaps it was so already when the checkpoint was written
             break
-        found = student.run(inputs[chosen], [aim.tensor for aim in sought])
-        losses.append(trainer.step(step, loss(sought, found, teacher.answer(inputs[chosen])), team))
+        answer, means = teacher.answer(inputs[chosen])
+        found = student.run(inputs[chosen], [aim.tensor for aim in sought], means)
+        losses.append(trainer.step(step, loss(sought, found, answer), team))
         student.follow(settings.momentum, team)
+        averaged.update(student.state())
         advance()
         late = team.first(time.monotonic() - begun) > 60 * settings.minutes
         if (step + 1) % settings.evaluate_every and step + 1 < settings.iterations and not late:
             continue
-        error = team.led(lambda: evaluate(student.refined(plan)))
+        current = student.state()
+        student.restore(averaged.state)
+        error = team.led(lambda: evaluate(refined()))
+        student.restore(current)
         if error < progress.best_error():
-            progress.best = student.state()
+            progress.best = averaged.state
         progress.curve.append(Evaluation(step + 1, math.fsum(losses) / len(losses), error))
         progress.seconds, losses = team.first(time.monotonic() - begun), []
         if checkpoint is not None and team.leads:
-            save_checkpoint(checkpoint, _document(progress, student.state(), trainer.state()))
+            save_checkpoint(checkpoint, _document(progress, current, averaged.state, trainer.state()))
     student.restore(progress.best)
-    return (student.refined(plan) if progress.stale() < len(progress.curve) - 1 else plan), progress.curve
+    return (refined() if progress.stale() < len(progress.curve) - 1 else plan), progress.curve
 
 
 def _check_nodes(sought: Sequence[Aim], student: Student) -> None:
     """Raise NotTrainable for a tensor that stands inside of an integer chain, where it is scaled or not computed."""
-    whole = {name for node in student.nodes for name in node.output} - set(student.traced.factors)
+    whole = _whole(student)
     if lost := [aim.tensor for aim in sought if aim.tensor not in whole]:
         raise NotTrainable(f"qat.nodes: '{lost[0]}' flows in integers in this plan; name a tensor before or after it")
 
 
-def _document(progress: _Progress, student: dict[str, Any], trainer: dict[str, Any]) -> dict[str, Any]:
+def _spread(student: Student, settings: Training) -> list[str]:
+    """What every `settings.every`-th operator with weights writes, of those that write what FP32 writes."""
+    if not settings.every:
+        return []
+    whole = _whole(student)
+    written = [op.name for op in student.plan.quantized().values() if op.weight is not None and op.name in whole]
+    return written[settings.every - 1 :: settings.every]
+
+
+def _whole(student: Student) -> set[str]:
+    """Tensors of the student that stand for FP32's of the same name: those inside of an integer chain are scaled."""
+    return {name for node in student.nodes for name in node.output} - set(student.traced.factors)
+
+
+def _document(
+    progress: _Progress, student: dict[str, Any], averaged: dict[str, Any], trainer: dict[str, Any]
+) -> dict[str, Any]:
     curve = [asdict(point) for point in progress.curve]
     return {
         "curve": curve,
         "best": progress.best,
         "seconds": progress.seconds,
         "student": student,
+        "averaged": averaged,
         "trainer": trainer,
     }

@@ -239,22 +239,30 @@ class Training(_Part):
         description="inner tensors that are to be like FP32's, by name; -3: what the third last operator with weights "
         "reads, whatever an export named it",
     )
-    nodes_weight: float = Field(1.0, gt=0, description="of each of them, beside an output")
+    every: int = Field(
+        3, ge=0, description="of so many operators with weights, what one writes is to be like FP32's, too; 0: none"
+    )
+    nodes_weight: float = Field(1.0, gt=0, description="of all inner tensors together, beside an output")
     learned: list[Learned] = Field(
-        ["weights", "biases", "scales"], min_length=1, description="ranges: scales of activations"
+        ["weights"],
+        min_length=1,
+        description="ranges: scales of activations; biases that are not learned are corrected at every look",
     )
     quantizers: Quantizers = Field("lsq", description="how ranges move, where they are learned; see `quant.quantizer`")
     momentum: Fraction = Field(0.9, description="of quantizers: moving_average; what is kept of the batches before")
     samples: int = Field(128, ge=1, description="calibration pictures")
-    learning_rate: float = Field(2e-3, gt=0, description="integer steps per iteration, about, for weights")
-    warm_up: int = Field(20, ge=0, description="iterations over which the rate rises")
+    average: Fraction = Field(
+        0.9, description="what is measured and kept is a moving average of the states; so much of it stays at a step"
+    )
+    learning_rate: float = Field(5e-3, gt=0, description="integer steps per iteration, about, for weights")
+    warm_up: int = Field(10, ge=0, description="iterations over which the rate rises")
     batch: int = Field(8, ge=1, description="pictures, of one size")
     processes: int = Field(
         1, ge=1, description="of Paddle's launcher, with a batch each: on a GPU each where there are as many"
     )
-    iterations: int = Field(300, ge=1)
-    minutes: float = Field(10, gt=0, description="no iteration begins later")
-    evaluate_every: int = Field(25, ge=1, description="iterations between two looks at pictures of the search split")
+    iterations: int = Field(60, ge=1)
+    minutes: float = Field(20, gt=0, description="no iteration begins later")
+    evaluate_every: int = Field(10, ge=1, description="iterations between two looks at pictures of the search split")
     patience: int = Field(4, ge=1, description="looks without a better state before it stops")
 
     @model_validator(mode="after")

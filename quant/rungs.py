@@ -170,7 +170,9 @@ def _trained(job: Job, graph: Graph, done: Trained, method: Method, judge: Judge
     feeds = first_feeds(job, job.selection.calibration, recipe.qat.samples)
     advance = counted(job.options.progress, job.title("QAT"), recipe.qat.iterations)
     done.checkpoints.append(_checkpoint(job, plan))
+    corrected = recipe.calibration.bias_samples if recipe.calibration.bias_correction == "full" else 0
     shared: dict[str, Any] = {"seed": recipe.seed, "threads": threads, "checkpoint": done.checkpoints[-1]}
+    shared["bias_pictures"] = corrected
     if recipe.qat.processes > 1:
         held_out = first_feeds(job, job.selection.search, recipe.ladder.error_samples)
         candidate, curve = distil_together(graph, plan, feeds, held_out, recipe.qat, **shared)

@@ -138,6 +138,7 @@ class Student:
         import_paddle().disable_static()
         self._quantizers = quantizers
         self._spanned: dict[int, float] = {}
+        self._means: Mapping[str, Array] = {}
         self.plan, self.traced, self.nodes = plan, traced, nodes
         self._fixed = dict(fixed or {})
         self._writers = {node.output[0]: node for node in traced.nodes if node.op_type in (_ROUNDED, _WEIGHT)}
@@ -187,14 +188,18 @@ class Student:
         """What holds after this student, for the `fixed` of the next."""
         return {**self._fixed, **{key: value.detach() for key, value in self.parameters.items()}}
 
-    def run(self, values: Mapping[str, Value], keep: Collection[str]) -> dict[str, Value]:
+    def run(
+        self, values: Mapping[str, Value], keep: Collection[str], means: Mapping[str, Array] | None = None
+    ) -> dict[str, Value]:
         """Compute the nodes that what is kept depends on.
 
         Args:
             values: what the nodes read and do not write.
             keep: names of tensors to give back, written here or given.
+            means: that the channels of convolutions are moved to, as corrected biases will move them, float32[C].
         """
         self._spanned.clear()
+        self._means = means or {}
         known: dict[str, Value] = {**self._constants, **values}
         nodes = _leading_to(keep, self.nodes)
         last = {name: index for index, node in enumerate(nodes) for name in reads(node)}
@@ -220,7 +225,15 @@ class Student:
             inputs[2:] = [shift if len(inputs) < 3 else inputs[2] + shift]
         if node.output[0] in self.traced.integer_biases:
             inputs[2] = self._integer_bias(node, inputs[2])
-        return compute(node, inputs)
+        found = compute(node, inputs)
+        return [self._moved(node.output[0], found[0])] if node.output[0] in self._means else found
+
+    def _moved(self, name: str, values: Any) -> Any:
+        """What a convolution writes, with the mean of each channel where it is to be."""
+        sought = self._means[name] * self.traced.factors.get(name, np.ones(1))
+        places = [1, -1, *(1 for _ in values.shape[2:])]
+        off = tensor(sought.astype(np.float32)) - values.mean([0, *range(2, values.ndim)])
+        return values + off.reshape(places)
 
     def _integer_bias(self, node: NodeProto, bias: Any) -> Any:
         """In steps of the accumulator, as integer kernels add it; these follow the scales that are learned."""

@@ -75,6 +75,20 @@ class Trainer:
         self._adam.set_state_dict(dict(state))
 
 
+class Averaged:
+    """A moving average of states, in which what goes to and fro at each step cancels.
+
+    Source: Tarvainen and Valpola, "Mean teachers are better role models", 2017, section 2.
+    """
+
+    def __init__(self, state: Mapping[str, Array], kept: float) -> None:
+        self.state, self._kept = dict(state), kept
+
+    def update(self, state: Mapping[str, Array]) -> None:
+        """Take in the state after a step."""
+        self.state = {name: self._kept * self.state[name] + (1 - self._kept) * now for name, now in state.items()}
+
+
 def batches(prepared: Graph, feeds: Sequence[Feed], size: int) -> list[Feed]:
     """Pictures of equal shapes side by side, at most `size`; alone where the model takes one, or more than pictures."""
     fixed = any((shape := prepared.shape(name)) is not None and shape[0] is not None for name in prepared.inputs)

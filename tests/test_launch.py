@@ -27,9 +27,9 @@ from quant.runtime import Feed
 from quant.sensitivity import output_error
 from quant.simulation import simulated_session
 from quant.student import KINDS, whole_student
-from quant.training import Schedule, Trainer, batches, load_checkpoint, shuffled
+from quant.training import Averaged, Schedule, Trainer, batches, load_checkpoint, shuffled
 
-FEW: dict[str, Any] = {"iterations": 40, "evaluate_every": 5, "learned": [*KINDS], "batch": 1}
+FEW: dict[str, Any] = {"iterations": 40, "evaluate_every": 5, "learned": [*KINDS], "batch": 1, "every": 0}
 
 
 def held_out(net: TinyNet) -> list[Feed]:
@@ -47,12 +47,17 @@ def stepped(net: TinyNet, plan: QuantPlan, chosen: Training, processes: int) -> 
     teacher, inputs = Teacher(net.graph(), sought, 1), batches(net.graph(), feeds_of(net), chosen.batch)
     trainer = Trainer(student.parameters, Schedule(chosen.learning_rate, chosen.warm_up, chosen.iterations))
     order, errors = list(shuffled(len(inputs), processes * chosen.iterations, 0)), [error_of(net, plan)]
+    averaged = Averaged(student.state(), chosen.average)
     for step in range(chosen.iterations):
         feeds = [inputs[number] for number in order[processes * step :][:processes]]
-        found = [loss(sought, student.run(f, [aim.tensor for aim in sought]), teacher.answer(f)) for f in feeds]
+        found = [loss(sought, student.run(f, [aim.tensor for aim in sought]), teacher.answer(f)[0]) for f in feeds]
         trainer.step(step, sum(found) / processes)
+        averaged.update(student.state())
         if (step + 1) % chosen.evaluate_every == 0:
+            current = student.state()
+            student.restore(averaged.state)
             errors.append(error_of(net, student.refined(plan)))
+            student.restore(current)
     return errors
 
 

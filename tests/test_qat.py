@@ -14,16 +14,17 @@ from test_plan import plan_of
 from test_reconstruction import coarse, error
 from tiny_models import TinyNet, run, small_detector, small_recognizer
 
+from quant.bias import corrected_operators, sequential_biases
 from quant.distillation import Aim, Teacher, aims, loss
 from quant.errors import InputError
 from quant.kernels import tensor
 from quant.plan import QuantPlan
 from quant.program import import_paddle
-from quant.qat import Evaluation, distil
+from quant.qat import Evaluation, _spread, distil
 from quant.recipe import Quantizers, Training
 from quant.runtime import Feed
 from quant.student import KINDS, student_outputs, trace, whole_student
-from quant.training import Schedule, batches, shuffled
+from quant.training import Averaged, Schedule, batches, shuffled
 
 FEW = {"iterations": 40, "batch": 2, "warm_up": 4, "learning_rate": 5e-2, "evaluate_every": 10, "patience": 9}
 
@@ -71,6 +72,63 @@ def test_it_ends_nearer_to_fp32_than_its_plan(make: Callable[[], TinyNet]) -> No
     assert curve[0] == Evaluation(0, None, error(net, plan))
     assert error(net, refined) == pytest.approx(min(point.error for point in curve))
     assert error(net, refined) < 0.8 * error(net, plan)
+
+
+@pytest.mark.parametrize(("make", "planned"), [(small_detector, plan_of), (mobile_block, flowing_plan)])
+def test_biases_that_do_not_learn_are_corrected_for_the_weights_that_do(
+    make: Callable[[], TinyNet], planned: Callable[[TinyNet], QuantPlan]
+) -> None:
+    net, looks = make(), list[QuantPlan]()
+    plan = coarse(planned(net))
+
+    def evaluate(seen: QuantPlan) -> float:
+        looks.append(seen)
+        return error(net, seen)
+
+    found, curve = distil(net.graph(), plan, feeds_of(net), settings(), evaluate, seed=0, threads=1, bias_pictures=6)
+    assert min(point.error for point in curve) < curve[0].error and looks[0] is plan
+    for seen in (found, *looks[1:]):
+        for name, shift in sequential_biases(net.graph(), seen, feeds_of(net), 1).items():
+            np.testing.assert_array_equal(seen.bias_shifts[name], shift)
+
+
+def test_a_student_writes_the_means_that_it_is_given() -> None:
+    net = mobile_block()
+    graph, plan = net.graph(), coarse(flowing_plan(net), 0.05)
+    convs = corrected_operators(plan)
+    student = whole_student(graph, plan, ["weights"])
+    answer, means = Teacher(graph, aims(graph), 1, convs).answer(net.feed())
+    exact = dict(zip(convs, run(graph.to_model(convs), net.feed(), *convs), strict=True))
+    found = student.run(net.feed(), convs, means)
+    assert student.traced.factors, "some of them write other than natural values"
+    for name in convs:
+        np.testing.assert_allclose(means[name], exact[name].mean(axis=(0, 2, 3)), rtol=1e-4, atol=1e-6)
+        factor = student.traced.factors.get(name, np.ones(1))
+        written = np.asarray(found[name]).mean(axis=(0, 2, 3))
+        np.testing.assert_allclose(written, means[name] * factor, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(answer[0], run(net.model(), net.feed())[0], rtol=1e-5, atol=1e-6)
+
+
+def test_what_goes_to_and_fro_cancels_in_the_average() -> None:
+    averaged = Averaged({"w": np.zeros(1)}, 0.9)
+    for step in range(200):
+        averaged.update({"w": np.array([1.0 + (-1) ** step])})
+    assert averaged.state["w"][0] == pytest.approx(1.0, abs=0.06)
+
+
+@pytest.mark.parametrize(("every", "expected"), [(0, []), (1, ["first", "deep", "last"]), (2, ["deep"])])
+def test_inner_tensors_are_spread_over_the_network(every: int, expected: list[str]) -> None:
+    net = mobile_block()
+    names = [op.name for op in plan_of(net).operators]
+    student = whole_student(net.graph(), plan_of(net), ["weights"])
+    assert names == ["first", "deep", "last"] and _spread(student, settings(every=every)) == expected
+    flowing = whole_student(net.graph(), flowing_plan(net), ["weights"])
+    assert not set(_spread(flowing, settings(every=1))) & set(flowing.traced.factors)
+
+
+def test_inner_tensors_count_as_much_as_an_output_together() -> None:
+    graph = small_detector().graph()
+    assert [aim.weight for aim in aims(graph, ["t1", "t2"], nodes_weight=0.5)] == [1.0, 0.25, 0.25]
 
 
 def test_a_plan_that_cannot_be_bettered_is_kept() -> None:
@@ -158,7 +216,7 @@ def test_a_loss_does_not_hang_on_batch_and_size() -> None:
     teacher, once = Teacher(graph, sought, 1), net.feed()
 
     def found(feed: Feed) -> float:
-        return float(loss(sought, student.run(feed, [aim.tensor for aim in sought]), teacher.answer(feed)))
+        return float(loss(sought, student.run(feed, [aim.tensor for aim in sought]), teacher.answer(feed)[0]))
 
     twice = {"x": np.concatenate([once["x"], once["x"]])}
     assert found(twice) == pytest.approx(found(once), rel=1e-3)
@@ -306,5 +364,5 @@ def test_every_batch_is_taken_before_one_comes_again() -> None:
 
 def test_the_teacher_answers_like_the_model() -> None:
     net = small_recognizer()
-    (answer,) = Teacher(net.graph(), [Aim("characters", "plain")], 1).answer(net.feed())
+    (answer,), _ = Teacher(net.graph(), [Aim("characters", "plain")], 1).answer(net.feed())
     np.testing.assert_allclose(answer, run(net.model(), net.feed())[0], atol=1e-6)

@@ -136,7 +136,7 @@ def test_pictures_that_were_held_back_decide() -> None:
 
 def test_by_default_weights_can_reach_the_next_integer() -> None:
     recipe = load_recipe("PP-OCRv4_mobile_rec")
-    for part, least in ((recipe.reconstruction, 0.5), (recipe.qat, 0.3)):
+    for part, least in ((recipe.reconstruction, 0.5), (recipe.qat, 0.1)):
         schedule = Schedule(part.learning_rate, part.warm_up, part.iterations)
         travel = sum(schedule.at(step) for step in range(part.iterations))
         assert least < RATES["weights"] * travel < 1.5

@@ -70,9 +70,9 @@ def test_what_it_learned_is_in_the_plan(case: str, kind: Kind) -> None:
     net, plan = CASES[case]()
     student = moved(whole_student(net.graph(), plan, {kind}), SIZES[kind])
     refined = student.refined(plan)
-    found, exact = student_outputs(student, net.feed())[0], simulated(net, refined, 1)
+    found, exact = student_outputs(student, net.feed(2))[0], simulated(net, refined, 2)
     np.testing.assert_allclose(found, exact, atol=1e-5 * np.abs(exact).max())
-    assert np.abs(found - simulated(net, plan, 1)).max() > 1e-4, "and it learned something"
+    assert np.abs(found - simulated(net, plan, 2)).max() > 1e-4, "and it learned something"
 
 
 def test_a_student_that_did_not_move_gives_its_plan_back() -> None:
