@@ -9,14 +9,15 @@ from quant.recipe import Recipe
 
 _HEADINGS = (
     "Model",
-    "Published as",
+    "Route: published form",
     "Calibration and evaluation sets",
     "Generated in their place",
     "Method (activations)",
     "Stays in FP32",
     "Published metric",
 )
-_FORMS = {"paddle": "old-IR", "pir": "PIR"}
+_FORMS = {"paddle": "old-IR", "pir": "PIR, bridged"}
+"""By format; a PIR model gets an old-IR form by the bridge."""
 
 
 def models_table(recipes: Sequence[Recipe]) -> str:
@@ -37,7 +38,7 @@ def _row(recipe: Recipe) -> tuple[str, ...]:
         methods.setdefault(f"{choice.method}, {choice.activations}", []).append(target)
     return (
         recipe.name,
-        ", ".join(forms),
+        "; else ".join(forms),
         f"{', '.join(recipe.data.sets)} ({shares})",
         f"{GENERATED}{recipe.data.generated.kind}, {recipe.data.generated.samples:,}",
         "; ".join(f"{' and '.join(targets)}: {method}" for method, targets in methods.items()),

@@ -226,7 +226,7 @@ def describe(model: str, overrides: Overrides = None, as_json: AsJson = False) -
         _print_json({**document, "route": vars(route)})
         return
     print(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), end="")
-    print(f"# source: {route.source}\n# input: {route.format}")
+    print(f"# source: {route.source}\n# input: {route.format}\n# why: {route.why}")
     if route.bridge:
         print(f"# bridge: {route.bridge}")
     for target, how in route.targets.items():

@@ -19,6 +19,11 @@ _SLIM = {
     "paddle": "PaddleSlim PTQ on an old-IR program of the folded graph",
     "pir": "PaddleSlim PTQ, which knows no PIR, on an old-IR program of the folded graph",
 }
+_WRITTEN_IN_STEPS = ("table_structure", "formula_recognition")
+"""Tasks whose models end in a loop."""
+
+_LOOP = "paddle2onnx imports no old-IR loop that runs, and the Paddle artifact takes the loop from the PIR program"
+_PIR_ALONE = "no old-IR form is published"
 _BRIDGE = (
     "rebuilt as an equal old-IR program for PaddleSlim's training and for what the Paddle artifact leaves as it is"
 )
@@ -31,12 +36,14 @@ class Route:
     Attributes:
         source: where the model is, or would come from.
         format: of its files, and how they are imported.
+        why: it is this form, where a model is published in several, or what a form costs.
         bridge: whether a PIR model gets an old-IR form, and why not; empty for old-IR models.
         targets: how each target's plan is made, and what becomes of it.
     """
 
     source: str
     format: str
+    why: str
     bridge: str
     targets: dict[str, str]
 
@@ -53,7 +60,24 @@ def route_of(recipe: Recipe) -> Route:
     targets = {
         str(target): f"{_method(choice, kind)}; {_artifact(target)}" for target, choice in recipe.targets.items()
     }
-    return Route(source, _IMPORTS[kind], _bridge(recipe) if kind == "pir" else "", targets)
+    bridge = _bridge(recipe) if kind == "pir" else ""
+    return Route(source, _IMPORTS[kind], _why(recipe, kind), bridge, targets)
+
+
+def _why(recipe: Recipe, kind: str) -> str:
+    """Old-IR first, as PaddleSlim knows no other form; PIR where no old-IR is published, or where there is a loop."""
+    published = {archive.format for archive in recipe.model.archives}
+    if recipe.task in _WRITTEN_IN_STEPS:
+        if kind == "paddle":
+            return f"{_LOOP}; give its PIR form, inference.json, by --model-dir"
+        return f"PIR before the published old-IR form: {_LOOP}" if "paddle" in published else _PIR_ALONE
+    if kind == "paddle":
+        return "old-IR is what PaddleSlim knows, so it comes first wherever it is published"
+    if "paddle" in published:
+        return (
+            "this form lies here; an old-IR one, which PaddleSlim knows, is published too and comes first in downloads"
+        )
+    return _PIR_ALONE
 
 
 def _bridge(recipe: Recipe) -> str:

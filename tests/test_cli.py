@@ -84,8 +84,9 @@ def test_describe_says_the_route(tmp_path: Path, capfd: Text, monkeypatch: pytes
     assert cli._guarded(["describe", model]) == 0
     out = capfd.readouterr().out
     assert "# source: not on this machine; first address: https://" in out
-    assert "# input: PIR program (inference.json)" in out
-    assert "# target paddle: PaddleSlim PTQ, which knows no PIR" in out
+    assert "# input: old-IR program (inference.pdmodel)" in out
+    assert "# why: old-IR is what PaddleSlim knows" in out
+    assert "# target paddle: PaddleSlim PTQ on an old-IR program" in out
     ends = {line.split()[2].strip(":"): line.rpartition("; ")[2] for line in out.splitlines() if "# target" in line}
     checked = {target for target, end in ends.items() if end == "onnx artifact, its structure checked, not run"}
     assert set(ends) == set(TARGETS) and checked == {name for name, target in TARGETS.items() if not target.executed}
@@ -98,6 +99,47 @@ def test_describe_says_the_route(tmp_path: Path, capfd: Text, monkeypatch: pytes
     assert route["source"] == f"$QUANT_MODEL_HOME/{model}"
     assert route["format"].startswith("old-IR program")
     assert sorted(route["targets"]) == ["onnxruntime", "openvino", "paddle", "tensorrt"]
+
+
+LINES, PAGES = "PP-LCNet_x0_25_textline_ori", "PP-LCNet_x1_0_doc_ori"
+LAYOUTS = [f"PP-DocLayout-{size}" for size in "LS"]
+FORMULAS = [f"PP-FormulaNet-{size}" for size in "LS"]
+TEXTS = [f"PP-OCRv4_{kind}" for kind in ("mobile_det", "mobile_rec", "server_det", "server_rec")]
+
+
+@pytest.mark.parametrize(
+    ("models", "form", "why"),
+    [
+        ([*TEXTS, PAGES], "old-IR", "old-IR is what PaddleSlim knows"),
+        ([LINES, *LAYOUTS, *FORMULAS], "PIR", "no old-IR form is published"),
+        (["SLANet_plus"], "PIR", "PIR before the published old-IR form: paddle2onnx imports no old-IR loop that runs"),
+    ],
+)
+def test_describe_says_why_every_model_takes_its_route(
+    models: list[str], form: str, why: str, capfd: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("QUANT_MODEL_HOME", raising=False)
+    for model in models:
+        assert cli._guarded(["describe", model, "--json"]) == 0
+        route = json.loads(capfd.readouterr().out)["route"]
+        assert route["format"].startswith(f"{form} program") and route["why"].startswith(why), model
+        assert route["targets"]["paddle"].startswith("PaddleSlim PTQ") and bool(route["bridge"]) is (form == "PIR")
+
+
+def test_describe_says_why_another_form_than_the_first_is_taken(
+    tmp_path: Path, capfd: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANT_MODEL_HOME", str(tmp_path))
+    for model, name in ((PAGES, "inference.json"), ("SLANet_plus", "inference.pdmodel")):
+        (tmp_path / model).mkdir()
+        for file in (name, "inference.pdiparams"):
+            (tmp_path / model / file).write_text("x")
+    whys = []
+    for model in (PAGES, "SLANet_plus"):
+        assert cli._guarded(["describe", model, "--json"]) == 0
+        whys.append(json.loads(capfd.readouterr().out)["route"]["why"])
+    assert "old-IR one, which PaddleSlim knows, is published too" in whys[0]
+    assert whys[1].endswith("give its PIR form, inference.json, by --model-dir")
 
 
 @pytest.mark.parametrize(("kind", "loses"), [("while", True), ("if", False)])

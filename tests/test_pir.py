@@ -14,6 +14,7 @@ import pytest
 from tiny_models import kinds
 from tiny_pir import fill_graph, tiny_feeds, write_tiny_pir, write_weights
 
+from quant.bridge import bridge
 from quant.calibration import collect_statistics
 from quant.conversion import ANCHORS, trace_anchors
 from quant.errors import InputError
@@ -161,11 +162,15 @@ def official_graph(name: str) -> Path:
     pytest.skip(f"no official graph of {name}: QUANT_MODEL_HOME names no folder with graphs/ beside it")
 
 
-def test_the_official_graph_of_doc_ori_goes_through(tmp_path: Path) -> None:
-    """With made-up weights: import, proof, folding, the old-IR program for PaddleSlim, the three artifacts."""
+@pytest.mark.parametrize("form", ["pir", "paddle"])
+def test_the_official_graph_of_doc_ori_goes_through(form: str, tmp_path: Path) -> None:
+    """With made-up weights, in both published forms: import, proof, folding, PaddleSlim's program, the artifacts."""
     files = fill_graph(official_graph(DOC_ORI), tmp_path / "model")
     assert files.params.stat().st_size == pytest.approx(6_754_166, abs=2)
     feeds = tiny_feeds(4, shape=(1, 3, 224, 224))
+    if form == "paddle":
+        files = bridge(files, feeds[:1], tmp_path / "old").files
+    assert files.format == form
     graph = artifacts_of(files, feeds, tmp_path)
     assert "BatchNormalization" not in kinds(graph) and kinds(graph).count("Conv") == 32
     write_program(graph, tmp_path / "fp32")
