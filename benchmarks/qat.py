@@ -28,6 +28,7 @@ from eval.statistics import estimate_drop
 from quant.card import markdown_table
 from quant.job import Job, Options, prepared_graph, start
 from quant.judging import outcomes_of
+from quant.ladder import read_seconds
 from quant.manifest import processor, products_saturate
 from quant.pipeline import Quantized, quantize
 from quant.plan import QuantPlan
@@ -36,7 +37,9 @@ from quant.runtime import onnx_session
 from quant.sensitivity import relative_errors
 from quant.simulation import simulated_session
 
-METHODS = ("ptq", "recon", "qat")
+METHODS = ("ptq", "recon", "qat", "recon+qat")
+"""By the name of a row; QAT from the PTQ plan, and from what reconstruction left, as `--method qat` does it."""
+
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -67,13 +70,15 @@ def main() -> None:
     file = RESULTS / f"qat-{arguments.model}-{arguments.target}.json"
     file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     file.with_suffix(".md").write_text(table(report), encoding="utf-8")
-    if curve := report["methods"].get("qat", {}).get("curve"):
-        draw_curve(curve, f"{arguments.model} on {arguments.target}, all in INT8", file.with_suffix(".svg"))
+    if curves := {method: found["curve"] for method, found in report["methods"].items() if "curve" in found}:
+        draw_curves(curves, f"{arguments.model} on {arguments.target}, all in INT8", file.with_suffix(".svg"))
     print(f"written: {file}")
 
 
 def _job(arguments: argparse.Namespace, method: str) -> Job:
-    fixed = [f"ladder.method={method}", f"targets.{arguments.target}.min_coverage=1", "ladder.coverage_steps=[]"]
+    begin = "recon" if "+" in method else "ptq"
+    fixed = [f"ladder.method={method.rpartition('+')[2]}", f"qat.start={begin}", "ladder.coverage_steps=[]"]
+    fixed.append(f"targets.{arguments.target}.min_coverage=1")
     fixed.append("ladder.fit_samples=0")  # plain PTQ is what the others start from
     limits = [f"{part}.minutes={arguments.minutes}" for part in ("reconstruction", "qat")]
     recipe = load_recipe(arguments.model, [*fixed, *limits, *arguments.overrides])
@@ -87,6 +92,7 @@ def _compared(job: Job, done: Quantized, outcomes: dict[str, Any], method: str) 
     found: dict[str, Any] = {
         "coverage": done.plan.coverage(),
         "ladder": [rung.document() for rung in done.rungs],
+        "seconds": read_seconds(done.planned),
         "against_fp32": _estimate(metric, mine.fp32, mine.int8),
     }
     drop = found["against_fp32"]
@@ -160,7 +166,8 @@ def _row(name: str, found: dict[str, Any], ptq: dict[str, Any]) -> list[str]:
     if name == "ptq":
         changed = ["", "", ""]
     elif found["output_error"] == ptq["output_error"]:
-        kept = f"plan kept, since the search split gave {rung['error']:.4f} after {found['ladder'][0]['error']:.4f}"
+        kept = f"plan kept: the search split gave {rung['error']:.4f} after {found['ladder'][0]['error']:.4f}"
+        kept += f", and a drop of {rung['score']['drop']:.2f}" if rung["score"] else ""
         changed = [kept, "", ""]
     else:
         ranges = (change["mean"], change["picture"])
@@ -168,11 +175,12 @@ def _row(name: str, found: dict[str, Any], ptq: dict[str, Any]) -> list[str]:
         changed.append(f"{100 * change['nearer']:.0f} %")
     gate = found["gate"]
     verdict = "certified" if gate["certified"] else "passed" if gate["passed"] else "failed"
-    return [name, *shares, verdict, *errors, *changed, "" if rung["seconds"] is None else f"{rung['seconds']:.0f}"]
+    seconds = f"{sum(found['seconds'].values()):.0f}" if found["seconds"] else ""
+    return [name, *shares, verdict, *errors, *changed, seconds]
 
 
-def draw_curve(curve: list[dict[str, Any]], title: str, file: Path) -> None:
-    """The error on held-out pictures and the loss, by iteration."""
+def draw_curves(curves: dict[str, list[dict[str, Any]]], title: str, file: Path) -> None:
+    """The error on held-out pictures and the loss, by iteration, of each method that trains."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -180,11 +188,15 @@ def draw_curve(curve: list[dict[str, Any]], title: str, file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.plot([point["iteration"] for point in curve], [point["error"] for point in curve], "o-", label="error")
-    axes.set(title=title, xlabel="iteration", ylabel="error of the outputs, search split")
     losses = axes.twinx()
-    trained = [point for point in curve if point["loss"] is not None]
-    losses.plot([point["iteration"] for point in trained], [point["loss"] for point in trained], "s--", color="gray")
+    for method, curve in curves.items():
+        (line,) = axes.plot([p["iteration"] for p in curve], [p["error"] for p in curve], "o-", label=method)
+        trained = [point for point in curve if point["loss"] is not None]
+        iterations = [point["iteration"] for point in trained]
+        losses.plot(iterations, [point["loss"] for point in trained], "--", color=line.get_color(), alpha=0.4)
+    axes.set(title=title, xlabel="iteration", ylabel="error of the outputs, search split")
+    axes.set_ylim(bottom=0)
+    axes.legend()
     losses.set_ylabel("loss, calibration split (dashed)")
     figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
     pyplot.close(figure)

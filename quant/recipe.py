@@ -231,6 +231,9 @@ class Reconstruction(_Part):
 class Training(_Part):
     """Training the whole network against FP32 (see `quant.qat`)."""
 
+    start: Literal["ptq", "recon"] = Field(
+        "recon", description="what --method qat begins with: the plan itself, or that plan reconstructed"
+    )
     outputs: OutputLoss = Field(
         "soft_labels", description="divergence from FP32's probabilities; logits, probabilities: squared distance"
     )

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 Method = Literal["recon", "qat"]
 
-METHODS: dict[str, tuple[Method, ...]] = {"auto": ("recon", "qat"), "recon": ("recon",), "qat": ("qat",)}
+METHODS: dict[str, tuple[Method, ...]] = {"auto": ("recon", "qat"), "recon": ("recon",), "qat": ("recon", "qat")}
 """What is tried in which order, by the recipe's `ladder.method`."""
 
 
@@ -62,7 +62,7 @@ def train_on(
     corrected: Callable[[QuantPlan], QuantPlan],
     folder: Path,
 ) -> Trained:
-    """Train from a plan, method after method until one passes.
+    """Train from a plan, method after method until one passes; QAT is not left out where it was asked for.
 
     Args:
         rung: of the plan.
@@ -70,7 +70,7 @@ def train_on(
         folder: receives `recon.json`, the error of each part before and after, and `qat.json`, the learning curve.
     """
     done = Trained(plan)
-    for method in _methods(job.recipe, plan):
+    for method in _methods(job.recipe, "fit" in plan.method.split("+")):
         begun = time.monotonic()
         try:
             candidate = _trained(job, graph, done, method, judge, folder)
@@ -86,15 +86,16 @@ def train_on(
         done.rungs.append(found)
         if found.passed or badness(found) < badness(rung):
             done.plan, rung = candidate, found
-        if rung.passed:
+        if rung.passed and job.recipe.ladder.method != "qat":
             break
     return done
 
 
-def _methods(recipe: Recipe, plan: QuantPlan) -> list[Method]:
-    """What is tried after a plan; what the ladder has fitted gains nothing by being fitted again."""
-    done = recipe.reconstruction.method == "least_squares" and "fit" in plan.method.split("+")
-    return [method for method in METHODS.get(recipe.ladder.method, ()) if not (done and method == "recon")]
+def _methods(recipe: Recipe, fitted: bool) -> list[Method]:
+    """What is tried after a plan; what is fitted in closed form gains nothing by being fitted again."""
+    done = recipe.reconstruction.method == "least_squares" and fitted
+    alone = recipe.ladder.method == "qat" and recipe.qat.start == "ptq"
+    return [m for m in METHODS.get(recipe.ladder.method, ()) if not ((done or alone) and m == "recon")]
 
 
 def estimated_minutes(job: Job) -> dict[Method, float]:
@@ -105,7 +106,7 @@ def estimated_minutes(job: Job) -> dict[Method, float]:
     every part is about one of the whole network. In closed form: from fits to two pictures and to four.
     """
     recipe, graph = job.recipe, prepared_graph(job)
-    methods = METHODS.get(recipe.ladder.method, ())
+    methods = _methods(recipe, fitted=False)
     if not methods:
         return {}
     feeds = first_feeds(job, job.selection.calibration, max(recipe.qat.batch, 4))

@@ -206,12 +206,19 @@ def test_a_search_leaves_what_was_trained(tmp_path: Path, monkeypatch: pytest.Mo
     assert error(net, best) < error(net, full)
 
 
-@pytest.mark.parametrize("method", ["recon", "qat"])
-def test_one_method_can_be_asked_for(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [0.0, 9.0], ids=["none passes", "all pass"])
+@pytest.mark.parametrize(
+    ("method", "start", "expected"),
+    [("recon", "recon", ["recon"]), ("qat", "ptq", ["qat"]), ("qat", "recon", ["recon", "qat"])],
+)
+def test_one_method_can_be_asked_for(
+    method: str, start: str, expected: list[str], limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     net = small_detector()
     plan = coarse(plan_of(net))
-    _, rungs, _ = climbed(job_of(method, tmp_path, monkeypatch, net), net, plan, 0.0)
-    assert [rung.name for rung in rungs] == [method]
+    found, rungs, _ = climbed(job_of(method, tmp_path, monkeypatch, net, f"qat.start={start}"), net, plan, limit)
+    assert [rung.name for rung in rungs] == expected
+    assert error(net, found) == pytest.approx(min(rung.error for rung in rungs))
 
 
 def test_what_cannot_be_trained_keeps_its_plan_unless_it_was_asked_for(
@@ -224,7 +231,7 @@ def test_what_cannot_be_trained_keeps_its_plan_unless_it_was_asked_for(
     assert found is plan and rungs == []
     assert "Erf" in caplog.text
     with pytest.raises(NotTrainable, match="Erf"):
-        climbed(job_of("qat", tmp_path, monkeypatch, net), net, plan, 0.0)
+        climbed(job_of("qat", tmp_path, monkeypatch, net, "qat.start=ptq"), net, plan, 0.0)
     with pytest.raises(InputError, match=r"qat.nodes: 'nowhere'"):
         climbed(job_of("auto", tmp_path, monkeypatch, net, "qat.nodes=[nowhere]"), net, plan, 0.0)
 
