@@ -7,7 +7,8 @@ split; the difference to PTQ comes with the bound of the paired bootstrap, and s
 which tells more: it changes on every picture, outcomes on few. The error is a share of what FP32 writes, so a picture
 on which it writes next to nothing outweighs all others in the mean; the change of a picture is therefore given as
 well, as a geometric mean over pictures. Writes results/qat-MODEL-TARGET.json, the table and the learning curve beside
-it. What is done is kept in the cache of stages, an interrupted QAT goes on from its checkpoint.
+it; where reconstruction is in closed form, the operators with the largest error, and what would be left of it if their
+weights were not rounded. What is done is kept in the cache of stages, an interrupted QAT goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ METHODS = ("ptq", "recon", "qat", "recon+qat")
 """By the name of a row; QAT from the PTQ plan, and from what reconstruction left, as `--method qat` does it."""
 
 RESULTS = Path(__file__).parents[1] / "results"
+
+WORST = 10
+"""Operators whose error is in the table."""
 
 
 def main() -> None:
@@ -100,8 +104,10 @@ def _compared(job: Job, done: Quantized, outcomes: dict[str, Any], method: str) 
     found["gate"] = judge(*bounds, job.recipe.gate, "real").model_dump()
     if method != "ptq":
         found["against_ptq"] = _estimate(metric, outcomes["ptq"].int8, mine.int8)
-    curve = done.planned / "qat.json"
-    return {**found, "curve": json.loads(curve.read_text(encoding="utf-8"))} if curve.is_file() else found
+    for name, file in (("curve", "qat.json"), ("operators", "recon.json")):
+        if (done.planned / file).is_file():
+            found[name] = json.loads((done.planned / file).read_text(encoding="utf-8"))
+    return found
 
 
 def _errors(job: Job, plan: QuantPlan) -> np.ndarray:
@@ -155,7 +161,26 @@ def table(report: dict[str, Any]) -> str:
         f"{', '.join(report['processor']['features']) or 'no vector instructions known here'}"
         f"{': products saturate there, so weights have 7 bits' if report['saturating'] else ''}."
     )
-    return "\n\n".join([title, text, markdown_table(headings, rows)]) + "\n"
+    return "\n\n".join([title, text, markdown_table(headings, rows), *_limits(report)]) + "\n"
+
+
+def _limits(report: dict[str, Any]) -> list[str]:
+    """Paragraphs on the operators that keep the largest error after reconstruction, and on what it is made of."""
+    parts = report["methods"].get("recon", {}).get("operators", [])
+    if not parts or parts[0]["exact"] is None:
+        return []
+    keys = ("before", "exact", "after", "solved")
+    means = {key: float(np.mean([part[key] for part in parts])) for key in keys}
+    shown = [*sorted(parts, key=lambda part: -part["after"])[:WORST], {"aim": f"mean of all {len(parts)}", **means}]
+    rows = [[f"`{part['aim']}`", *(f"{100 * part[key]:.2f} %" for key in keys)] for part in shown]
+    text = (
+        "What is left, operator by operator: the squared error of what it writes, as a share of the variance of what "
+        "FP32 writes there, on calibration pictures that reconstruction did not learn from, everything before it "
+        "quantized and reconstructed. Exact weights are those of FP32, not rounded: this error comes from what the "
+        "operator reads. Solved weights are those of least squares before they are rounded."
+    )
+    headings = ["Operator", "PTQ's weights", "Exact weights", "Reconstructed", "Solved weights"]
+    return [text, markdown_table(headings, rows)]
 
 
 def _row(name: str, found: dict[str, Any], ptq: dict[str, Any]) -> list[str]:

@@ -51,11 +51,16 @@ class PartResult:
 
     Attributes:
         aim: the tensor that is compared with FP32.
+        exact: with FP32's own weights on what the quantized part reads: what is lost before it; None where weights were
+            not solved for.
+        solved: with the weights that were solved for, before they are rounded; None likewise.
     """
 
     aim: str
     before: float
     after: float
+    exact: float | None = None
+    solved: float | None = None
 
 
 class Joint:
@@ -243,7 +248,8 @@ class _Layer:
         new = IntegerWeight(unrow(self._node, rows, old.values.shape), old.scale)
         before = held.error(rows_of(self._node, old.values) * steps - self._exact)
         after = held.error(rows * steps - self._exact)
-        result = PartResult(self._operator.name, before / variance, min(before, after) / variance)
+        ideal = [held.error(change) / variance for change in (np.zeros_like(best), best)]
+        result = PartResult(self._operator.name, before / variance, min(before, after) / variance, *ideal)
         return (new if after < before else old), result
 
     def _moments(self, values: Sequence[Mapping[str, Array]], taught: Sequence[Array]) -> tuple[Joint, Joint, float]:

@@ -19,7 +19,7 @@ from quant.errors import NotTrainable
 from quant.least_squares import Joint, PartResult, fitted_operators, refit
 from quant.plan import QuantPlan
 from quant.runtime import Feed, onnx_session
-from quant.simulation import simulated_model
+from quant.simulation import integer_limits, simulated_model
 
 CASES = {
     "detector": (small_detector, plan_of),
@@ -180,3 +180,24 @@ def test_its_weights_are_what_is_exported() -> None:
     left = np.concatenate([simulate(model, feed)[0] for feed in held]) - truth
     share = left.var(axis=(0, 2, 3)).sum() / truth.var(axis=(0, 2, 3)).sum()
     assert share == pytest.approx(results[-1].after, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["detector", "recognizer"])
+def test_what_ideal_rounding_would_leave_is_told(kind: str) -> None:
+    """With FP32's weights on what the first layer reads, and with those that were solved for, before rounding."""
+    make, planned = CASES[kind]
+    net = make()
+    plan = misread(coarse(planned(net)), 0.8)
+    feeds = [net.feed(seed) for seed in range(8)]
+    _, results = refitted(net, plan, feeds)
+    assert all(r.exact and r.solved and r.solved < 2 * r.exact for r in results)
+    name = results[0].aim
+    exact = onnx_session(net.graph().ending_at([name]).to_model(), 1)
+    quantizer = plan.activations[net.graph().producers()[name].input[0]]
+    low, high = integer_limits(quantizer.dtype)
+    held = [feed["x"] for feed in feeds[:: least_squares.HELD_BACK]]
+    rounded = [np.clip(np.rint(x / quantizer.scale) + quantizer.zero_point, low, high) for x in held]
+    read = [((x - quantizer.zero_point) * quantizer.scale).astype(np.float32) for x in rounded]
+    truth, left = (np.concatenate([exact.run({"x": x})[0] for x in xs]) for xs in (held, read))
+    share = (left - truth).var(axis=(0, 2, 3)).sum() / truth.var(axis=(0, 2, 3)).sum()
+    assert share == pytest.approx(results[0].exact, rel=0.02)
