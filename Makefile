@@ -28,7 +28,7 @@ test: $(READY)
 
 # Much of a main job keeps one processor busy: two of them side by side, with a thread each, take less time.
 slow: $(READY) $(RAY)
-	$(BIN)/pytest -q -m slow -n 2 --dist loadgroup --timeout 2700 --durations=10
+	$(BIN)/pytest -q -m slow -n 2 --dist loadgroup --no-loadscope-reorder --timeout 2700 --durations=10
 
 families: $(READY)
 	$(BIN)/pytest -q -m family --durations=0

@@ -8,7 +8,8 @@ which tells more: it changes on every picture, outcomes on few. The error is a s
 on which it writes next to nothing outweighs all others in the mean; the change of a picture is therefore given as
 well, as a geometric mean over pictures. Writes results/qat-MODEL-TARGET.json, the table and the learning curve beside
 it; where reconstruction is in closed form, the operators with the largest error, and what would be left of it if their
-weights were not rounded. What is done is kept in the cache of stages, an interrupted QAT goes on from its checkpoint.
+weights were not rounded. Methods that are not asked for stay. What is done is kept in the cache of stages, an
+interrupted QAT goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from quant.recipe import limited_to, load_recipe
 from quant.runtime import onnx_session
 from quant.sensitivity import relative_errors
 from quant.simulation import simulated_session
+from quant.stage import code_digest
 
 METHODS = ("ptq", "recon", "qat", "recon+qat")
 """By the name of a row; QAT from the PTQ plan, and from what reconstruction left, as `--method qat` does it."""
@@ -59,8 +61,10 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     arguments = parser.parse_args()
     outcomes, errors = {}, {}
+    file = RESULTS / f"qat-{arguments.model}-{arguments.target}.json"
+    kept = json.loads(file.read_text(encoding="utf-8"))["methods"] if file.is_file() else {}
     report: dict[str, Any] = {"model": arguments.model, "target": arguments.target}
-    report |= {"processor": processor(), "saturating": products_saturate(), "methods": {}}
+    report |= {"processor": processor(), "saturating": products_saturate(), "methods": kept}
     for method in dict.fromkeys(["ptq", *arguments.methods.split(",")]):
         job = _job(arguments, method)
         done = quantize(job, arguments.target)
@@ -71,7 +75,6 @@ def main() -> None:
         if method != "ptq":
             found["output_error_change"] = changes(errors["ptq"], errors[method], job.recipe.seed)
         print(json.dumps({method: found}, indent=1), flush=True)
-    file = RESULTS / f"qat-{arguments.model}-{arguments.target}.json"
     file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     file.with_suffix(".md").write_text(table(report), encoding="utf-8")
     if curves := {method: found["curve"] for method, found in report["methods"].items() if "curve" in found}:
@@ -94,6 +97,7 @@ def _compared(job: Job, done: Quantized, outcomes: dict[str, Any], method: str) 
     """A method against FP32, and against the PTQ that it started from: a negative drop is a gain."""
     metric, mine = make_metric(job.recipe.metric), outcomes[method]
     found: dict[str, Any] = {
+        "code": code_digest(),
         "coverage": done.plan.coverage(),
         "ladder": [rung.document() for rung in done.rungs],
         "seconds": read_seconds(done.planned),
@@ -200,7 +204,7 @@ def _row(name: str, found: dict[str, Any], ptq: dict[str, Any]) -> list[str]:
         changed.append(f"{100 * change['nearer']:.0f} %")
     gate = found["gate"]
     verdict = "certified" if gate["certified"] else "passed" if gate["passed"] else "failed"
-    seconds = f"{sum(found['seconds'].values()):.0f}" if found["seconds"] else ""
+    seconds = f"{sum(found['seconds'].values()):.0f}" if found.get("seconds") else ""
     return [name, *shares, verdict, *errors, *changed, seconds]
 
 

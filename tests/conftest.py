@@ -18,8 +18,15 @@ if TYPE_CHECKING:
 
 __all__ = ["pytest_terminal_summary"]  # a hook: pytest looks for it here
 
+LONGEST = ("test_main_job.py", "test_twin_runs.py")
+
 os.environ["FLAGS_enable_pir_api"] = "0"
 os.environ["PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK"] = "True"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first: at the end no worker waits long for another (`--no-loadscope-reorder`)."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture
