@@ -14,8 +14,6 @@ import pytest
 
 HAS_DATA = bool(os.environ.get("QUANT_DATA_HOME"))
 THREADS = 1  # two jobs run side by side
-TARGETS = ["onnxruntime", "openvino", "paddle"]
-SMALLEST = "PP-OCRv4_mobile_det"
 QUANT = Path(sys.executable).parent / "quant"
 
 
@@ -38,18 +36,12 @@ def pooled(output: str) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class MainJob:
-    """What `quant run MODEL` left behind.
-
-    Attributes:
-        rows: the gating row of each target.
-        chosen: what the command said of targets.
-    """
+    """What `quant run MODEL` left behind."""
 
     results: Path
     folder: Path
     rows: dict[str, dict[str, Any]]
     environment: dict[str, str]
-    chosen: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -66,17 +58,15 @@ class MainJobs:
         return self._finished(f"{model}-real", model, {})
 
     def bare(self, model: str) -> MainJob:
-        """Without data; beside a job on real data the larger models take one target alone, which is minutes less."""
-        some = ["--target", TARGETS[0]] if HAS_DATA and model != SMALLEST else []
-        return self._finished(f"{model}-bare", model, {"QUANT_DATA_HOME": ""}, *some)
+        return self._finished(f"{model}-bare", model, {"QUANT_DATA_HOME": ""})
 
-    def _finished(self, name: str, model: str, settings: dict[str, str], *chosen: str) -> MainJob:
+    def _finished(self, name: str, model: str, settings: dict[str, str]) -> MainJob:
         if name not in self.done:
             results = self.place / name
             environment = {**settings, "QUANT_CACHE": str(self.place / f"{name}-cache")}
-            command = ("run", model, "--threads", THREADS, "--json", "--quiet", "--out", results, *chosen)
+            command = ("run", model, "--threads", THREADS, "--json", "--quiet", "--out", results)
             finished = quant(*command, **environment)
             assert finished.returncode == 0, finished.stdout + finished.stderr[-2000:]
             (metrics,) = (results / model).glob("*/metrics.json")
-            self.done[name] = MainJob(results, metrics.parent, pooled(finished.stdout), environment, chosen)
+            self.done[name] = MainJob(results, metrics.parent, pooled(finished.stdout), environment)
         return self.done[name]
