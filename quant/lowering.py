@@ -557,6 +557,7 @@ _SAME: dict[str, Renamed] = {
     "nearest_interp": Renamed("nearest_interp_v2", ("X", "OutSize", "SizeTensor", "Scale")),
     "bilinear_interp": Renamed("bilinear_interp_v2", ("X", "OutSize", "SizeTensor", "Scale")),
     "pow": Renamed("pow", attributes={"y": "factor"}),
+    "repeat_interleave": Renamed("repeat_interleave", attributes={"repeats": "Repeats", "axis": "dim"}),
     "stack": Renamed("stack", outputs=("Y",)),
     "swish": Renamed("swish", fixed={"beta": 1.0}),
     "transpose": Renamed("transpose2", attributes={"perm": "axis"}, unused=("XShape",)),
