@@ -35,6 +35,7 @@ class FormulaWorld:
 
     Args:
         letters, relations, signs: what they are made of.
+        largest: number, from 1 on.
         structures: kinds of parts: any of `power`, `index`, `fraction`, `root`, `sum`, `integral`, `function`,
             `bracket`, `accent`.
         depth: how deep parts may stand inside each other.
@@ -47,6 +48,7 @@ class FormulaWorld:
     letters: tuple[str, ...] = _LATIN + _GREEK
     relations: tuple[str, ...] = _RELATIONS
     signs: tuple[str, ...] = _SIGNS
+    largest: int = 9
     structures: tuple[str, ...] = (
         "power", "index", "fraction", "root", "sum", "integral", "function", "bracket", "accent",
     )  # fmt: skip
@@ -110,7 +112,7 @@ def _term(rng: Rng, world: FormulaWorld, depth: int) -> str:
 
 def _atom(rng: Rng, world: FormulaWorld) -> str:
     if rng.random() < 0.25:
-        return str(int(rng.integers(1, 10)))
+        return str(int(rng.integers(1, world.largest + 1)))
     return _one(rng, world.letters)
 
 

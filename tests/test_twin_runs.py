@@ -41,6 +41,7 @@ LEAST = {
     "PP-DocLayout-L": ("map50", 50),
     "SLANet_plus": ("teds_struct", 80),
     "PP-FormulaNet-S": ("exact_match", 60),
+    "PP-FormulaNet-L": ("exact_match", 60),
 }
 """What FP32 reaches at least on the twin's own world, in percent, by one of its task's measures."""
 

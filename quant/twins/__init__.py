@@ -35,6 +35,7 @@ MODULES = {
     "PP-DocLayout-S": "layout",
     "SLANet_plus": "table",
     "PP-FormulaNet-S": "formula",
+    "PP-FormulaNet-L": "vision",
 }
 """Module of each model's twin, in this package; imported when it is asked for."""
 
