@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--target", default="onnxruntime")
-    parser.add_argument("--minutes", type=float, default=45, help="of QAT, and of reconstruction")
+    parser.add_argument("--minutes", type=float, default=45, help="of QAT, and of reconstruction by gradients")
     parser.add_argument(
         "--methods", default=",".join(METHODS), help="ptq, the start of the others, is always the first"
     )

@@ -99,7 +99,8 @@ ShardSamples = Annotated[
 ]
 Offers = Annotated[Path | None, typer.Option("--offer", hidden=True, help="Folder for evaluations that others judge.")]
 MethodName = Annotated[
-    str | None, typer.Option("--method", help="ptq, recon, qat: this alone; auto: trained where PTQ fails.")
+    str | None,
+    typer.Option("--method", help="ptq, recon: this alone; qat: after recon; auto: trained where PTQ fails."),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Find model and data, say what would be done; generate and train nothing.")

@@ -120,20 +120,22 @@ def _launch(folder: Path, processes: int) -> None:
     import psutil
 
     log, limits = folder / "launcher.log", Limits(math.inf, psutil.virtual_memory().total)
-    code = run_child(child_command("quant.launch", folder, *_places(processes)), log, child_environment(), limits)
+    arguments, environment = places(processes)
+    code = run_child(child_command("quant.launch", folder, *arguments), log, child_environment(**environment), limits)
     if code:
         raise_answer(folder, code)
         said = [f"{file.name}: {last_line(file)}" for file in sorted((folder / "log").glob("workerlog.*"))]
         raise RuntimeError(f"the training of {processes} processes failed; {'; '.join(said) or ending(code, log)}")
 
 
-def _places(processes: int) -> list[str]:
-    """Arguments of the launcher that say where the processes run."""
+def places(processes: int) -> tuple[list[str], dict[str, str]]:
+    """Arguments of the launcher, and variables of its environment, that say where the processes run."""
     found = import_paddle().device.cuda.device_count()
     if found < processes:
-        return ["--nproc_per_node", str(processes), "--backend", "gloo"]
+        # Paddle's launcher would give each process a GPU of its own, of which there are too few.
+        return ["--nproc_per_node", str(processes), "--backend", "gloo"], {"CUDA_VISIBLE_DEVICES": ""}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") or ",".join(map(str, range(found)))
-    return ["--devices", ",".join(visible.split(",")[:processes])]
+    return ["--devices", ",".join(visible.split(",")[:processes])], {}
 
 
 def main() -> None:

@@ -67,6 +67,28 @@ class _Progress:
         return len(errors) - 1 - errors.index(min(errors))
 
 
+def check_trainable(prepared: Graph, plan: QuantPlan, settings: Training, feed: Feed) -> None:
+    """Raise what `distil` would raise for an operator or a node, before anything else takes minutes."""
+    student, sought = _student_of(prepared, plan, settings)
+    _try_out(student, feed, sought)
+
+
+def _student_of(prepared: Graph, plan: QuantPlan, settings: Training) -> tuple[Student, list[Aim]]:
+    student = whole_student(prepared, plan, settings.learned, settings.quantizers)
+    nodes = [*settings.nodes, *_spread(student, settings)]
+    sought = aims(prepared, nodes, outputs=settings.outputs, nodes_weight=settings.nodes_weight)
+    _check_nodes(sought, student)
+    return student, sought
+
+
+def _try_out(student: Student, feed: Feed, sought: Sequence[Aim]) -> None:
+    """An operator that cannot be trained shows itself when it is run."""
+    import paddle
+
+    with paddle.no_grad():
+        student.run(feed, [aim.tensor for aim in sought])
+
+
 def distil(
     prepared: Graph,
     plan: QuantPlan,
@@ -95,18 +117,13 @@ def distil(
         NotTrainable: an operator has no differentiable counterpart, or a tensor of `nodes` is not in this plan.
         InputError: a tensor of `nodes` is not there.
     """
-    import paddle
 
-    student = whole_student(prepared, plan, settings.learned, settings.quantizers)
-    nodes = [*settings.nodes, *_spread(student, settings)]
-    sought = aims(prepared, nodes, outputs=settings.outputs, nodes_weight=settings.nodes_weight)
-    _check_nodes(sought, student)
+    student, sought = _student_of(prepared, plan, settings)
     follow = bias_pictures > 0 and "biases" not in settings.learned
     teacher = Teacher(prepared, sought, threads, corrected_operators(plan) if follow else [])
     inputs = batches(prepared, feeds, settings.batch)
     trainer = Trainer(student.parameters, Schedule(settings.learning_rate, settings.warm_up, settings.iterations))
-    with paddle.no_grad():  # an operator that cannot be trained shows itself before minutes are spent
-        student.run(inputs[0], [aim.tensor for aim in sought])
+    _try_out(student, inputs[0], sought)
     averaged = Averaged(student.state(), settings.average)
 
     def refined() -> QuantPlan:

@@ -20,7 +20,7 @@ from quant.least_squares import PartResult, refit
 from quant.observer import MinMax
 from quant.plan import QuantPlan, quantizable_operators
 from quant.ptq import activation_tensors, make_plan
-from quant.qat import Evaluation, distil
+from quant.qat import Evaluation, check_trainable, distil
 from quant.recipe import Recipe
 from quant.reconstruction import reconstruct
 from quant.runtime import Feed
@@ -69,8 +69,10 @@ def train_on(
         corrected: corrects the biases of what was trained anew, which is kept where it makes the error smaller.
         folder: receives `recon.json`, the error of each part before and after, and `qat.json`, the learning curve.
     """
-    done = Trained(plan)
-    for method in _methods(job.recipe, "fit" in plan.method.split("+")):
+    done, methods = Trained(plan), _methods(job.recipe, "fit" in plan.method.split("+"))
+    if job.recipe.ladder.method == "qat":
+        check_trainable(graph, plan, job.recipe.qat, first_feeds(job, job.selection.calibration, 1)[0])
+    for method in methods:
         begun = time.monotonic()
         try:
             candidate = _trained(job, graph, done, method, judge, folder)
@@ -84,11 +86,16 @@ def train_on(
         found = rung_at(method, candidate, rung.reverted, least, job.recipe.ladder, job.recipe.gate, judge)
         done.seconds[method] = round(time.monotonic() - begun, 1)
         done.rungs.append(found)
-        if found.passed or badness(found) < badness(rung):
+        if _order(found) < _order(rung):
             done.plan, rung = candidate, found
         if rung.passed and job.recipe.ladder.method != "qat":
             break
     return done
+
+
+def _order(rung: Rung) -> tuple[bool, tuple[bool, float], float]:
+    """Lower is better: one that passes, then outcomes, then the error, which tells plans with equal outcomes apart."""
+    return not rung.passed, badness(rung), rung.error
 
 
 def _methods(recipe: Recipe, fitted: bool) -> list[Method]:

@@ -19,7 +19,7 @@ from tiny_models import TinyNet, run, small_detector
 
 from quant.distillation import Teacher, aims, loss
 from quant.errors import NotTrainable
-from quant.launch import distil_together
+from quant.launch import distil_together, places
 from quant.plan import QuantPlan
 from quant.qat import Evaluation
 from quant.recipe import Training
@@ -105,3 +105,21 @@ def test_what_is_wrong_in_a_process_is_said_by_the_run(tmp_path: Path, monkeypat
     net.op("Erf", net.conv("x", 3, 3), name="strange")
     with pytest.raises(NotTrainable, match="'strange' is a Erf"):
         climbed(job_of("qat", tmp_path, monkeypatch, net, "qat.processes=2"), net, plan_of(net), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "expected"),
+    [
+        (0, "", (["--nproc_per_node", "2", "--backend", "gloo"], {"CUDA_VISIBLE_DEVICES": ""})),
+        (1, "", (["--nproc_per_node", "2", "--backend", "gloo"], {"CUDA_VISIBLE_DEVICES": ""})),
+        (4, "", (["--devices", "0,1"], {})),
+        (3, "5,6,7", (["--devices", "5,6"], {})),
+    ],
+    ids=["none", "too few", "all", "chosen ones"],
+)
+def test_each_process_has_a_gpu_or_none_has(
+    gpus: int, visible: str, expected: tuple[list[str], dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paddle.device.cuda.device_count", lambda: gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert places(2) == expected

@@ -231,7 +231,8 @@ def test_what_cannot_be_trained_keeps_its_plan_unless_it_was_asked_for(
     assert found is plan and rungs == []
     assert "Erf" in caplog.text
     with pytest.raises(NotTrainable, match="Erf"):
-        climbed(job_of("qat", tmp_path, monkeypatch, net, "qat.start=ptq"), net, plan, 0.0)
+        climbed(job_of("qat", tmp_path, monkeypatch, net), net, plan, 0.0)
+    assert not (tmp_path / "recon.json").exists(), "it is said before reconstruction takes its time"
     with pytest.raises(InputError, match=r"qat.nodes: 'nowhere'"):
         climbed(job_of("auto", tmp_path, monkeypatch, net, "qat.nodes=[nowhere]"), net, plan, 0.0)
 
@@ -334,3 +335,39 @@ def test_limits_are_those_of_the_recipe_that_was_run() -> None:
     assert (limits.drop, limits.relative_drop) == (0.75, 1.75)
     with pytest.raises(InputError, match="has no limits"):
         Limits.of_recipe({"ladder": {"margin": "wide"}})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "taken"),
+    [
+        (SearchScore(0.3, 0.3, 2.4, 400), SearchScore(0.75, 0.75, 1.0, 400), False),
+        (SearchScore(-0.5, -0.5, 1.5, 400), SearchScore(0.4, 0.4, 2.4, 400), False),
+        (SearchScore(0.6, 0.6, 2.0, 400), SearchScore(0.0, 0.0, 1.5, 400), True),
+        (SearchScore(0.3, 0.3, 2.4, 400), SearchScore(0.3, 0.3, 2.4, 400), True),
+    ],
+    ids=["fails", "passes with more lost", "passes with less lost", "the same outcomes, less error"],
+)
+def test_a_plan_that_passes_gives_way_to_a_better_one_alone(
+    before: SearchScore, after: SearchScore, taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = small_detector()
+    plan = coarse(plan_of(net))
+    job = job_of("recon", tmp_path, monkeypatch, net, "ladder.max_error=1", "ladder.max_discordance=2.5")
+    job.options.results.mkdir(exist_ok=True)
+
+    class Scripted(ErrorJudge):
+        def score(self, plan: QuantPlan) -> SearchScore:
+            return after if plan.method.endswith("recon") else before
+
+    judge = Scripted(net, 1.0)
+    rung = try_plan("ptq", plan, 0, job.recipe.ladder, job.recipe.gate, judge)
+    done = train_on(job, net.graph(), plan, rung, judge, lambda candidate: candidate, job.options.results)
+    assert rung.passed and done.plan.method == ("ptq+recon" if taken else "ptq")
+
+
+def test_a_plan_that_training_left_alone_is_not_called_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = small_detector()
+    plan = coarse(plan_of(net))
+    monkeypatch.setattr("quant.rungs._trained", lambda job, graph, done, *rest: replace(done.plan))
+    found, rungs, _ = climbed(job_of("recon", tmp_path, monkeypatch, net), net, plan, 9.0)
+    assert found is plan and plan.method == "ptq" and [rung.name for rung in rungs] == ["recon"]
