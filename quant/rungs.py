@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from quant.bias import sequential_biases
 from quant.calibration import collect_statistics
 from quant.errors import NotTrainable
 from quant.graph import Graph
@@ -24,6 +26,7 @@ from quant.qat import Evaluation, check_trainable, distil
 from quant.recipe import Recipe
 from quant.reconstruction import reconstruct
 from quant.runtime import Feed
+from quant.simulation import simulated_session
 from quant.source import cache_dir
 from quant.stage import code_digest, digest
 from quant.training import batches
@@ -110,7 +113,8 @@ def estimated_minutes(job: Job) -> dict[Method, float]:
 
     By gradients: from one iteration with pictures of the first one's size. It is the second one: the first also waits
     for what is made once. Ranges are those of these pictures: an iteration takes as long with any. One iteration of
-    every part is about one of the whole network. In closed form: from fits to two pictures and to four.
+    every part is about one of the whole network. QAT's looks are added; the last one comes after its `minutes`. In
+    closed form: from fits to two pictures and to four.
     """
     recipe, graph = job.recipe, prepared_graph(job)
     methods = _methods(recipe, fitted=False)
@@ -122,28 +126,37 @@ def estimated_minutes(job: Job) -> dict[Method, float]:
     operators = quantizable_operators(graph, {})
     statistics = collect_statistics(graph, activation_tensors(operators), feeds, job.options.threads)
     plan = make_plan(graph, operators, statistics, MinMax(), model=recipe.name, dtype="uint8", prepared_sha256="")
-    return {
-        method: round(
-            _closed_form_minutes(job, graph, plan, pictures)
-            if method == "recon" and recipe.reconstruction.method == "least_squares"
-            else _gradient_minutes(job, graph, plan, feeds, method),
-            1,
-        )
-        for method in methods
-    }
+
+    def minutes(method: Method) -> float:
+        if method == "recon" and recipe.reconstruction.method == "least_squares":
+            return _closed_form_minutes(job, graph, plan, pictures)
+        look = _look_minutes(job, graph, plan, pictures) if method == "qat" else 0.0
+        return _gradient_minutes(job, graph, plan, feeds, method, look)
+
+    return {method: round(minutes(method), 1) for method in methods}
 
 
 def _closed_form_minutes(job: Job, graph: Graph, plan: QuantPlan, feeds: Sequence[Feed]) -> float:
+    def fit(pictures: Sequence[Feed]) -> None:
+        refit(graph, plan, pictures, job.options.threads, job.recipe.seed)
+
+    return _minutes_for(job.recipe.reconstruction.samples, feeds, fit)
+
+
+def _minutes_for(count: int, feeds: Sequence[Feed], work: Callable[[Sequence[Feed]], None]) -> float:
+    """Of work on many pictures, from that on two of them and on all: some of it is done once."""
     seconds = []
     for few in (feeds[:2], feeds):
         begun = time.monotonic()
-        refit(graph, plan, few, job.options.threads, job.recipe.seed)
+        work(few)
         seconds.append(time.monotonic() - begun)
     each = max(seconds[1] - seconds[0], 0.0) / max(len(feeds) - 2, 1)
-    return (seconds[0] + each * (job.recipe.reconstruction.samples - 2)) / 60
+    return max(seconds[0] + each * (count - 2), 0.0) / 60
 
 
-def _gradient_minutes(job: Job, graph: Graph, plan: QuantPlan, feeds: Sequence[Feed], method: Method) -> float:
+def _gradient_minutes(
+    job: Job, graph: Graph, plan: QuantPlan, feeds: Sequence[Feed], method: Method, look: float
+) -> float:
     recipe = job.recipe
     done: list[float] = []
     twice = recipe.qat.model_copy(update={"iterations": 2, "evaluate_every": 2})
@@ -161,7 +174,31 @@ def _gradient_minutes(job: Job, graph: Graph, plan: QuantPlan, feeds: Sequence[F
     pictures = len(feeds) / len(batches(graph, feeds, recipe.qat.batch))
     each = (done[1] - done[0]) / 60 / pictures
     settings = recipe.reconstruction if method == "recon" else recipe.qat
-    return min(settings.iterations * settings.batch * each, settings.minutes)
+    step, looks = settings.batch * each, math.ceil(settings.iterations / recipe.qat.evaluate_every) + 1
+    return min(settings.iterations * step + looks * look, settings.minutes + step + look)
+
+
+def _look_minutes(job: Job, graph: Graph, plan: QuantPlan, feeds: Sequence[Feed]) -> float:
+    """Of what is done before the first iteration and at every look: biases corrected anew, and the plan's error."""
+    recipe, threads = job.recipe, job.options.threads
+
+    def correct(pictures: Sequence[Feed]) -> None:
+        sequential_biases(graph, plan, pictures, threads)
+
+    def judge(pictures: Sequence[Feed]) -> None:
+        session = simulated_session(graph, plan, threads)
+        for feed in pictures:
+            session.run(feed)
+
+    minutes = _minutes_for(recipe.ladder.error_samples, feeds, judge)
+    if not _bias_pictures(recipe):
+        return minutes
+    return minutes + _minutes_for(_bias_pictures(recipe), feeds, correct)
+
+
+def _bias_pictures(recipe: Recipe) -> int:
+    """Calibration pictures that biases are corrected on at every look; 0 where they are not corrected."""
+    return recipe.calibration.bias_samples if recipe.calibration.bias_correction == "full" else 0
 
 
 def _sizes(feed: Feed) -> list[tuple[int, ...]]:
@@ -178,9 +215,8 @@ def _trained(job: Job, graph: Graph, done: Trained, method: Method, judge: Judge
     feeds = first_feeds(job, job.selection.calibration, recipe.qat.samples)
     advance = counted(job.options.progress, job.title("QAT"), recipe.qat.iterations)
     done.checkpoints.append(_checkpoint(job, plan))
-    corrected = recipe.calibration.bias_samples if recipe.calibration.bias_correction == "full" else 0
     shared: dict[str, Any] = {"seed": recipe.seed, "threads": threads, "checkpoint": done.checkpoints[-1]}
-    shared["bias_pictures"] = corrected
+    shared["bias_pictures"] = _bias_pictures(recipe)
     if recipe.qat.processes > 1:
         held_out = first_feeds(job, job.selection.search, recipe.ladder.error_samples)
         candidate, curve = distil_together(graph, plan, feeds, held_out, recipe.qat, **shared)

@@ -261,11 +261,13 @@ def test_an_estimate_comes_from_what_little_takes(
     clock = itertools.count(0, 3)
     monkeypatch.setattr("quant.rungs.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     found = estimated_minutes(job_of("auto", tmp_path, monkeypatch, net, f"reconstruction.method={method}"))
-    assert found == {"recon": minutes, "qat": 1.0}
+    assert found == {"recon": minutes, "qat": 1.3}, "a minute of iterations, 3 looks of 6 seconds each"
+    job = job_of("auto", tmp_path, monkeypatch, net, f"reconstruction.method={method}", "qat.minutes=0.5")
+    assert estimated_minutes(job)["qat"] == 0.7, "an iteration and a look may come after the minutes"
     pictures = [net.feed(), {"x": np.zeros((1, 3, 8, 16), dtype=np.float32)}]
     job = job_of("auto", tmp_path, monkeypatch, net, f"reconstruction.method={method}")
     monkeypatch.setattr("quant.rungs.first_feeds", lambda job, samples, count: pictures)
-    assert estimated_minutes(job) == {"recon": others, "qat": 2.0}
+    assert estimated_minutes(job) == {"recon": others, "qat": 2.3}
     assert estimated_minutes(job_of("ptq", tmp_path, monkeypatch, net)) == {}
 
 
