@@ -364,6 +364,17 @@ def badness(rung: Rung) -> tuple[bool, float]:
     return False, max(rung.score.drop, 0.0) + rung.score.discordance / 2
 
 
+def save_rungs(rungs: Sequence[Rung], folder: Path) -> None:
+    """Write `ladder.json`."""
+    documents = [rung.document() for rung in rungs]
+    (folder / "ladder.json").write_text(json.dumps(documents, sort_keys=True), encoding="utf-8")
+
+
+def load_rungs(folder: Path) -> list[Rung]:
+    """The inverse of `save_rungs`."""
+    return [load_rung(document) for document in json.loads((folder / "ladder.json").read_text(encoding="utf-8"))]
+
+
 def write_seconds(seconds: dict[str, float], folder: Path) -> None:
     """Note beside a stage's files what its methods took; where nothing was trained nothing is written."""
     if seconds:

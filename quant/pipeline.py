@@ -34,7 +34,7 @@ from quant.job import (
     start,
 )
 from quant.judging import judge_target, judged_stage, offer_evaluations, skipped_rows
-from quant.ladder import TRAINING_FILES, Rung, load_rung, read_seconds
+from quant.ladder import TRAINING_FILES, Rung, load_rungs, read_seconds
 from quant.loop import check_repeats, check_runtime, has_loop
 from quant.manifest import EXHIBITS, Manifest, artifact_digests, load_manifest, make_newest, now, processor, versions
 from quant.plan import QuantPlan, load_plan
@@ -134,7 +134,7 @@ def _quantize_all(job: Job) -> tuple[dict[TargetName, Quantized], list[JudgedRow
 def quantize(job: Job, target: TargetName) -> Quantized:
     """Plan and artifact of one target; targets with equal choices share their plan."""
     planned = planned_stage(job, target)
-    rungs = [load_rung(document) for document in json.loads((planned / "ladder.json").read_text(encoding="utf-8"))]
+    rungs = load_rungs(planned)
     plan = load_plan(planned)
     graph = prepared_graph(job)
     original = old_ir_form(prepared_stage(job))

@@ -47,8 +47,10 @@ from quant.ladder import (
     best_rung,
     climb,
     fits,
+    load_rungs,
     read_seconds,
     reverts,
+    save_rungs,
     trains,
     try_plan,
     write_seconds,
@@ -144,7 +146,6 @@ def _judged_by(job: Job) -> dict[str, Any]:
         **job.key,
         "calibration": recipe.calibration.model_dump(),
         "ladder": recipe.ladder.model_dump(),
-        "training": [recipe.reconstruction.model_dump(), recipe.qat.model_dump()],
         "gate": recipe.gate.model_dump(),
         "samples": [sample_ids(job.selection.calibration), sample_ids(job.selection.search)],
         "labels": labels_digest(job.selection.search),
@@ -198,11 +199,37 @@ def _target_score(job: Job, target: TargetName, plan: QuantPlan) -> SearchScore:
 
 
 def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
-    """Stage: the plan that the ladder chose, with `ladder.json`."""
+    """Stage: the plan that the ladder chose, with `ladder.json`; trained where none passed or training was asked for.
+
+    What was climbed is a stage of its own: a training that is killed, or asked for anew, goes on from there.
+    """
+    climbed = _climbed_stage(job, choice)
+    rungs, checkpoints = load_rungs(climbed), list[Path]()
+    if not trains(job.recipe.ladder, best_rung(rungs)):
+        return climbed
+
+    def build(folder: Path) -> None:
+        from quant.rungs import train_on  # not above: Paddle is wanted where something is trained
+
+        graph = prepared_graph(job)
+        judge, refine = SearchJudge(job, graph), partial(_with_full_biases, job, graph)
+        trained = train_on(job, graph, load_plan(climbed), best_rung(rungs), judge, refine, folder)
+        checkpoints.extend(trained.checkpoints)
+        write_seconds(trained.seconds, folder)
+        save_rungs(rungs + trained.rungs, folder)
+        trained.plan.save(folder)
+
+    settings = [job.recipe.reconstruction.model_dump(), job.recipe.qat.model_dump()]
+    done = job.store.result("trained", {**_judged_by(job), "plan": file_digests(climbed), "training": settings}, build)
+    for checkpoint in checkpoints:
+        checkpoint.unlink(missing_ok=True)
+    return done
+
+
+def _climbed_stage(job: Job, choice: TargetChoice) -> Path:
+    """Stage: the plan that the ladder's lower rungs chose, those before training, with `ladder.json`."""
     recipe = job.recipe
     everything = full_stage(job, choice)
-    key = {**_judged_by(job), "plan": file_digests(everything), "min_coverage": choice.min_coverage}
-    checkpoints: list[Path] = []
 
     def build(folder: Path) -> None:
         def damaged(plan: QuantPlan) -> QuantPlan:
@@ -214,20 +241,11 @@ def _laddered_stage(job: Job, choice: TargetChoice) -> Path:
         judge, refine = SearchJudge(job, graph), partial(_with_full_biases, job, graph)
         fit = partial(fitted, job, graph) if fits(recipe.ladder) else None
         best, rungs = climb(load_plan(everything), recipe.ladder, recipe.gate, minimum, judge, damaged, refine, fit)
-        if trains(recipe.ladder, best_rung(rungs)):
-            from quant.rungs import train_on  # not above: Paddle is wanted where something is trained
-
-            trained = train_on(job, graph, best, best_rung(rungs), judge, refine, folder)
-            best, rungs = trained.plan, rungs + trained.rungs
-            write_seconds(trained.seconds, folder)
-            checkpoints.extend(trained.checkpoints)
         best.save(folder)
-        (folder / "ladder.json").write_text(json.dumps([r.document() for r in rungs], sort_keys=True), encoding="utf-8")
+        save_rungs(rungs, folder)
 
-    done = job.store.result("plan", key, build)
-    for checkpoint in checkpoints:
-        checkpoint.unlink(missing_ok=True)
-    return done
+    key = {**_judged_by(job), "plan": file_digests(everything), "min_coverage": choice.min_coverage}
+    return job.store.result("plan", key, build)
 
 
 def least_coverage(recipe: Recipe, choice: TargetChoice) -> float:

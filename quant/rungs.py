@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,11 +17,11 @@ from quant.calibration import collect_statistics
 from quant.errors import NotTrainable
 from quant.graph import Graph
 from quant.job import Job, counted, first_feeds, prepared_graph, sample_ids
-from quant.ladder import Judge, Rung, badness, by_error, rung_at
+from quant.ladder import Judge, Rung, badness, by_error, read_seconds, rung_at, write_seconds
 from quant.launch import distil_together
 from quant.least_squares import PartResult, refit
 from quant.observer import MinMax
-from quant.plan import QuantPlan, quantizable_operators
+from quant.plan import QuantPlan, load_plan, quantizable_operators
 from quant.ptq import activation_tensors, make_plan
 from quant.qat import Evaluation, check_trainable, distil
 from quant.recipe import Recipe
@@ -29,7 +30,7 @@ from quant.runtime import Feed
 from quant.simulation import simulated_session
 from quant.source import cache_dir
 from quant.stage import code_digest, digest
-from quant.training import batches
+from quant.training import batches, load_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -76,18 +77,18 @@ def train_on(
     if job.recipe.ladder.method == "qat":
         check_trainable(graph, plan, job.recipe.qat, first_feeds(job, job.selection.calibration, 1)[0])
     for method in methods:
-        begun = time.monotonic()
         try:
-            candidate = _trained(job, graph, done, method, judge, folder)
+            candidate, seconds = _trained(job, graph, done, method, judge, folder)
         except NotTrainable as error:
             if job.recipe.ladder.method != "auto":
                 raise
             log.warning("%s: %s is left out: %s", job.recipe.name, method, error)
             break
+        begun = time.monotonic()
         least, candidate = by_error((candidate, corrected(candidate)), judge)[0]
         candidate.method = f"{done.plan.method}+{method}"
         found = rung_at(method, candidate, rung.reverted, least, job.recipe.ladder, job.recipe.gate, judge)
-        done.seconds[method] = round(time.monotonic() - begun, 1)
+        done.seconds[method] = round(seconds + time.monotonic() - begun, 1)
         done.rungs.append(found)
         if _order(found) < _order(rung):
             done.plan, rung = candidate, found
@@ -205,27 +206,52 @@ def _sizes(feed: Feed) -> list[tuple[int, ...]]:
     return [values.shape for values in feed.values()]
 
 
-def _trained(job: Job, graph: Graph, done: Trained, method: Method, judge: Judge, folder: Path) -> QuantPlan:
-    recipe, plan, threads = job.recipe, done.plan, job.options.threads
+def _trained(
+    job: Job, graph: Graph, done: Trained, method: Method, judge: Judge, folder: Path
+) -> tuple[QuantPlan, float]:
+    """What a method makes of the best plan so far, and the seconds that it took, those before an interruption too."""
     if method == "recon":
-        candidate, results = _reconstructed(job, graph, plan)
-        _write(results, folder / "recon.json")
-        note = f"reconstructed in {len(results)} parts, {sum(r.after < r.before for r in results)} of them better"
-        return replace(candidate, notes=[*candidate.notes, note])
-    feeds = first_feeds(job, job.selection.calibration, recipe.qat.samples)
-    advance = counted(job.options.progress, job.title("QAT"), recipe.qat.iterations)
-    done.checkpoints.append(_checkpoint(job, plan))
-    shared: dict[str, Any] = {"seed": recipe.seed, "threads": threads, "checkpoint": done.checkpoints[-1]}
-    shared["bias_pictures"] = _bias_pictures(recipe)
-    if recipe.qat.processes > 1:
-        held_out = first_feeds(job, job.selection.search, recipe.ladder.error_samples)
-        candidate, curve = distil_together(graph, plan, feeds, held_out, recipe.qat, **shared)
-    else:
-        candidate, curve = distil(graph, plan, feeds, recipe.qat, judge.error, **shared, advance=advance)
+        stage = _reconstructed_stage(job, graph, done.plan)
+        shutil.copyfile(stage / "recon.json", folder / "recon.json")
+        return load_plan(stage), read_seconds(stage)[method]
+    done.checkpoints.append(_checkpoint(job, done.plan))
+    saved = load_checkpoint(done.checkpoints[-1])
+    begun = time.monotonic() - (saved["seconds"] if saved else 0.0)
+    candidate, curve = _distilled(job, graph, done.plan, judge, done.checkpoints[-1])
     _write(curve, folder / "qat.json")
     best = min(curve, key=lambda point: point.error)
     note = f"QAT: error {best.error:.4f} after {best.iteration} iterations, {curve[0].error:.4f} before"
-    return replace(candidate, notes=[*candidate.notes, note])
+    return replace(candidate, notes=[*candidate.notes, note]), time.monotonic() - begun
+
+
+def _distilled(
+    job: Job, graph: Graph, plan: QuantPlan, judge: Judge, checkpoint: Path
+) -> tuple[QuantPlan, list[Evaluation]]:
+    recipe, threads = job.recipe, job.options.threads
+    feeds = first_feeds(job, job.selection.calibration, recipe.qat.samples)
+    shared: dict[str, Any] = {"seed": recipe.seed, "threads": threads, "checkpoint": checkpoint}
+    shared["bias_pictures"] = _bias_pictures(recipe)
+    if recipe.qat.processes > 1:
+        held_out = first_feeds(job, job.selection.search, recipe.ladder.error_samples)
+        return distil_together(graph, plan, feeds, held_out, recipe.qat, **shared)
+    advance = counted(job.options.progress, job.title("QAT"), recipe.qat.iterations)
+    return distil(graph, plan, feeds, recipe.qat, judge.error, **shared, advance=advance)
+
+
+def _reconstructed_stage(job: Job, graph: Graph, plan: QuantPlan) -> Path:
+    """Stage: a plan reconstructed, with `recon.json`: a QAT that follows and is killed goes on from there."""
+
+    def build(folder: Path) -> None:
+        begun = time.monotonic()
+        candidate, results = _reconstructed(job, graph, plan)
+        note = f"reconstructed in {len(results)} parts, {sum(r.after < r.before for r in results)} of them better"
+        replace(candidate, notes=[*candidate.notes, note]).save(folder)
+        _write(results, folder / "recon.json")
+        write_seconds({"recon": time.monotonic() - begun}, folder)
+
+    settings = {"reconstruction": job.recipe.reconstruction.model_dump(), "seed": job.recipe.seed}
+    key = {**job.key, **settings, "plan": _named(plan), "samples": sample_ids(job.selection.calibration)}
+    return job.store.result("reconstructed", key, build)
 
 
 def _reconstructed(job: Job, graph: Graph, plan: QuantPlan) -> tuple[QuantPlan, list[PartResult]]:
@@ -253,9 +279,14 @@ def _write(points: Sequence[PartResult | Evaluation], file: Path) -> None:
 
 def _checkpoint(job: Job, plan: QuantPlan) -> Path:
     """Where a training of this plan leaves its state: named by all that it learns from and is judged by."""
-    weights = {name: digest([w.values.tolist(), w.scale.tolist()]) for name, w in plan.integers.items()}
-    shifts = {name: digest(shift.tolist()) for name, shift in plan.bias_shifts.items()}
     settings = [job.recipe.qat.model_dump(), job.recipe.seed, job.recipe.ladder.error_samples]
     samples = [sample_ids(job.selection.calibration), sample_ids(job.selection.search)]
-    key = digest([code_digest(), job.key, plan.document(), weights, shifts, settings, samples])
+    key = digest([code_digest(), job.key, *_named(plan), settings, samples])
     return cache_dir() / "checkpoints" / f"qat-{key[:16]}.pdparams"
+
+
+def _named(plan: QuantPlan) -> list[Any]:
+    """All of a plan, weights and corrections by their hashes."""
+    weights = {name: digest([w.values.tolist(), w.scale.tolist()]) for name, w in plan.integers.items()}
+    shifts = {name: digest(shift.tolist()) for name, shift in plan.bias_shifts.items()}
+    return [plan.document(), weights, shifts]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ from quant.ladder import (
     Limits,
     Rung,
     SearchScore,
+    climb,
     load_rung,
+    load_rungs,
     read_seconds,
     result_text,
     rung_rows,
@@ -33,6 +36,7 @@ from quant.ladder import (
     try_plan,
     write_seconds,
 )
+from quant.least_squares import refit
 from quant.pipeline import _run_name
 from quant.plan import QuantPlan, load_plan
 from quant.planning import _explored, _laddered_stage
@@ -176,17 +180,52 @@ def test_a_checkpoint_is_of_its_code_and_pictures_alone(tmp_path: Path, monkeypa
     assert len(set(files)) == len(files)
 
 
-def test_no_checkpoint_is_left_of_a_finished_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def laddered_job(method: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """A job whose ladder starts from a plan of a tiny net, which no rung gets through the gate."""
     net = small_detector()
-    coarse(plan_of(net)).save(tmp_path / "full")
-    monkeypatch.setattr("quant.planning.full_stage", lambda job, choice: tmp_path / "full")
+    coarse(plan_of(net)).save(place / "full")
+    monkeypatch.setattr("quant.planning.full_stage", lambda job, choice: place / "full")
     monkeypatch.setattr("quant.planning.prepared_graph", lambda job: net.graph())
     monkeypatch.setattr("quant.planning.first_feeds", lambda job, samples, count: feeds_of(net)[:count])
     monkeypatch.setattr("quant.planning.SearchJudge", lambda job, graph: ErrorJudge(net, 0.0))
-    job = job_of("qat", tmp_path, monkeypatch, net)
+    return job_of(method, place, monkeypatch, net)
+
+
+def test_no_checkpoint_is_left_of_a_finished_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = laddered_job("qat", tmp_path, monkeypatch)
     stage = _laddered_stage(job, job.recipe.targets["onnxruntime"])
     assert json.loads((stage / "qat.json").read_text(encoding="utf-8"))
     assert list((tmp_path / "cache" / "checkpoints").iterdir()) == []
+
+
+def test_a_killed_qat_repeats_no_rung_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = laddered_job("qat", tmp_path, monkeypatch)
+    choice, begun, trained = job.recipe.targets["onnxruntime"], list[str](), list[int]()
+
+    def counting(place: str, function: Callable[..., Any]) -> None:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            begun.append(place)
+            return function(*arguments, **named)
+
+        monkeypatch.setattr(place, counted)
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what.endswith("QAT"):
+            trained.append(done)
+            if trained == list(range(13)):  # killed two steps behind the first checkpoint
+                raise KeyboardInterrupt
+
+    job = replace(job, options=replace(job.options, progress=progress))
+    counting("quant.planning.climb", climb)
+    counting("quant.rungs.refit", refit)
+    with pytest.raises(KeyboardInterrupt):
+        _laddered_stage(job, choice)
+    stage = _laddered_stage(job, choice)
+    assert begun == ["quant.planning.climb", "quant.rungs.refit"]
+    assert len(trained) == 13 + 1 + 10, "of 20 steps, the 10 after the checkpoint were done again"
+    assert [rung.name for rung in load_rungs(stage)][-2:] == ["recon", "qat"]
+    assert read_seconds(stage).keys() == {"recon", "qat"}
+    assert (stage / "recon.json").is_file() and (stage / "qat.json").is_file()
 
 
 def test_a_search_leaves_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,6 +409,6 @@ def test_a_plan_that_passes_gives_way_to_a_better_one_alone(
 def test_a_plan_that_training_left_alone_is_not_called_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = small_detector()
     plan = coarse(plan_of(net))
-    monkeypatch.setattr("quant.rungs._trained", lambda job, graph, done, *rest: replace(done.plan))
+    monkeypatch.setattr("quant.rungs._trained", lambda job, graph, done, *rest: (replace(done.plan), 0.0))
     found, rungs, _ = climbed(job_of("recon", tmp_path, monkeypatch, net), net, plan, 9.0)
     assert found is plan and plan.method == "ptq" and [rung.name for rung in rungs] == ["recon"]
