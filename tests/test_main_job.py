@@ -113,7 +113,7 @@ def test_bare_command(model: str, main_jobs: MainJobs) -> None:
 
 
 def test_same_inputs_same_bytes(tmp_path: Path) -> None:
-    """Two runs that share nothing, side by side, on all targets, write the same model files."""
+    """Two runs that share nothing, side by side, write the same model files: by either exporter."""
     small = [
         "calibration.samples=16",
         "ladder.search_samples=12",
@@ -122,8 +122,9 @@ def test_same_inputs_same_bytes(tmp_path: Path) -> None:
         "ladder.coverage_steps=[0.98]",
         "latency.runs=2",
     ]
-    settings = [*small, "paddleslim.samples=8", "data.generated.samples=120"]
+    settings = [*small, "paddleslim.samples=8", "data.generated.samples=80"]
     overrides = [part for setting in settings for part in ("--set", setting)]
+    overrides += ["--target", "onnxruntime", "--target", "paddle"]
 
     def run(place: str) -> subprocess.CompletedProcess[str]:
         cache = {"QUANT_DATA_HOME": "", "QUANT_CACHE": str(tmp_path / f"cache-{place}")}
@@ -133,5 +134,5 @@ def test_same_inputs_same_bytes(tmp_path: Path) -> None:
         for done in pool.map(run, ("one", "two")):
             assert done.returncode in (0, 1), done.stderr[-2000:]  # 16 pictures need not make an accurate model
     first, second = model_bytes(tmp_path / "one"), model_bytes(tmp_path / "two")
-    assert len(first) == 9
+    assert len(first) == 5
     assert first == second

@@ -356,6 +356,32 @@ def test_damage_is_measured_once_where_everything_in_int8_does_not_pass(place: P
     assert any(op.damage for op in plan.operators)
 
 
+@pytest.mark.parametrize(
+    ("method", "taken"),
+    [
+        pytest.param("recon", ONNX_TARGETS, id="recon, which betters what PaddleSlim calibrated no further here"),
+        pytest.param("qat", TARGETS, id="qat"),
+    ],
+)
+def test_a_trained_plan_goes_where_any_other_goes(method: str, taken: list[str], place: Place, tmp_path: Path) -> None:
+    """Both exporters, the comparison with the plan on each runtime, and the gate."""
+    parts: dict[str, dict[str, Any]] = {
+        "calibration": {"rounding": "nearest", "bias_correction": "none"},  # something is left to be learned
+        "ladder": {"method": method},
+        "qat": {"start": "ptq", "iterations": 12, "evaluate_every": 4, "batch": 2, "learning_rate": 0.05},
+    }
+    changed = {part: getattr(place.recipe, part).model_copy(update=values) for part, values in parts.items()}
+    recipe = place.recipe.model_copy(update=changed)
+    finished = run_model(recipe, place.options(results=tmp_path))
+    rows = [row for row in judged(finished) if row.gates]
+    assert [row.target for row in rows] == TARGETS and all(row.gate.passed for row in rows)
+    assert [row.target for row in rows if method in row.method.split("+")] == taken
+    manifest = load_manifest(finished.folder)
+    for target in taken:
+        before, after = manifest.ladder[target][-2:]
+        assert (after.name, after.error < before.error, bool(after.seconds)) == (method, True, True)
+
+
 @pytest.mark.parametrize("method", ["entropy", "moving_average", "per_tensor"])
 @pytest.mark.parametrize("target", ONNX_TARGETS)
 def test_every_way_to_choose_ranges_makes_a_plan(place: Place, first: First, method: Any, target: Any) -> None:
