@@ -8,8 +8,9 @@ which tells more: it changes on every picture, outcomes on few. The error is a s
 on which it writes next to nothing outweighs all others in the mean; the change of a picture is therefore given as
 well, as a geometric mean over pictures. Writes results/qat-MODEL-TARGET.json, the table and the learning curve beside
 it; where reconstruction is in closed form, the operators with the largest error, and what would be left of it if their
-weights were not rounded; and the error of the whole PTQ plan if none of its weights were. Methods that are not asked
-for stay. What is done is kept in the cache of stages, an interrupted QAT goes on from its checkpoint.
+weights were not rounded; and the error of the whole PTQ plan if none of its weights were, or with ranges chosen on the
+very picture that is judged. Methods that are not asked for stay. What is done is kept in the cache of stages, an
+interrupted QAT goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -28,15 +29,20 @@ from eval.gate import judge
 from eval.metric import Metric, make_metric
 from eval.statistics import estimate_drop
 from quant.bias import sequential_biases
+from quant.calibration import collect_statistics
 from quant.card import markdown_table
+from quant.equalization import equalize
+from quant.graph import Graph
 from quant.job import Job, Options, first_feeds, prepared_graph, start
 from quant.judging import outcomes_of
 from quant.ladder import read_seconds
 from quant.manifest import processor, products_saturate
+from quant.observer import MeanSquaredError
 from quant.pipeline import Quantized, quantize
 from quant.plan import IntegerWeight, QuantPlan, corrected_graph
+from quant.ptq import activation_tensors, observed_outputs, read_activations, scales_for_biases, stored_outputs
 from quant.recipe import limited_to, load_recipe
-from quant.runtime import onnx_session
+from quant.runtime import Feed, onnx_session
 from quant.sensitivity import relative_errors
 from quant.simulation import simulated_session
 from quant.stage import code_digest
@@ -48,6 +54,9 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 FINER = 256
 """How many times as fine the steps of weights are that count as not rounded."""
+
+JUDGED = 24
+"""Pictures of the report split that ranges are chosen on, one by one."""
 
 WORST = 10
 """Operators whose error is in the table."""
@@ -80,6 +89,7 @@ def main() -> None:
             free = _errors(job, weights_not_rounded(job, done.plan))
             found["weights_not_rounded"] = {"output_error": float(free.mean())}
             found["weights_not_rounded"] |= changes(errors["ptq"], free, job.recipe.seed)
+            found["ranges_of_the_picture"] = _changed_by_ranges(job, done.plan)
         else:
             found["output_error_change"] = changes(errors["ptq"], errors[method], job.recipe.seed)
         print(json.dumps({method: found}, indent=1), flush=True)
@@ -144,6 +154,35 @@ def weights_not_rounded(job: Job, plan: QuantPlan) -> QuantPlan:
     return replace(finer, bias_shifts=sequential_biases(graph, finer, feeds, job.options.threads))
 
 
+def _changed_by_ranges(job: Job, plan: QuantPlan) -> dict[str, Any]:
+    """What ranges can give at most: chosen on the very picture that is judged, which no calibration can do."""
+    graph, threads = prepared_graph(job), job.options.threads
+    exact, errors = onnx_session(graph.to_model(), threads), []
+    for feed in first_feeds(job, job.selection.report, JUDGED):
+        plans = [plan, _on(plan, graph, feed, threads)]
+        plans = [replace(p, bias_shifts=sequential_biases(graph, p, [feed], threads)) for p in plans]
+        found = [simulated_session(graph, p, threads).run(feed) for p in plans]
+        errors.append([relative_errors([outputs], [exact.run(feed)])[0] for outputs in found])
+    before, after = np.array(errors).T
+    return {"pictures": len(errors), "before": float(before.mean()), "after": float(after.mean())} | changes(
+        before, after, job.recipe.seed
+    )
+
+
+def _on(plan: QuantPlan, graph: Graph, feed: Feed, threads: int) -> QuantPlan:
+    """The plan with ranges of the least squared error on a picture."""
+    equalized = equalize(graph, plan.equalizers, plan.equalizers)
+    observed, outputs = observed_outputs(equalized, plan.operators) if plan.outputs else (equalized, {})
+    statistics = collect_statistics(observed, [*activation_tensors(plan.operators), *outputs.values()], [feed], threads)
+    dtype, method = next(iter(plan.activations.values())).dtype, MeanSquaredError()
+    changed = replace(
+        plan,
+        activations=read_activations(plan.operators, statistics, method, dtype),
+        outputs=stored_outputs(outputs, statistics, method, dtype),
+    )
+    return replace(changed, integers=scales_for_biases(equalized, changed))
+
+
 def changes(before: np.ndarray, after: np.ndarray, seed: int) -> dict[str, Any]:
     """By how much errors changed, as shares, with the ranges that hold 95 % of a paired bootstrap (2,000 draws).
 
@@ -187,24 +226,32 @@ def table(report: dict[str, Any]) -> str:
         f"{', '.join(report['processor']['features']) or 'no vector instructions known here'}"
         f"{': products saturate there, so weights have 7 bits' if report['saturating'] else ''}."
     )
-    return "\n\n".join([title, text, markdown_table(headings, rows), *_unrounded(report), *_limits(report)]) + "\n"
+    return "\n\n".join([title, text, markdown_table(headings, rows), *_ideals(report), *_limits(report)]) + "\n"
 
 
-def _unrounded(report: dict[str, Any]) -> list[str]:
-    """A paragraph on what rounding the weights of the PTQ plan costs."""
-    free = report["methods"]["ptq"].get("weights_not_rounded")
-    if not free:
-        return []
-    shares = [f"{100 * r['change']:+.1f} % ({100 * r['low']:+.1f} to {100 * r['high']:+.1f})" for r in _ranges(free)]
-    return [
-        f"With the PTQ plan's ranges and places, but weights that are not rounded and biases corrected for these, the "
-        f"error of the outputs would be {free['output_error']:.4f}: {shares[0]} of the mean, {shares[1]} of a picture. "
-        f"The rest is that of activations in 8 bits."
-    ]
+def _ideals(report: dict[str, Any]) -> list[str]:
+    """Paragraphs on what rounding the weights of the PTQ plan costs, and on what other ranges could give."""
+    ptq, texts = report["methods"]["ptq"], []
+    if free := ptq.get("weights_not_rounded"):
+        texts.append(
+            "With the PTQ plan's ranges and places, but weights that are not rounded and biases corrected for these, "
+            f"the error of the outputs would be {free['output_error']:.4f}: {_shares(free)[0]} of the mean, "
+            f"{_shares(free)[1]} of a picture. The rest is that of activations in 8 bits."
+        )
+    if judged := ptq.get("ranges_of_the_picture"):
+        texts.append(
+            "With ranges of the least squared error on the very picture that is judged, and biases corrected on it "
+            f"either way, the error of {judged['pictures']} pictures of the report split would go from "
+            f"{judged['before']:.4f} to {judged['after']:.4f}: {_shares(judged)[0]} of the mean, "
+            f"{_shares(judged)[1]} of a picture."
+        )
+    return texts
 
 
-def _ranges(change: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    return change["mean"], change["picture"]
+def _shares(change: dict[str, Any]) -> list[str]:
+    """The changes of the mean and of a picture, with their bounds."""
+    ranges = (change["mean"], change["picture"])
+    return [f"{100 * r['change']:+.1f} % ({100 * r['low']:+.1f} to {100 * r['high']:+.1f})" for r in ranges]
 
 
 def _limits(report: dict[str, Any]) -> list[str]:
@@ -238,10 +285,7 @@ def _row(name: str, found: dict[str, Any], ptq: dict[str, Any]) -> list[str]:
         kept += f", and a drop of {rung['score']['drop']:.2f}" if rung["score"] else ""
         changed = [kept, "", ""]
     else:
-        changed = [
-            f"{100 * r['change']:+.1f} % ({100 * r['low']:+.1f} to {100 * r['high']:+.1f})" for r in _ranges(change)
-        ]
-        changed.append(f"{100 * change['nearer']:.0f} %")
+        changed = [*_shares(change), f"{100 * change['nearer']:.0f} %"]
     gate = found["gate"]
     verdict = "certified" if gate["certified"] else "passed" if gate["passed"] else "failed"
     seconds = f"{sum(found['seconds'].values()):.0f}" if found.get("seconds") else ""
