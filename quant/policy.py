@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from onnx.defs import has
+
 from quant.errors import InputError
 from quant.graph import Graph, reads
 from quant.plan import Operator
@@ -17,12 +19,17 @@ def kept(graph: Graph, operators: list[Operator], policy: Sequence[KeptOperators
     """Operators with those in FP32 that a recipe's policy names, and those that read numbers instead of a picture.
 
     Raises:
-        InputError: the policy names an input that the model does not have.
+        InputError: the policy names an input that the model does not have, or a kind that ONNX does not have.
     """
     for number, entry in enumerate(policy):
         if unknown := sorted(set(entry.inputs) - set(graph.inputs)):
             raise InputError(
                 f"policy.{number}.inputs: '{unknown[0]}' is no input; the model has {', '.join(graph.inputs)}"
+            )
+        # Not those that this graph lacks: a model without loops or NMS is no wrong recipe.
+        if strange := [kind for kind in entry.after if not has(kind)]:
+            raise InputError(
+                f"policy.{number}.after: ONNX knows no operator '{strange[0]}'; its kinds are like TopK, Gather"
             )
     numbers = {name for name in graph.inputs if len(graph.shape(name) or ()) != 4}
     reasons = {op.name: _BESIDE for op in operators if numbers.intersection(op.activations)}

@@ -68,6 +68,14 @@ def test_readers_of_a_named_input_are_kept() -> None:
         fp32([KeptOperators(kinds=["Conv"], reason="x"), KeptOperators(inputs=["sizes", "size"], reason="y")])
 
 
+def test_a_misspelt_kind_is_not_passed_over() -> None:
+    with pytest.raises(InputError, match=r"policy\.1\.after: ONNX knows no operator 'Topk'"):
+        fp32([KeptOperators(after=["TopK"], reason="x"), KeptOperators(after=["TopK", "Topk"], reason="y")])
+    assert set(fp32([KeptOperators(after=["NonMaxSuppression"], reason="x")])) == {"scaled"}, (
+        "ONNX has it, this graph not"
+    )
+
+
 def test_a_recipe_says_by_itself_what_stays_in_fp32() -> None:
     """Of the models whose graphs are hard: numbers beside the picture, NMS, and queries picked by top-k."""
     small, large = (load_recipe(f"PP-DocLayout-{size}").policy for size in "SL")
