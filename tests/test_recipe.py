@@ -298,12 +298,12 @@ def test_overrides_descend_into_lists_by_index() -> None:
     assert recipe.latency.shape == [1, 3, 640, 320]
 
 
-@pytest.mark.parametrize("index", ["6", "-1", "url", ""])
+@pytest.mark.parametrize("index", ["7", "-1", "url", ""])
 def test_indexes_that_a_list_does_not_have(index: str) -> None:
     for key in (f"model.archives.{index}.url", f"model.archives.{index}"):
         file, value, allowed = problems(DET, f"{key}=x")[key]
         assert (file, value) == ("--set", "'x'")
-        assert allowed == f"'{index}' must be an index, counted from 0, of a list of length 6"
+        assert allowed == f"'{index}' must be an index, counted from 0, of a list of length 7"
 
 
 def test_all_overrides_that_make_no_sense_are_named_at_once() -> None:
