@@ -118,6 +118,15 @@ def missing_loop(folder: Path) -> Unavailable:
     return Unavailable(reason, "Give the model's folder with inference.json by --model-dir")
 
 
+def nothing_written(graph: Graph) -> Unavailable:
+    """Why a Paddle artifact could hold no operator of a graph in INT8, and what to do about it."""
+    from quant.program import unwritten
+
+    said = next(iter(unwritten(graph).values()))
+    reason = f"the Paddle artifact takes everything from the first missing operator on from the original: {said}"
+    return Unavailable(reason, "Use this model on another target, for example --target onnxruntime")
+
+
 def _bridged(files: ModelFiles, feed: Feed, tolerance: float, threads: int, folder: Path) -> str:
     """Write the old-IR form, and say how it compares; it is not kept where it differs."""
     target = folder / "bridged"
