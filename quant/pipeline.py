@@ -39,7 +39,7 @@ from quant.loop import check_repeats, check_runtime, has_loop
 from quant.manifest import EXHIBITS, Manifest, artifact_digests, load_manifest, make_newest, now, processor, versions
 from quant.plan import QuantPlan, load_plan
 from quant.planning import calibrated_statistics, planned_stage
-from quant.prepare import missing_loop, nothing_written, old_ir_form, read_proof
+from quant.prepare import missing_loop, nothing_in_int8, old_ir_form, read_proof
 from quant.recipe import Recipe
 from quant.record import read_record
 from quant.runtime import target_format
@@ -140,10 +140,9 @@ def quantize(job: Job, target: TargetName) -> Quantized:
     original = old_ir_form(prepared_stage(job))
     if original is None and has_loop(graph) and target_format(target) == "paddle":
         raise missing_loop(prepared_stage(job))
-    wanted = plan.quantized()
     plan = fitted(target, graph, plan, original)
-    if wanted and not plan.quantized():
-        raise nothing_written(graph)
+    if original is not None and target_format(target) == "paddle" and not plan.quantized():
+        raise nothing_in_int8(graph)
     plan.target = target
     try:
         artifact = _artifact_stage(job, target, graph, plan, planned)

@@ -118,12 +118,12 @@ def missing_loop(folder: Path) -> Unavailable:
     return Unavailable(reason, "Give the model's folder with inference.json by --model-dir")
 
 
-def nothing_written(graph: Graph) -> Unavailable:
+def nothing_in_int8(graph: Graph) -> Unavailable:
     """Why a Paddle artifact could hold no operator of a graph in INT8, and what to do about it."""
     from quant.program import unwritten
 
-    said = next(iter(unwritten(graph).values()))
-    reason = f"the Paddle artifact takes everything from the first missing operator on from the original: {said}"
+    said = next(iter(unwritten(graph).values()), "the plan keeps all of it in FP32")
+    reason = f"nothing of it can be in INT8 in a Paddle artifact: {said}"
     return Unavailable(reason, "Use this model on another target, for example --target onnxruntime")
 
 

@@ -16,7 +16,7 @@ from tiny_models import TinyNet, kinds, run, small_detector
 from quant.errors import InputError
 from quant.fold import fold
 from quant.graph import Graph
-from quant.prepare import Proof, first_operator_apart, missing_loop, nothing_written, prepare, read_proof
+from quant.prepare import Proof, first_operator_apart, missing_loop, nothing_in_int8, prepare, read_proof
 from quant.runtime import Feed
 from quant.source import ModelFiles, file_sha256
 
@@ -79,7 +79,7 @@ def test_why_a_paddle_artifact_would_hold_nothing_in_int8() -> None:
     net = TinyNet((1, 1, 8, 8))
     grey = net.op("Tile", "x", net.const(np.array([1, 3, 1, 1])), name="three")
     net.op("Relu", net.conv(grey, 3, 4))
-    said = nothing_written(net.graph())
+    said = nothing_in_int8(net.graph())
     assert "Tile that writes tensor 'three'" in said.reason and "--target onnxruntime" in said.fix
 
 
