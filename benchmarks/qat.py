@@ -55,6 +55,9 @@ RESULTS = Path(__file__).parents[1] / "results"
 FINER = 256
 """How many times as fine the steps of weights are that count as not rounded."""
 
+IDEALS = ("weights_not_rounded", "ranges_of_the_picture")
+"""Parts of PTQ's row that are measured where it is asked for."""
+
 JUDGED = 24
 """Pictures of the report split that ranges are chosen on, one by one."""
 
@@ -67,9 +70,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--target", default="onnxruntime")
     parser.add_argument("--minutes", type=float, default=45, help="of QAT, and of reconstruction by gradients")
-    parser.add_argument(
-        "--methods", default=",".join(METHODS), help="ptq, the start of the others, is always the first"
-    )
+    parser.add_argument("--methods", default=",".join(METHODS), help="ptq, the start of the others, is always run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     arguments = parser.parse_args()
@@ -78,7 +79,9 @@ def main() -> None:
     kept = json.loads(file.read_text(encoding="utf-8"))["methods"] if file.is_file() else {}
     report: dict[str, Any] = {"model": arguments.model, "target": arguments.target}
     report |= {"processor": processor(), "saturating": products_saturate(), "methods": kept}
-    for method in dict.fromkeys(["ptq", *arguments.methods.split(",")]):
+    before = {name: part for name, part in kept.get("ptq", {}).items() if name in IDEALS}
+    asked = arguments.methods.split(",")
+    for method in dict.fromkeys(["ptq", *asked]):
         job = _job(arguments, method)
         done = quantize(job, arguments.target)
         outcomes[method] = outcomes_of(job, arguments.target, done.artifact, job.selection.report)
@@ -86,10 +89,7 @@ def main() -> None:
         report["methods"][method] = found = _compared(job, done, outcomes, method)
         found["output_error"] = float(errors[method].mean())
         if method == "ptq":
-            free = _errors(job, weights_not_rounded(job, done.plan))
-            found["weights_not_rounded"] = {"output_error": float(free.mean())}
-            found["weights_not_rounded"] |= changes(errors["ptq"], free, job.recipe.seed)
-            found["ranges_of_the_picture"] = _changed_by_ranges(job, done.plan)
+            found |= _ideal(job, done.plan, errors["ptq"]) if "ptq" in asked else before
         else:
             found["output_error_change"] = changes(errors["ptq"], errors[method], job.recipe.seed)
         print(json.dumps({method: found}, indent=1), flush=True)
@@ -152,6 +152,13 @@ def weights_not_rounded(job: Job, plan: QuantPlan) -> QuantPlan:
     finer = replace(plan, integers=integers)
     feeds = first_feeds(job, job.selection.calibration, job.recipe.calibration.bias_samples)
     return replace(finer, bias_shifts=sequential_biases(graph, finer, feeds, job.options.threads))
+
+
+def _ideal(job: Job, plan: QuantPlan, errors: np.ndarray) -> dict[str, Any]:
+    """What weights that are not rounded, and what ranges of the judged picture would change of the PTQ plan."""
+    free = _errors(job, weights_not_rounded(job, plan))
+    weights = {"output_error": float(free.mean()), **changes(errors, free, job.recipe.seed)}
+    return dict(zip(IDEALS, (weights, _changed_by_ranges(job, plan)), strict=True))
 
 
 def _changed_by_ranges(job: Job, plan: QuantPlan) -> dict[str, Any]:
