@@ -36,6 +36,7 @@ NO_SEARCH = [
     "ladder.damage_samples=1",
     "ladder.error_samples=1",
     "ladder.coverage_steps=[]",
+    "ladder.fit_samples=0",
     "ladder.max_error=1.0e-12",
 ]
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto, helper
 
 from quant.arrays import write_arrays
 from quant.bodies import inner_nodes, stepwise
@@ -21,8 +22,11 @@ from quant.observer import HALF_BINS, MOMENTUM, Histogram, MovingRange
 from quant.plan import QUANTIZABLE
 from quant.runtime import Feed, onnx_session
 
-COUNTED = 2**23
+COUNTED = 2**21
 """Values of a tensor that its histogram counts, about, evenly over all pictures: counting all takes longest of all."""
+
+_PICTURE = "calibration_picture"
+"""Number of the picture, an input beside the graph's own."""
 
 Statistics = dict[str, Histogram]
 Shape = tuple[int, ...]
@@ -43,26 +47,66 @@ def collect_statistics(
         tensors: names of graph inputs or intermediate tensors, those inside of loops too (all steps count).
         feeds: input name -> array, one picture each; their order matters to the moving average alone.
         momentum: of the moving average of the extremes, 0..1.
-        pictures: how many feeds there are, about: of many each is counted in part.
+        pictures: how many feeds there are, about: of many each is counted in part, by the size of the first.
 
     Raises:
         InputError: there was no feed, or a tensor held NaN or infinity.
     """
+    remaining = iter(feeds)
+    first = next(remaining, None)
+    if first is None:
+        raise InputError("calibration: no readable picture; give another set with --data")
+    sizes = _sizes(graph, tensors, first, threads)
+    steps = [max(1, size * pictures // COUNTED) for size in sizes]
     exposed, places = stepwise(graph, tensors)
-    session = onnx_session(exposed.to_model(places), threads)
+    watched = [_watch(exposed, place, step) for place, step in zip(places, steps, strict=True)]
+    outputs = [name for names in watched for name in names]
+    model = exposed.to_model(outputs)
+    model.graph.input.append(helper.make_tensor_value_info(_PICTURE, TensorProto.INT64, [1]))
+    session = onnx_session(model, threads)
     statistics = {name: Histogram(average=MovingRange(momentum)) for name in tensors}
-    count = 0
-    for count, feed in enumerate(feeds, start=1):
-        for name, values in zip(tensors, session.run(feed, places), strict=True):
-            step = max(1, values.size * pictures // COUNTED)
+    for count, feed in enumerate(chain([first], remaining), start=1):
+        arrays = session.run(feed | {_PICTURE: np.array([count])}, outputs)
+        for name, low, high, values in zip(tensors, arrays[0::3], arrays[1::3], arrays[2::3], strict=True):
             try:
-                statistics[name].update(values, step, count % step)  # a width may be a multiple of the step
+                statistics[name].update(values, (float(low), float(high)))
             except ValueError as error:
                 place = f"calibration picture {count}, tensor '{name}'"
                 raise InputError(f"{place}: {error}; the model is damaged") from error
-    if not count:
-        raise InputError("calibration: no readable picture; give another set with --data")
     return statistics
+
+
+def _sizes(graph: Graph, tensors: Sequence[str], feed: Feed, threads: int) -> list[int]:
+    """How many values each tensor holds for a picture, in all steps of loops."""
+    exposed, places = stepwise(graph, tensors)
+    shapes = [exposed.fresh_name(f"{place}_shape") for place in places]
+    exposed.nodes += [helper.make_node("Shape", [p], [s], name=s) for p, s in zip(places, shapes, strict=True)]
+    found = onnx_session(exposed.to_model(shapes), threads).run(feed, shapes)
+    return [math.prod(map(int, shape)) for shape in found]
+
+
+def _watch(graph: Graph, tensor: str, step: int) -> list[str]:
+    """Have the runtime reduce a tensor: names of its least and largest value, and of every step-th value.
+
+    So whole tensors are never handed over, which takes longer than the reductions, and much memory. Which value is the
+    first depends on the picture: a width may be a multiple of the step.
+    """
+    low, high, flat = (graph.fresh_name(f"{tensor}_{what}") for what in ("lowest", "highest", "flat"))
+    line = graph.add_constant(f"{flat}_shape", np.array([-1]))
+    graph.nodes += [
+        helper.make_node("ReduceMin", [tensor], [low], name=low, keepdims=0),
+        helper.make_node("ReduceMax", [tensor], [high], name=high, keepdims=0),
+        helper.make_node("Reshape", [tensor, line], [flat], name=flat),
+    ]
+    if step == 1:
+        return [low, high, flat]
+    start, part = graph.fresh_name(f"{tensor}_start"), graph.fresh_name(f"{tensor}_part")
+    steps, end, axis = (graph.add_constant(f"{part}_{n}", np.array([n])) for n in (step, np.iinfo(np.int64).max, 0))
+    graph.nodes += [
+        helper.make_node("Mod", [_PICTURE, steps], [start], name=start),
+        helper.make_node("Slice", [flat, start, end, axis, steps], [part], name=part),
+    ]
+    return [low, high, part]
 
 
 def save_statistics(statistics: Statistics, file: Path) -> None:

@@ -45,15 +45,14 @@ class Histogram:
     maximum: float = -np.inf
     average: MovingRange = field(default_factory=MovingRange)
 
-    def update(self, values: np.ndarray, step: int = 1, start: int = 0) -> None:
-        """Count the values of one picture, a float array of any shape; raises ValueError on NaN or infinity.
+    def update(self, values: np.ndarray, extremes: tuple[float, float] | None = None) -> None:
+        """Count values of one picture, a float array of any shape; raises ValueError on NaN or infinity.
 
         Args:
-            step: one value of so many is counted; the extremes are those of all.
-            start: the first that is counted.
+            extremes: the least and the largest value of the picture, where `values` are only a part of it.
         """
-        low, high = float(values.min()), float(values.max())
-        if not np.isfinite(low) or not np.isfinite(high):
+        low, high = extremes or (float(values.min()), float(values.max()))
+        if not np.isfinite([low, high, values.sum(dtype=np.float64)]).all():  # a maximum may pass over NaN
             raise ValueError("the tensor holds NaN or infinity")
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         self.average.update(low, high)
@@ -61,7 +60,7 @@ class Histogram:
         while high >= self.limit or -low > self.limit:  # bins are open at their upper end
             self._double(merge)
         # Scaling by a power of two is exact, so every index lies inside; clipping would cost most of the time.
-        index = np.multiply(values.ravel()[start::step], np.float32(HALF_BINS / self.limit), dtype=np.float32)
+        index = np.multiply(values.ravel(), np.float32(HALF_BINS / self.limit), dtype=np.float32)
         np.floor(index, out=index)
         index += HALF_BINS
         self.counts += np.bincount(index.astype(np.intp), minlength=2 * HALF_BINS)

@@ -89,37 +89,21 @@ def range_errors(
     for name in [*plan.activations, *plan.outputs]:
         quantizers = {numbers_of(offer[name]): offer[name] for offer in offers}
         if len(quantizers) > 1:
-            distinct[name] = list(quantizers.values())
-    errors: dict[tuple[str, Numbers], float] = {}
-    trials = [
-        {name: quantizers[min(index, len(quantizers) - 1)] for name, quantizers in distinct.items()}
-        for index in range(max(map(len, distinct.values()), default=0))
-    ]
-    for tried, found in zip(trials, _measured(graph, plan, trials, feeds, threads), strict=True):
-        errors |= {(name, numbers_of(tried[name])): error for name, error in found.items()}
+            distinct[name] = quantizers
+    bench = _Bench.of(graph, plan)
+    readers = {name: bench.readers(name) for name in distinct}
+    trials = {
+        (name, numbers): bench.add_trial(name, readers[name], quantizer)
+        for name, quantizers in distinct.items()
+        if readers[name]
+        for numbers, quantizer in quantizers.items()
+    }
+    sums = bench.measure(feeds, threads)
+    errors = {trial: sum(sums[key] for key in distances) for trial, distances in trials.items()}
     return {
         name: np.array([errors[name, numbers_of(offer[name])] for offer in offers])
         for name in dict.fromkeys(name for name, _ in errors)
     }
-
-
-def _measured(
-    graph: Graph, plan: QuantPlan, trials: Sequence[Quantizers], feeds: Sequence[Feed], threads: int
-) -> list[dict[str, float]]:
-    """For each trial the errors by name of the tensor; none for a tensor that nothing reads.
-
-    Trials differ in numbers alone. One session serves all: it gets what differs beside the picture.
-    """
-    if not trials:
-        return []
-    bench, copies = _Bench.of(graph, plan, trials[0])
-    first = bench.graph.constants
-    settings: list[Feed] = [{}]
-    for tried in trials[1:]:
-        constants = _Bench.of(graph, plan, tried)[0].graph.constants
-        settings.append({key: v for key, v in constants.items() if not np.array_equal(v, first[key])})
-    sums = bench.measure(feeds, settings, threads) if bench.distances else [{} for _ in trials]
-    return [{name: sum(found[key] for key in keys) for name, keys in copies.items()} for found in sums]
 
 
 @dataclass
@@ -141,14 +125,12 @@ class _Bench:
     distances: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, graph: Graph, plan: QuantPlan, tried: Quantizers) -> tuple[_Bench, dict[str, list[str]]]:
-        """A bench with a trial for each tensor that something reads, and the trials' distances by tensor."""
+    def of(cls, graph: Graph, plan: QuantPlan) -> _Bench:
+        """A bench without a trial."""
         copied = graph.copy()
         active = active_chains(copied, plan).values()
         chains = {name: chain for chain in active for name in (chain.writer, chain.product) if name in plan.outputs}
-        bench = cls(copied, plan, copied.consumers(), chains)
-        readers = {name: bench.readers(name) for name in tried}
-        return bench, {name: bench.add_trial(name, nodes, tried[name]) for name, nodes in readers.items() if nodes}
+        return cls(copied, plan, copied.consumers(), chains)
 
     def readers(self, name: str) -> list[NodeProto]:
         """The operators whose outputs show what rounding a tensor costs, in graph order."""
@@ -203,16 +185,13 @@ class _Bench:
         ]
         return square
 
-    def measure(self, feeds: Sequence[Feed], settings: Sequence[Feed], threads: int) -> list[dict[str, float]]:
-        """Every distance, summed over the pictures, with the constants of each setting in place of the graph's."""
+    def measure(self, feeds: Sequence[Feed], threads: int) -> dict[str, float]:
+        """Every distance, summed over the pictures."""
+        if not self.distances:
+            return {}
         model = self.graph.to_model(self.distances)
-        for key in sorted({key for setting in settings for key in setting}):
-            value = self.graph.constants[key]
-            dtype = helper.np_dtype_to_tensor_dtype(value.dtype)
-            model.graph.input.append(helper.make_tensor_value_info(key, dtype, value.shape))
-        session = onnx_session(model, threads, integers=False)
-        totals = np.zeros((len(settings), len(self.distances)))
+        session = onnx_session(model, threads, integers=False, plan_buffers=False)
+        total = np.zeros(len(self.distances))
         for feed in feeds:
-            for total, setting in zip(totals, settings, strict=True):
-                total += np.array(session.run(feed | setting, self.distances), dtype=np.float64)
-        return [dict(zip(self.distances, total.tolist(), strict=True)) for total in totals]
+            total += np.array(session.run(feed, self.distances), dtype=np.float64)
+        return dict(zip(self.distances, total.tolist(), strict=True))

@@ -9,9 +9,11 @@ Surgeon", 1993). No gradient and no labels; the scales stay as they are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import NodeProto
 
 from quant.graph import Graph
 from quant.patches import is_supported, patches, rows_of, unrow
@@ -86,17 +88,23 @@ def collect_moments(
     tensors = list(dict.fromkeys(node.input[0] for node in chosen))
     inner = [name for name in tensors if name not in graph.inputs]
     session = onnx_session(graph.to_model(inner), threads)
-    rng = np.random.default_rng(seed)
+    # Each has a generator of its own, so that it does not matter in which order threads draw.
+    draws = {node.output[0]: np.random.default_rng([seed, number]) for number, node in enumerate(chosen)}
     moments: dict[str, Moments] = {}
-    for feed in feeds:
-        arrays = feed | dict(zip(inner, session.run(feed, inner), strict=True))
-        for node in chosen:
-            read = patches(graph, node, arrays[node.input[0]], rng, POSITIONS)
-            if node.output[0] in moments:
-                moments[node.output[0]].update(read)
-            else:
-                moments[node.output[0]] = Moments.of(read)
-    return moments
+
+    def take_in(node: NodeProto) -> None:
+        name = node.output[0]
+        read = patches(graph, node, arrays[node.input[0]], draws[name], POSITIONS)
+        if name in moments:
+            moments[name].update(read)
+        else:
+            moments[name] = Moments.of(read)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for feed in feeds:
+            arrays = feed | dict(zip(inner, session.run(feed, inner), strict=True))
+            list(pool.map(take_in, chosen))
+    return {node.output[0]: moments[node.output[0]] for node in chosen if node.output[0] in moments}
 
 
 def round_by_moments(

@@ -93,13 +93,17 @@ def streams(target: TargetName, threads: int) -> tuple[int, int]:
     return (threads, 1) if TARGETS[target].side_by_side else (1, threads)
 
 
-def onnx_session(model: ModelProto | Path, threads: int, *, integers: bool = True) -> Session:
+def onnx_session(
+    model: ModelProto | Path, threads: int, *, integers: bool = True, plan_buffers: bool = True
+) -> Session:
     """An onnxruntime CPU session of a model file or a model in memory.
 
     Args:
         integers: whether operators between Q/DQ may become integer kernels; else each node is computed as it stands.
+        plan_buffers: whether it is planned which tensors share memory. That takes time with the square of their number:
+            20 s for 5,000 nodes, which load in half a second without.
     """
-    return _OnnxRuntime(model, threads, integers)
+    return _OnnxRuntime(model, threads, integers, plan_buffers)
 
 
 def openvino_session(file: Path, threads: int, precision: Precision = "f32") -> Session:
@@ -108,7 +112,7 @@ def openvino_session(file: Path, threads: int, precision: Precision = "f32") -> 
 
 
 class _OnnxRuntime:
-    def __init__(self, model: ModelProto | Path, threads: int, integers: bool) -> None:
+    def __init__(self, model: ModelProto | Path, threads: int, integers: bool, plan_buffers: bool) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -116,6 +120,7 @@ class _OnnxRuntime:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # a pattern is kept for every picture size
+        options.enable_mem_reuse = plan_buffers
         # Else the idle threads of one session take the cores from the next: FP32 and INT8 in turn run at half speed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.disable_quant_qdq", "0" if integers else "1")

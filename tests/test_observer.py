@@ -73,10 +73,10 @@ def test_growth_loses_no_value_and_takes_no_memory() -> None:
     assert histogram.maximum == np.float32(1e29) <= histogram.limit
 
 
-def test_a_step_counts_a_part_and_sees_every_extreme() -> None:
+def test_a_part_of_the_values_is_counted_beside_the_extremes_of_all() -> None:
     values = np.arange(1, 100, dtype=np.float32)
     histogram = Histogram()
-    histogram.update(values, step=7, start=2)
+    histogram.update(values[2::7], (1.0, 99.0))
     assert histogram.counts.sum() == len(values[2::7])
     assert (histogram.minimum, histogram.maximum) == (1, 99)
     np.testing.assert_array_equal(histogram.counts, histogram_of(values[2::7]).counts)
