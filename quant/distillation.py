@@ -8,7 +8,7 @@ units of their variance; so do logits or probabilities where the recipe prefers 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,26 +50,33 @@ def aims(
     *,
     outputs: OutputLoss = "soft_labels",
     nodes_weight: float = 1.0,
+    ends: Sequence[str] | None = None,
+    within: Collection[str] | None = None,
 ) -> list[Aim]:
     """One for each output, and for each inner tensor of `nodes`; raises InputError for one that there is not.
 
     Args:
+        ends: tensors that count as outputs; those of the network where none are given.
+        within: operators, by name, that are counted where a node is a number; all where none are given.
         nodes: names of tensors; a negative number stands for what an operator with weights reads, counted from the end.
         nodes_weight: of all of them, beside an output.
         outputs: what counts of outputs that end in Softmax or Sigmoid.
     """
     producers = prepared.producers()
-    names = [_node_name(prepared, node) for node in nodes]
+    names = [_node_name(prepared, node, within) for node in nodes]
     if unknown := [name for name in names if name not in producers]:
         raise InputError(f"qat.nodes: '{unknown[0]}' is no tensor of the prepared model; see its inference.onnx")
     inner = [Aim(name, "plain", weight=nodes_weight / len(names)) for name in names]
-    return [*(_chosen(_output_aim(producers, name), name, outputs) for name in prepared.outputs), *inner]
+    ending = prepared.outputs if ends is None else ends
+    outer = {aim.tensor: aim for aim in (_chosen(_output_aim(producers, name), name, outputs) for name in ending)}
+    return [*outer.values(), *inner]
 
 
-def _node_name(prepared: Graph, node: str | int) -> str:
+def _node_name(prepared: Graph, node: str | int, within: Collection[str] | None) -> str:
     if isinstance(node, str):
         return node
     weighted = [op for op in quantizable_operators(prepared, {}) if op.weight is not None and not op.in_loop]
+    weighted = [op for op in weighted if within is None or op.name in within]
     if -node > len(weighted):
         raise InputError(f"qat.nodes: {node} is before the first of {len(weighted)} operators with weights")
     return weighted[node].activations[0]

@@ -14,7 +14,7 @@ from onnx import NodeProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from quant.errors import NotTrainable
-from quant.graph import attribute
+from quant.graph import attribute, bodies
 
 Array = np.ndarray[Any, Any]
 Value = Any
@@ -34,7 +34,9 @@ def compute(node: NodeProto, inputs: Sequence[Value]) -> list[Value]:
     """
     if node.op_type == "Shape":
         return [np.asarray(inputs[0].shape, dtype=np.int64)]
-    if all(value is None or isinstance(value, np.ndarray) for value in inputs):
+    if not any(True for _ in bodies([node])) and all(
+        value is None or isinstance(value, np.ndarray) for value in inputs
+    ):
         feed = {name: value for name, value in zip(node.input, inputs, strict=True) if name}
         return list(ReferenceEvaluator(node).run(None, feed))
     if node.op_type not in KERNELS:
@@ -114,7 +116,7 @@ _REPEATING = [("asymmetric", "floor"), ("half_pixel", "round_prefer_floor"), ("h
 
 
 def _resize(node: NodeProto, inputs: Sequence[Value]) -> Value:
-    """Each pixel repeated; other ways to enlarge are not in use behind quantized operators."""
+    """Pixels repeated; other ways to enlarge are not in use behind quantized operators."""
     mode = attribute(node, "mode", "nearest")
     _refuse(node, mode != "nearest", f"mode {mode}")
     places = attribute(node, "coordinate_transformation_mode", "half_pixel")
@@ -122,10 +124,14 @@ def _resize(node: NodeProto, inputs: Sequence[Value]) -> Value:
     _refuse(node, (places, rounding) not in _REPEATING, f"{places} and {rounding}")
     sizes = list(inputs[3]) if len(inputs) > 3 else [s * f for s, f in zip(inputs[0].shape, inputs[2], strict=True)]
     factors = [size / old for size, old in zip(sizes, inputs[0].shape, strict=True)]
-    _refuse(node, any(factor < 1 or factor % 1 for factor in factors), f"factors {factors}")
+    whole = all(factor % 1 == 0 for factor in factors) or (places, rounding) == _REPEATING[0]
+    _refuse(node, not whole or min(factors) < 1, f"factors {factors}")
     result = inputs[0]
-    for axis, factor in enumerate(factors):
-        result = result if factor == 1 else result.repeat_interleave(int(factor), axis)
+    for axis, (factor, size) in enumerate(zip(factors, sizes, strict=True)):
+        if factor % 1:
+            result = result.index_select(tensor(np.arange(size) * result.shape[axis] // int(size)), axis)
+        elif factor > 1:
+            result = result.repeat_interleave(int(factor), axis)
     return result
 
 
@@ -262,6 +268,7 @@ KERNELS: dict[str, Kernel] = {
     "ConvTranspose": _conv_transpose,
     "DepthToSpace": _depth_to_space,
     "Div": _pairwise("__truediv__"),
+    "Erf": lambda node, inputs: inputs[0].erf(),
     "Flatten": _flatten,
     "GlobalAveragePool": lambda node, inputs: inputs[0].mean([2, 3], keepdim=True),
     "HardSigmoid": _hard_sigmoid,
@@ -281,6 +288,7 @@ KERNELS: dict[str, Kernel] = {
     "Slice": _slice,
     "Softmax": _softmax,
     "Split": _split,
+    "Sqrt": lambda node, inputs: inputs[0].sqrt(),
     "Squeeze": _squeeze,
     "Sub": _pairwise("__sub__"),
     "Tanh": _alone("tanh"),

@@ -1,5 +1,7 @@
 """Quantization-aware training of the whole network: a student of the plan learns from the FP32 network.
 
+Where operators cannot be trained (TopK, loops, NMS), what comes before them learns, and they keep their plan.
+
 It starts as the plan, not as a network with fresh quantizers, and trains what the plan can hold: when it stops, at any
 step, what was measured is what is exported. The best state by the error on pictures that it never trained on is kept;
 where none is better than the plan, the plan itself is the result.
@@ -18,11 +20,11 @@ from typing import Any
 from quant.bias import corrected_operators, sequential_biases
 from quant.distillation import Aim, Teacher, aims, loss
 from quant.errors import NotTrainable
-from quant.graph import Graph
+from quant.graph import Graph, reads
 from quant.plan import QuantPlan
 from quant.recipe import Training
 from quant.runtime import Feed
-from quant.student import Student, whole_student
+from quant.student import ROUNDED, Reach, Student, whole_student
 from quant.team import ALONE, Team
 from quant.training import Averaged, Schedule, Trainer, batches, load_checkpoint, save_checkpoint, shuffled
 
@@ -67,26 +69,67 @@ class _Progress:
         return len(errors) - 1 - errors.index(min(errors))
 
 
-def check_trainable(prepared: Graph, plan: QuantPlan, settings: Training, feed: Feed) -> None:
-    """Raise what `distil` would raise for an operator or a node, before anything else takes minutes."""
-    student, sought = _student_of(prepared, plan, settings)
-    _try_out(student, feed, sought)
+def check_trainable(prepared: Graph, plan: QuantPlan, settings: Training, feed: Feed) -> str:
+    """Raise what `distil` would raise for an operator or a node, before anything else takes minutes.
+
+    Returns:
+        What is left out of training, in words; empty where nothing is.
+    """
+    return _trainable(prepared, plan, settings, feed).left_out
 
 
-def _student_of(prepared: Graph, plan: QuantPlan, settings: Training) -> tuple[Student, list[Aim]]:
-    student = whole_student(prepared, plan, settings.learned, settings.quantizers)
-    nodes = [*settings.nodes, *_spread(student, settings)]
-    sought = aims(prepared, nodes, outputs=settings.outputs, nodes_weight=settings.nodes_weight)
+@dataclass(frozen=True)
+class _Trainable:
+    """A student of what can be trained, the tensors that it learns to give, and what is left out, in words."""
+
+    student: Student
+    sought: list[Aim]
+    left_out: str
+
+
+def _trainable(prepared: Graph, plan: QuantPlan, settings: Training, feed: Feed) -> _Trainable:
+    """All of a plan, or what comes before operators that cannot be trained: there it learns what these read."""
+    whole = whole_student(prepared, plan, settings.learned, settings.quantizers)
+    reach = whole.reach(feed)
+    if reach.refusal is None:
+        student, ends, left_out = whole, prepared.outputs, ""
+    else:
+        ends = _ends(prepared, whole, reach)
+        if not ends:
+            raise reach.refusal
+        nodes = [node for node in whole.nodes if reach.computed.issuperset(node.output)]
+        student = Student(plan, whole.traced, nodes, settings.learned, quantizers=settings.quantizers)
+        left_out = (
+            f"{_share(plan, reach):.0%} of the multiply-accumulates are trained; {str(reach.refusal).partition(';')[0]}"
+        )
+    sought = aims(
+        prepared,
+        [*settings.nodes, *_spread(student, settings)],
+        outputs=settings.outputs,
+        nodes_weight=settings.nodes_weight,
+        ends=ends,
+        within=reach.computed,
+    )
+    if reach.refusal and (behind := [aim.tensor for aim in sought if aim.tensor not in reach.computed]):
+        raise NotTrainable(f"qat.nodes: '{behind[0]}' comes behind what can be trained; {reach.refusal}")
     _check_nodes(sought, student)
-    return student, sought
+    return _Trainable(student, sought, left_out)
 
 
-def _try_out(student: Student, feed: Feed, sought: Sequence[Aim]) -> None:
-    """An operator that cannot be trained shows itself when it is run."""
-    import paddle
+def _ends(prepared: Graph, student: Student, reach: Reach) -> list[str]:
+    """FP32 tensors that weights lead to and that the rest of the network, or its caller, reads."""
+    rest = [node for node in student.nodes if not reach.computed.issuperset(node.output)]
+    wanted = dict.fromkeys([*(name for node in rest for name in reads(node)), *prepared.outputs])
+    read_by = {node.output[0]: node.input[0] for node in student.nodes if node.op_type == ROUNDED}
+    known = _whole(student).intersection(prepared.producers())
+    sources = dict.fromkeys(read_by.get(name, name) for name in wanted if name in reach.trained)
+    return [name for name in sources if name in known]
 
-    with paddle.no_grad():
-        student.run(feed, [aim.tensor for aim in sought])
+
+def _share(plan: QuantPlan, reach: Reach) -> float:
+    """Of the work in INT8, the part that is trained."""
+    macs = {name: op.macs for name, op in plan.quantized().items()}
+    return sum(count for name, count in macs.items() if name in reach.trained) / max(sum(macs.values()), 1)
 
 
 def distil(
@@ -118,16 +161,19 @@ def distil(
         InputError: a tensor of `nodes` is not there.
     """
 
-    student, sought = _student_of(prepared, plan, settings)
-    follow = bias_pictures > 0 and "biases" not in settings.learned
-    teacher = Teacher(prepared, sought, threads, corrected_operators(plan) if follow else [])
     inputs = batches(prepared, feeds, settings.batch)
+    trainable = _trainable(prepared, plan, settings, inputs[0])
+    student, sought = trainable.student, trainable.sought
+    follow = bias_pictures > 0 and "biases" not in settings.learned
+    corrected = [name for name in corrected_operators(plan) if name in _written(student)] if follow else []
+    teacher = Teacher(prepared, sought, threads, corrected)
     trainer = Trainer(student.parameters, Schedule(settings.learning_rate, settings.warm_up, settings.iterations))
-    _try_out(student, inputs[0], sought)
     averaged = Averaged(student.state(), settings.average)
 
     def refined() -> QuantPlan:
         found = student.refined(plan)
+        if trainable.left_out:
+            found.notes.append(f"QAT: {trainable.left_out}")
         if not follow:
             return found
         return replace(found, bias_shifts=sequential_biases(prepared, found, feeds[:bias_pictures], threads))
@@ -186,7 +232,11 @@ def _spread(student: Student, settings: Training) -> list[str]:
 
 def _whole(student: Student) -> set[str]:
     """Tensors of the student that stand for FP32's of the same name: those inside of an integer chain are scaled."""
-    return {name for node in student.nodes for name in node.output} - set(student.traced.factors)
+    return _written(student) - set(student.traced.factors)
+
+
+def _written(student: Student) -> set[str]:
+    return {name for node in student.nodes for name in node.output}
 
 
 def _document(

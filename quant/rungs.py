@@ -75,7 +75,9 @@ def train_on(
     """
     done, methods = Trained(plan), _methods(job.recipe, "fit" in plan.method.split("+"))
     if job.recipe.ladder.method == "qat":
-        check_trainable(graph, plan, job.recipe.qat, first_feeds(job, job.selection.calibration, 1)[0])
+        left_out = check_trainable(graph, plan, job.recipe.qat, first_feeds(job, job.selection.calibration, 1)[0])
+        if left_out:
+            log.warning("%s: %s", job.recipe.name, left_out)
     for method in methods:
         try:
             candidate, seconds = _trained(job, graph, done, method, judge, folder)

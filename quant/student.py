@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from onnx import NodeProto, helper
 
+from quant.errors import NotTrainable
 from quant.flow import GATE_READ_SCALE, GATE_SCALE, GATE_ZERO
 from quant.graph import Graph, reads
 from quant.kernels import Array, Value, compute, straight_round, tensor
@@ -36,7 +37,10 @@ Kind = Literal["weights", "biases", "scales", "ranges"]
 KINDS: tuple[Kind, ...] = ("weights", "biases", "scales", "ranges")
 """What can be trained: integers, biases, scales of weights, scales of activations."""
 
-_ROUNDED, _GATE, _WEIGHT = "Rounded", "Gate", "IntegerWeight"
+ROUNDED = "Rounded"
+"""Kind of the nodes that stand for quantizers of activations."""
+
+_GATE, _WEIGHT = "Gate", "IntegerWeight"
 _EDGE = 0.499
 """Farthest that a weight begins from the plan's integer, in steps; at half a step it would be another one."""
 
@@ -49,7 +53,7 @@ class _TrainableWriter(FloatWriter):
 
     def rounded(self, graph: Graph, before: NodeProto, tensor: str, scale: float, zero_point: int, dtype: str) -> str:
         name = graph.fresh_name(f"{tensor}_rounded")
-        graph.insert_before(before, helper.make_node(_ROUNDED, [tensor], [name], name=name, quantizer=int(scale)))
+        graph.insert_before(before, helper.make_node(ROUNDED, [tensor], [name], name=name, quantizer=int(scale)))
         return name
 
     def gate(self, graph: Graph, before: NodeProto, tensor: str) -> str:
@@ -116,6 +120,21 @@ def trace(prepared: Graph, plan: QuantPlan) -> Traced:
     )
 
 
+@dataclass(frozen=True)
+class Reach:
+    """How far into a network training reaches.
+
+    Attributes:
+        computed: tensors that can be computed, the pictures among them.
+        trained: those of them that operators with integer weights lead to.
+        refusal: of the first operator without a differentiable counterpart; None where all have one.
+    """
+
+    computed: frozenset[str]
+    trained: frozenset[str]
+    refusal: NotTrainable | None
+
+
 class Student:
     """Consecutive nodes of a traced plan, or all of them, with what is trained in them.
 
@@ -141,7 +160,7 @@ class Student:
         self._means: Mapping[str, Array] = {}
         self.plan, self.traced, self.nodes = plan, traced, nodes
         self._fixed = dict(fixed or {})
-        self._writers = {node.output[0]: node for node in traced.nodes if node.op_type in (_ROUNDED, _WEIGHT)}
+        self._writers = {node.output[0]: node for node in traced.nodes if node.op_type in (ROUNDED, _WEIGHT)}
         self._operators = {op.name: op for op in plan.quantized().values() if op.weight is not None}
         self.parameters: dict[tuple[Kind, str], Any] = {}
         self._start: dict[tuple[Kind, str], Array] = {}
@@ -155,7 +174,7 @@ class Student:
             self._add_parameters(node, kinds)
 
     def _add_parameters(self, node: NodeProto, kinds: Collection[Kind]) -> None:
-        if node.op_type == _ROUNDED and "ranges" in kinds:
+        if node.op_type == ROUNDED and "ranges" in kinds:
             part, name, _ = self.traced.quantizers[_number(node) - 1]
             self._add("ranges", f"{part}:{name}", np.zeros(1), by_gradient=self._quantizers != "moving_average")
         elif node.op_type == _WEIGHT:
@@ -211,8 +230,31 @@ class Student:
                     known.pop(name, None)
         return {name: known[name] for name in keep}
 
+    def reach(self, feed: Feed) -> Reach:
+        """How far the nodes can be computed; without gradients."""
+        import paddle
+
+        known: dict[str, Value] = {**self._constants, **feed}
+        last = {name: index for index, node in enumerate(self.nodes) for name in reads(node)}
+        computed, trained, refusals = set(feed), set[str](), list[NotTrainable]()
+        for index, node in enumerate(self.nodes):
+            read = reads(node)
+            if all(name in computed or name in known for name in read):
+                try:
+                    with paddle.no_grad():
+                        known |= zip(node.output, self._computed(node, known), strict=True)
+                    computed.update(node.output)
+                    if node.output[0] in self._operators or trained.intersection(read):
+                        trained |= {name for name in node.output if not isinstance(known[name], np.ndarray)}
+                except NotTrainable as error:
+                    refusals.append(error)
+            for name in read:
+                if last[name] == index:
+                    known.pop(name, None)
+        return Reach(frozenset(computed), frozenset(trained), refusals[0] if refusals else None)
+
     def _computed(self, node: NodeProto, known: Mapping[str, Value]) -> list[Value]:
-        if node.op_type == _ROUNDED:
+        if node.op_type == ROUNDED:
             return [self._rounded(_number(node), known[node.input[0]])]
         if node.op_type == _GATE:
             steps = (known[node.input[0]] / GATE_SCALE).clip(-float(GATE_ZERO), 255.0 - GATE_ZERO)

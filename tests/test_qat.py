@@ -16,13 +16,15 @@ from tiny_models import TinyNet, run, small_detector, small_recognizer
 
 from quant.bias import corrected_operators, sequential_biases
 from quant.distillation import Aim, Teacher, aims, loss
-from quant.errors import InputError
+from quant.errors import InputError, NotTrainable
 from quant.kernels import tensor
+from quant.placement import place as placed
 from quant.plan import QuantPlan
 from quant.program import import_paddle
-from quant.qat import Evaluation, _spread, distil
+from quant.qat import Evaluation, _spread, _trainable, check_trainable, distil
 from quant.recipe import Quantizers, Training
-from quant.runtime import Feed
+from quant.runtime import Feed, onnx_session
+from quant.simulation import FloatWriter
 from quant.student import KINDS, student_outputs, trace, whole_student
 from quant.training import Averaged, Schedule, batches, shuffled
 
@@ -90,6 +92,52 @@ def test_biases_that_do_not_learn_are_corrected_for_the_weights_that_do(
     for seen in (found, *looks[1:]):
         for name, shift in sequential_biases(net.graph(), seen, feeds_of(net), 1).items():
             np.testing.assert_array_equal(seen.bias_shifts[name], shift)
+
+
+def cut_detector() -> tuple[TinyNet, list[str]]:
+    """Three convolutions, of which an operator without counterpart cuts off the last, and their names."""
+    net = TinyNet((1, 3, 8, 8), free=(0, 2, 3))
+    first = net.conv("x", 3, 6)
+    second = net.conv(net.op("Relu", first), 6, 6)
+    last = net.conv(net.op("Sin", net.op("Relu", second, name="border"), name="strange"), 6, 2)
+    return net, [first, second, last]
+
+
+def test_what_comes_before_an_operator_without_counterpart_is_trained_and_the_rest_keeps_its_plan() -> None:
+    net, (first, second, last) = cut_detector()
+    plan = coarse(plan_of(net), 0.05)
+    macs = {op.name: op.macs for op in plan.operators}
+    said = check_trainable(net.graph(), plan, settings(), net.feed())
+    share = 1 - macs[last] / sum(macs.values())
+    assert said == (
+        f"{share:.0%} of the multiply-accumulates are trained; operator 'strange' is a Sin, which cannot be trained here"
+    )
+    refined, curve = taught(net, plan)
+    assert error(net, refined) == pytest.approx(min(point.error for point in curve))
+    assert error(net, refined) < 0.9 * error(net, plan)
+    weights = {op.name: str(op.weight) for op in plan.operators}
+    moved = {
+        name: bool((plan.integers[weight].values != refined.integers[weight].values).any())
+        for name, weight in weights.items()
+    }
+    assert moved == {first: True, second: True, last: False} and refined.notes[-1] == f"QAT: {said}"
+
+
+def test_before_the_first_step_the_cut_student_is_the_simulation() -> None:
+    net, _ = cut_detector()
+    graph, plan = net.graph(), coarse(plan_of(net), 0.05)
+    trainable = _trainable(graph, plan, settings(), net.feed())
+    assert [aim.tensor for aim in trainable.sought] == ["border"]
+    model = placed(graph, plan, FloatWriter()).to_model(["border"])
+    simulated = onnx_session(model, 1, integers=False).run(net.feed(), ["border"])[0]
+    found = trainable.student.run(net.feed(), ["border"])["border"]
+    np.testing.assert_allclose(np.asarray(found), simulated, rtol=1e-4, atol=1e-5)
+
+
+def test_a_node_behind_what_can_be_trained_is_refused() -> None:
+    net, (*_, last) = cut_detector()
+    with pytest.raises(NotTrainable, match=rf"qat.nodes: '{last}' comes behind what can be trained; .*'strange'"):
+        check_trainable(net.graph(), plan_of(net), settings(nodes=[last]), net.feed())
 
 
 def test_a_student_writes_the_means_that_it_is_given() -> None:

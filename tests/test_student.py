@@ -147,6 +147,24 @@ def test_pixels_are_repeated_only_where_the_model_repeats_them(places: str, roun
             compute(net.nodes[0], given)
 
 
+@pytest.mark.parametrize("sizes", [(1, 2, 5, 8), (1, 2, 31, 6)])
+def test_pixels_are_repeated_unevenly_where_the_factor_is_not_whole(sizes: tuple[int, ...]) -> None:
+    net = TinyNet((1, 2, 16, 4) if sizes[2] == 31 else (1, 2, 3, 4))
+    place = net.const(np.array(sizes))
+    modes = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "mode": "nearest"}
+    net.op("Resize", "x", "", "", place, **modes)
+    found = compute(net.nodes[0], [tensor(net.feed()["x"]), None, None, net.constants[place]])[0]
+    np.testing.assert_array_equal(found.numpy(), run(net.model(), net.feed())[0])
+
+
+@pytest.mark.parametrize("kind", ["Erf", "Sqrt"])
+def test_functions_of_single_values(kind: str) -> None:
+    net = TinyNet((1, 2, 3, 4))
+    net.op(kind, "x")
+    feed = {"x": np.abs(net.feed()["x"])}
+    np.testing.assert_allclose(compute(net.nodes[0], [tensor(feed["x"])])[0].numpy(), run(net.model(), feed)[0], 1e-5)
+
+
 def test_a_pool_with_holes_is_refused() -> None:
     net = TinyNet((1, 2, 6, 6))
     net.op("MaxPool", "x", kernel_shape=[2, 2], dilations=[2, 2])
@@ -156,7 +174,7 @@ def test_a_pool_with_holes_is_refused() -> None:
 
 def test_an_operator_without_counterpart_is_named() -> None:
     net = TinyNet((1, 3, 4, 4))
-    net.op("Erf", net.conv("x", 3, 3), name="strange")
+    net.op("Sin", net.conv("x", 3, 3), name="strange")
     student = whole_student(net.graph(), plan_of(net), {"biases"})
-    with pytest.raises(NotTrainable, match=r"'strange' is a Erf.*--method ptq"):
+    with pytest.raises(NotTrainable, match=r"'strange' is a Sin.*--method ptq"):
         student_outputs(student, net.feed())
