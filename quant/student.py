@@ -238,7 +238,7 @@ class Student:
         last = {name: index for index, node in enumerate(self.nodes) for name in reads(node)}
         computed, trained, refusals = set(feed), set[str](), list[NotTrainable]()
         for index, node in enumerate(self.nodes):
-            read = reads(node)
+            read = [name for name in reads(node) if name]
             if all(name in computed or name in known for name in read):
                 try:
                     with paddle.no_grad():

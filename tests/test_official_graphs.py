@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ from quant.calibration import collect_statistics, count_work
 from quant.export import check_artifact, export_artifact, fitted
 from quant.graph import Graph
 from quant.observer import make_range_method
-from quant.plan import QuantPlan, quantizable_operators
+from quant.plan import Operator, QuantPlan, quantizable_operators
 from quant.policy import kept
 from quant.prepare import old_ir_form, prepare, read_proof
 from quant.ptq import activation_tensors, make_plan, observed_outputs, stored_outputs
+from quant.qat import check_trainable, distil
 from quant.recipe import PaddleSlim, load_recipe
 from quant.runtime import Feed, open_session
 from quant.slim import slim_plan, slim_scales
@@ -85,22 +87,37 @@ LOOSE = {"PP-DocLayout-S", "SLANet_plus", "RT-DETR-H_layout_3cls"}
 together, so INT8 picks others, and the artifact cannot be compared with its plan by what was picked."""
 
 
-@pytest.mark.family
-@pytest.mark.parametrize("name", MODELS)
-def test_an_official_graph_goes_through(name: str, tmp_path: Path) -> None:
-    graph_file = official_graph(name)
+@dataclass(frozen=True)
+class Prepared:
+    """An official graph with made-up weights, folded, with pictures and the operators that its recipe quantizes."""
+
+    graph: Graph
+    feeds: list[Feed]
+    operators: list[Operator]
+    original: Path | None
+
+
+def prepared(name: str, folder: Path) -> Prepared:
     make, tolerance = MODELS[name]
     rng = np.random.default_rng(0)
     feeds = [make(rng) for _ in range(3)]
-    files = fill_graph(graph_file, tmp_path / "model")
-    proof = prepare(files, feeds[:1], tolerance, 2, tmp_path)
-    assert read_proof(tmp_path) == proof and proof.bridge == "equal bit for bit"
-    graph, original = Graph(onnx.load(tmp_path / "prepared.onnx")), old_ir_form(tmp_path)
+    files = fill_graph(official_graph(name), folder / "model")
+    proof = prepare(files, feeds[:1], tolerance, 2, folder)
+    assert read_proof(folder) == proof and proof.bridge == "equal bit for bit"
+    graph = Graph(onnx.load(folder / "prepared.onnx"))
+    macs = count_work(graph, feeds[0], 2).macs
+    operators = kept(graph, quantizable_operators(graph, macs), load_recipe(RECIPES.get(name, name)).policy)
+    return Prepared(graph, feeds, operators, old_ir_form(folder))
+
+
+@pytest.mark.family
+@pytest.mark.parametrize("name", MODELS)
+def test_an_official_graph_goes_through(name: str, tmp_path: Path) -> None:
+    found = prepared(name, tmp_path)
+    graph, feeds, operators, original = found.graph, found.feeds, found.operators, found.original
     assert not {"BatchNormalization", "Identity"} & {
         node.op_type for node in graph.nodes if node.output[0] not in graph.outputs
     }
-    macs = count_work(graph, feeds[0], 2).macs
-    operators = kept(graph, quantizable_operators(graph, macs), load_recipe(RECIPES.get(name, name)).policy)
     numbers = {"im_shape", "scale_factor"}
     assert not numbers.intersection(name for op in operators if op.quantized for name in op.activations)
     targets: tuple[TargetName, ...] = ("onnxruntime", "openvino", "paddle")
@@ -111,15 +128,60 @@ def test_an_official_graph_goes_through(name: str, tmp_path: Path) -> None:
         folder = tmp_path / target
         export_artifact(target, graph, plan, YML, folder, original)
         if name in LOOSE:
-            shapes = [value.shape[1:] for value in open_session(target, folder, 2).run(feeds[0])]
-            assert shapes == [
-                value.shape[1:] for value in open_session("onnxruntime", shipped(tmp_path), 2).run(feeds[0])
-            ]
+            assert shapes(target, folder, feeds[0]) == shapes("onnxruntime", shipped(tmp_path), feeds[0])
         else:
             check_artifact(target, folder, graph, plan, feeds[:2], 2)
 
 
-def own_plan(graph: Graph, operators: list, feeds: list[Feed], target: TargetName) -> QuantPlan:
+@pytest.mark.family
+@pytest.mark.parametrize("name", ["RT-DETR-H_layout_3cls"])
+def test_what_comes_behind_top_k_stays_in_fp32(name: str, tmp_path: Path) -> None:
+    found, policy = prepared(name, tmp_path), load_recipe(RECIPES[name]).policy
+    without = [entry for entry in policy if not entry.after]
+    macs = {op.name: op.macs for op in found.operators}
+    quantized = {op.name for op in kept(found.graph, quantizable_operators(found.graph, macs), without) if op.quantized}
+    behind = quantized - {op.name for op in found.operators if op.quantized}
+    assert behind and all("behind top-k" in op.reason for op in found.operators if op.name in behind)
+
+
+TRAINED = {
+    "PP-LCNet_x1_0_doc_ori": ("", 1.0),
+    "PP-OCRv4_server_det": ("", 1.0),
+    "PP-OCRv4_server_rec_doc": ("", 1.0),
+    "PP-DocLayout-S": ("NonMaxSuppression", 1.0),
+    "SLANet_plus": ("Loop", 1.0),
+    "RT-DETR-H_layout_3cls": ("LREACH", 0.9),
+}
+"""The operator before which training ends, and the least share of the work in INT8 that comes before it."""
+
+
+@pytest.mark.family
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "PP-LCNet_x1_0_doc_ori" else ()) for name in TRAINED]
+)
+def test_an_official_graph_is_trained(name: str, tmp_path: Path) -> None:
+    found, (end, least) = prepared(name, tmp_path), TRAINED[name]
+    graph, feeds = found.graph, found.feeds
+    plan = fitted("onnxruntime", graph, own_plan(graph, found.operators, feeds, "onnxruntime"), found.original)
+    settings = load_recipe(RECIPES.get(name, name)).qat
+    settings = settings.model_copy(update={"iterations": 1, "evaluate_every": 1, "learning_rate": 1.0})
+    left_out = check_trainable(graph, plan, settings, feeds[0])
+    assert (f" is a {end}, which cannot be trained here" in left_out) if end else not left_out
+    assert not end or float(left_out.partition("%")[0]) >= 100 * least
+    looks: list[QuantPlan] = []
+    trained, _ = distil(graph, plan, feeds[:1], settings, lambda p: -len(looks.append(p) or looks), seed=0, threads=2)
+    assert any((trained.integers[key].values != weight.values).any() for key, weight in plan.integers.items())
+    folder = tmp_path / "artifact"
+    export_artifact("onnxruntime", graph, trained, YML, folder, found.original)
+    assert shapes("onnxruntime", folder, feeds[0]) == shapes("onnxruntime", shipped(tmp_path), feeds[0])
+
+
+def shapes(target: TargetName, folder: Path, feed: Feed) -> list[tuple[int, ...]]:
+    """Of the outputs, without the first axis: how many regions are found is open."""
+    return [value.shape[1:] for value in open_session(target, folder, 2).run(feed)]
+
+
+def own_plan(graph: Graph, operators: list[Operator], feeds: list[Feed], target: TargetName) -> QuantPlan:
     """All in INT8: PaddleSlim's ranges for Paddle, the plain own ones for the others."""
     if target == "paddle":
         import tempfile
