@@ -31,7 +31,7 @@ class Bleu(MeanScore):
 
     The mean of sentences judges, not BLEU of the whole set: every formula counts the same and at most 1, so that one
     long formula, or one that repeats itself until the loop ends, cannot decide, and the bound of `eval.statistics`
-    holds. BLEU of the set is shown beside it; published figures are counted on other tokens (those of the training code),
+    holds. BLEU of the set is shown beside it; published figures are counted on other tokens (the training code's),
     so these are not the same figure. For formulas shorter than four tokens the longer n-grams are left out.
 
     Counts: BLEU; exactly right (0 or 1); normalized edit similarity of tokens, 0..1; 1; then for BLEU of the set:
