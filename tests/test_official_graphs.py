@@ -150,7 +150,7 @@ TRAINED = {
     "PP-OCRv4_server_rec_doc": ("", 1.0),
     "PP-DocLayout-S": ("NonMaxSuppression", 1.0),
     "SLANet_plus": ("Loop", 1.0),
-    "RT-DETR-H_layout_3cls": ("LREACH", 0.9),
+    "RT-DETR-H_layout_3cls": ("Where", 0.9),
 }
 """The operator before which training ends, and the least share of the work in INT8 that comes before it."""
 
