@@ -99,7 +99,7 @@ attention = encoder.layers[0].attention.attention
 for table in (attention.down, attention.along):
     table.set_value(draw(size=table.shape).astype("float32"))
 grey = paddle.to_tensor(draw(size=(1, 1, vision.SIDE, vision.SIDE)).astype("float32"))
-maps = paddle.to_tensor(draw(size=(2, vision.WINDOW, vision.WINDOW, decoder.WIDTH)).astype("float32"))
+maps = paddle.to_tensor(draw(size=(2, vision.Sizes().window, vision.Sizes().window, decoder.WIDTH)).astype("float32"))
 taught, seen = encoder.coarse(grey), attention(maps)
 net.eval()
 weights = {name: value.numpy() for name, value in attention.state_dict().items()}

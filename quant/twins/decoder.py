@@ -36,6 +36,8 @@ WORLD = FormulaWorld(
     sizes=(28, 36),
 )
 WIDTH, HEADS = 64, 4
+"""Of the twins' decoder."""
+
 _HARDNESS = 0.2
 _FORMULAS = 1000
 _MARGIN = 16  # pixels
@@ -92,35 +94,35 @@ def _tokenizer() -> dict[str, Any]:
     return {"version": "1.0", "added_tokens": added, **none, "model": model}
 
 
-def network(encoder: Callable[[], Any]) -> Any:
-    """An encoder, made by a function (see `Schooling`), and the decoder behind it."""
+def network(encoder: Callable[[], Any], width: int = WIDTH, heads: int = HEADS, classes: int = len(VOCABULARY)) -> Any:
+    """An encoder, made by a function (see `Schooling`), and the decoder behind it, as wide as what it sees."""
     import paddle
     from paddle import nn
     from paddle.nn import functional
 
-    classes, each = len(VOCABULARY), WIDTH // HEADS
+    each = width // heads
 
     def split(x: Any) -> Any:
         """[N, T, width] -> [N, heads, T, each]."""
-        return x.reshape([0, -1, HEADS, each]).transpose([0, 2, 1, 3])
+        return x.reshape([0, -1, heads, each]).transpose([0, 2, 1, 3])
 
     def attend(queries: Any, keys: Any, values: Any, mask: Any = None) -> Any:
         """[N, heads, T, each] over [N, heads, S, each] -> [N, T, width]."""
         match = queries * each**-0.5 @ keys.transpose([0, 1, 3, 2])
         weights = functional.softmax(match if mask is None else match + mask, axis=-1)
-        return (weights @ values).transpose([0, 2, 1, 3]).reshape([0, -1, WIDTH])
+        return (weights @ values).transpose([0, 2, 1, 3]).reshape([0, -1, width])
 
     class Layer(nn.Layer):
         """Attention to the tokens before, attention to the picture, two linear layers; norms stand in front."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.norms = nn.LayerList([nn.LayerNorm(WIDTH) for _ in range(3)])
-            self.ask, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+            self.norms = nn.LayerList([nn.LayerNorm(width) for _ in range(3)])
+            self.ask, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
             self.ask_picture, self.picture_key, self.picture_value, self.picture_out = (
-                nn.Linear(WIDTH, WIDTH) for _ in range(4)
+                nn.Linear(width, width) for _ in range(4)
             )
-            self.rise, self.fall = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+            self.rise, self.fall = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
         def own(self, x: Any) -> tuple[Any, Any]:
             """Keys and values of these tokens."""
@@ -138,10 +140,10 @@ def network(encoder: Callable[[], Any]) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.encoder = encoder()
-            self.tokens, self.places = nn.Embedding(classes, WIDTH), nn.Embedding(_MOST_STEPS + 1, WIDTH)
+            self.tokens, self.places = nn.Embedding(classes, width), nn.Embedding(_MOST_STEPS + 1, width)
             self.first, self.second = Layer(), Layer()
-            self.norm, self.vocabulary = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, classes)
-            self.drawn = nn.Linear(WIDTH, classes + 1)  # for training alone: what signs stand in the columns
+            self.norm, self.vocabulary = nn.LayerNorm(width), nn.Linear(width, classes)
+            self.drawn = nn.Linear(width, classes + 1)  # for training alone: what signs stand in the columns
 
         def taught(self, x: Any, tokens: Any) -> tuple[Any, Any]:
             """Logits [N, T, classes] where every step knows the right tokens before it; of signs [N, columns, ..]."""
@@ -159,10 +161,10 @@ def network(encoder: Callable[[], Any]) -> Any:
             seen2, shown2 = self.second.picture(placed)
             count = paddle.shape(x)[0]
             nothing = paddle.zeros([1], "int64")[0]  # caches begin empty; a tensor keeps their length open
-            keys1 = paddle.zeros([count, HEADS, nothing, each])
-            values1 = paddle.zeros([count, HEADS, nothing, each])
-            keys2 = paddle.zeros([count, HEADS, nothing, each])
-            values2 = paddle.zeros([count, HEADS, nothing, each])
+            keys1 = paddle.zeros([count, heads, nothing, each])
+            values1 = paddle.zeros([count, heads, nothing, each])
+            keys2 = paddle.zeros([count, heads, nothing, each])
+            values2 = paddle.zeros([count, heads, nothing, each])
             token = paddle.full([count, 1], _START, "int64")
             written = paddle.full([count, nothing + 1], _START, "int64")
             ended = paddle.zeros([count, 1], "bool")

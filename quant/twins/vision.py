@@ -8,6 +8,7 @@ attention is over 144 places in place of 2304: on two cores those would take hou
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,29 @@ __all__ = ["MODEL", "SCHOOLING", "inference_yml", "train", "write_world"]
 
 MODEL = "PP-FormulaNet-L"
 SIDE = 768
-PATCH = (128, 32)
-"""Rows and columns of pixels of one place."""
-WINDOW = 7
 _GRAIN = 8  # pixels a side, of the first convolution
-_ROWS, _COLUMNS = SIDE // PATCH[0], SIDE // PATCH[1]
-_HEADS = 2
-_DEEP = 2  # layers, the last of each two with attention to all places
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the encoder; those of the twin where nothing else is said.
+
+    Attributes:
+        patch: rows and columns of pixels of one place, multiples of 16.
+        window: places a side that attend to one another in most layers.
+        width, heads, layers, rise: of the transformer; the inner of its linear layers is `rise` times as wide.
+        every: of so many layers the last attends to all places.
+        out: width of what the decoder sees.
+    """
+
+    patch: tuple[int, int] = (128, 32)
+    window: int = 7
+    width: int = WIDTH
+    heads: int = 2
+    layers: int = 2
+    rise: int = 2
+    every: int = 2
+    out: int = WIDTH
 
 
 def train(folder: Path, seed: int, minutes: float) -> None:
@@ -37,21 +54,24 @@ def inference_yml() -> dict[str, Any]:
     return described(MODEL)
 
 
-def _encoder() -> Any:
+def encoder(sizes: Sizes = Sizes()) -> Any:
+    """The layer that `decoder.Schooling` asks for."""
     import paddle
     from paddle import nn
     from paddle.nn import functional
 
     zero = paddle.nn.initializer.Constant(0.0)
-    each = WIDTH // _HEADS
+    width, heads, window = sizes.width, sizes.heads, sizes.window
+    all_rows, all_columns = SIDE // sizes.patch[0], SIDE // sizes.patch[1]
+    each = width // heads
 
     class Attention(nn.Layer):
-        """Among all places of maps [N, rows, columns, WIDTH] of one size."""
+        """Among all places of maps [N, rows, columns, width] of one size."""
 
         def __init__(self, rows: int, columns: int) -> None:
             super().__init__()
             self.rows, self.columns = rows, columns
-            self.ask, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.ask, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
             self.down = self.create_parameter([2 * rows - 1, each], default_initializer=zero)
             self.along = self.create_parameter([2 * columns - 1, each], default_initializer=zero)
 
@@ -63,7 +83,7 @@ def _encoder() -> Any:
         def forward(self, x: Any) -> Any:
             rows, columns = self.rows, self.columns
             places = rows * columns
-            parts = self.ask(x).reshape([-1, places, 3, _HEADS, each]).transpose([2, 0, 3, 1, 4])
+            parts = self.ask(x).reshape([-1, places, 3, heads, each]).transpose([2, 0, 3, 1, 4])
             queries, keys, values = parts.reshape([3, -1, places, each]).unbind(0)
             match = (queries * each**-0.5 @ keys.transpose([0, 2, 1])).reshape([-1, rows, columns, rows, columns])
             asked = queries.reshape([-1, rows, columns, each])
@@ -71,30 +91,30 @@ def _encoder() -> Any:
             along: Any = paddle.einsum("nyxc,xic->nyxi", asked, self.apart(columns, self.along))
             match = match + down.unsqueeze(-1) + along.unsqueeze(-2)
             seen = functional.softmax(match.reshape([-1, places, places])) @ values
-            seen = seen.reshape([-1, _HEADS, rows, columns, each]).transpose([0, 2, 3, 1, 4])
-            return self.out(seen.reshape([-1, rows, columns, WIDTH]))
+            seen = seen.reshape([-1, heads, rows, columns, each]).transpose([0, 2, 3, 1, 4])
+            return self.out(seen.reshape([-1, rows, columns, width]))
 
     class Windows(nn.Layer):
         """Attention inside of windows, of which the last are filled up with nothing."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.attention = Attention(WINDOW, WINDOW)
+            self.attention = Attention(window, window)
 
         def forward(self, x: Any) -> Any:
-            down, along = -(-_ROWS // WINDOW), -(-_COLUMNS // WINDOW)
-            x = functional.pad(x, [0, 0, 0, down * WINDOW - _ROWS, 0, along * WINDOW - _COLUMNS, 0, 0])
-            x = x.reshape([-1, down, WINDOW, along, WINDOW, WIDTH]).transpose([0, 1, 3, 2, 4, 5])
-            x = self.attention(x.reshape([-1, WINDOW, WINDOW, WIDTH]))
-            x = x.reshape([-1, down, along, WINDOW, WINDOW, WIDTH]).transpose([0, 1, 3, 2, 4, 5])
-            return x.reshape([-1, down * WINDOW, along * WINDOW, WIDTH])[:, :_ROWS, :_COLUMNS]
+            down, along = -(-all_rows // window), -(-all_columns // window)
+            x = functional.pad(x, [0, 0, 0, down * window - all_rows, 0, along * window - all_columns, 0, 0])
+            x = x.reshape([-1, down, window, along, window, width]).transpose([0, 1, 3, 2, 4, 5])
+            x = self.attention(x.reshape([-1, window, window, width]))
+            x = x.reshape([-1, down, along, window, window, width]).transpose([0, 1, 3, 2, 4, 5])
+            return x.reshape([-1, down * window, along * window, width])[:, :all_rows, :all_columns]
 
     class Layer(nn.Layer):
         def __init__(self, attention: Any) -> None:
             super().__init__()
             self.attention = attention
-            self.norms = nn.LayerList([nn.LayerNorm(WIDTH, epsilon=1e-6) for _ in range(2)])
-            self.rise, self.fall = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+            self.norms = nn.LayerList([nn.LayerNorm(width, epsilon=1e-6) for _ in range(2)])
+            self.rise, self.fall = nn.Linear(width, sizes.rise * width), nn.Linear(sizes.rise * width, width)
 
         def forward(self, x: Any) -> Any:
             x = x + self.attention(self.norms[0](x))
@@ -117,22 +137,25 @@ def _encoder() -> Any:
     class Encoder(nn.Layer):
         def __init__(self) -> None:
             super().__init__()
+            last = (sizes.patch[0] // (2 * _GRAIN), sizes.patch[1] // (2 * _GRAIN))
             self.grain = nn.Conv2D(3, 16, _GRAIN, _GRAIN)
             self.patches = nn.Sequential(
                 nn.GELU(),
                 nn.Conv2D(16, 32, 3, 2, 1),
                 nn.GELU(),
-                nn.Conv2D(32, WIDTH, (8, 2), (8, 2)),
+                nn.Conv2D(32, width, last, last),
             )
-            self.places = self.create_parameter([1, _ROWS, _COLUMNS, WIDTH], default_initializer=zero)
-            attentions = [Attention(_ROWS, _COLUMNS) if number % 2 else Windows() for number in range(_DEEP)]
+            self.places = self.create_parameter([1, all_rows, all_columns, width], default_initializer=zero)
+            whole = [number % sizes.every == sizes.every - 1 for number in range(sizes.layers)]
+            attentions = [Attention(all_rows, all_columns) if one else Windows() for one in whole]
             self.layers = nn.LayerList([Layer(attention) for attention in attentions])
+            out = sizes.out
             self.neck = nn.Sequential(
-                nn.Conv2D(WIDTH, WIDTH, 1, bias_attr=False),
-                ChannelNorm(WIDTH),
-                nn.Conv2D(WIDTH, WIDTH, 3, padding=1, bias_attr=False),
-                ChannelNorm(WIDTH),
-                nn.Conv2D(WIDTH, WIDTH, 3, (2, 1), 1, bias_attr=False),
+                nn.Conv2D(width, out, 1, bias_attr=False),
+                ChannelNorm(out),
+                nn.Conv2D(out, out, 3, padding=1, bias_attr=False),
+                ChannelNorm(out),
+                nn.Conv2D(out, out, 3, (2, 1), 1, bias_attr=False),
             )
 
         def coarse(self, x: Any) -> Any:
@@ -152,7 +175,7 @@ def _encoder() -> Any:
     return Encoder()
 
 
-SCHOOLING = Schooling(MODEL, _encoder, side=SIDE, row_stride=None, steps=700, batch=8, rate=1.5e-3)
+SCHOOLING = Schooling(MODEL, encoder, side=SIDE, row_stride=None, steps=700, batch=8, rate=1.5e-3)
 
 
 if __name__ == "__main__":
