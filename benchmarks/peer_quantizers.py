@@ -83,6 +83,7 @@ class Peer:
         folded: whether `quantize` begins with the folded model, for which all others have only the imported one.
         quantize: gives the coverage back where the quantizer itself says it.
         prepare: makes what is not timed, as reading the sets; its result is handed to `quantize`.
+        package: what `quantize` imports, which is not timed: starting is no quantizing.
         install: how to get the package.
     """
 
@@ -92,6 +93,7 @@ class Peer:
     prepare: Callable[[Inputs], Any] = lambda inputs: None
     each: bool = False
     folded: bool = False
+    package: str = ""
     install: str = INSTALL
 
 
@@ -289,6 +291,7 @@ PEERS: dict[str, Peer] = {
         partial(prepare_ours, search=False),
         each=True,
         folded=True,
+        package="quant.pipeline",
     ),
     "ours-search": Peer(
         "ours, whole run",
@@ -296,11 +299,12 @@ PEERS: dict[str, Peer] = {
         partial(quantize_ours, search=True),
         partial(prepare_ours, search=True),
         each=True,
+        package="quant.pipeline",
     ),
     "ort-minmax": Peer("onnxruntime MinMax", ONNX_TARGETS, partial(quantize_onnxruntime, method="MinMax")),
     "ort-percentile": Peer("onnxruntime Percentile", ONNX_TARGETS, partial(quantize_onnxruntime, method="Percentile")),
-    "nncf": Peer("NNCF", ("openvino",), quantize_nncf),
-    "nncf-accuracy": Peer("NNCF, accuracy control", ("openvino",), quantize_nncf_accuracy, Inputs.job),
+    "nncf": Peer("NNCF", ("openvino",), quantize_nncf, package="nncf"),
+    "nncf-accuracy": Peer("NNCF, accuracy control", ("openvino",), quantize_nncf_accuracy, Inputs.job, package="nncf"),
     "paddleslim": Peer("PaddleSlim hist", ("paddle",), quantize_paddleslim),
     "inc": Peer("Neural Compressor", ONNX_TARGETS, quantize_inc, install=INSTALL_INC),
 }

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,6 +108,8 @@ def _folded(task: Task) -> dict[str, Any]:
 def _quantized(task: Task) -> dict[str, Any]:
     peer, inputs, folder = PEERS[task.peer], task.inputs(), Path(task.folder)
     folder.mkdir(parents=True)
+    if peer.package:
+        import_module(peer.package)
     prepared = peer.prepare(inputs)
     profile = cProfile.Profile() if task.kind == "profile" else None
     start = time.perf_counter()
