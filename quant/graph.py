@@ -30,7 +30,7 @@ class Graph:
     """
 
     def __init__(self, model: ModelProto) -> None:
-        self._model = model
+        self._model = _outline(model)
         self.nodes: list[NodeProto] = []
         self.constants: dict[str, np.ndarray] = {}
         for tensor in model.graph.initializer:
@@ -166,6 +166,14 @@ class Graph:
         """Let a loop hold what `body` gave, after changes."""
         next(bodies([loop])).CopyFrom(body.to_model().graph)
         self._names |= body._names
+
+
+def _outline(model: ModelProto) -> ModelProto:
+    """Version, operator sets, name and inputs: whoever keeps the model would keep all weights twice."""
+    outline = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    outline.graph.name = model.graph.name
+    outline.graph.input.extend(model.graph.input)
+    return outline
 
 
 def reads(node: NodeProto) -> list[str]:
