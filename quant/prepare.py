@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import NodeProto, helper
 
 from quant.bridge import NotCarried, bridge
 from quant.child import answer_job, ask, model_limits
@@ -28,6 +29,10 @@ from quant.task import TaskAdapter
 
 _FEED = "prepare-feed"
 _SECONDS = 3600.0
+
+_LARGE = 2**20
+_WEIGHING = ("Conv", "ConvTranspose", "Gather", "Gemm", "Loop", "MatMul")
+"""Operators that weigh something else by a constant; what a loop does with one is not folded."""
 
 
 @dataclass(frozen=True)
@@ -62,23 +67,31 @@ def prepare(files: ModelFiles, feeds: list[Feed], tolerance: float, threads: int
         InputError: the model cannot be imported, has other inputs than the task's, or two stages
             differ; then the message names the first operator at which they part.
     """
-    work = folder / "import"
-    imported = import_model(files, feeds, work)
+    imported = import_model(files, feeds, folder / "import")
+    difference, folds = _written(files, imported, feeds, tolerance, threads, folder)
+    bridged = _bridged(files, feeds[0], tolerance, threads, folder) if files.format == "pir" else ""
+    proof = Proof(difference, tolerance, len(feeds), folds, bridged)
+    (folder / "proof.json").write_text(json.dumps(asdict(proof), sort_keys=True), encoding="utf-8")
+    return proof
+
+
+def _written(
+    files: ModelFiles, imported: Imported, feeds: list[Feed], tolerance: float, threads: int, folder: Path
+) -> tuple[float, dict[str, int]]:
+    """Write both ONNX models; returns the largest difference of an output, and the simplifications by pass."""
     shipped = _renamed(imported, feeds[0], files)
-    difference = _compare_import(shipped, imported, files, feeds, tolerance, threads, work)
+    difference = _compare_import(shipped, imported, files, feeds, tolerance, threads, folder / "import")
+    onnx.save(shipped.to_model(), folder / "imported.onnx")
     graph = shipped.copy()
     hoisted = hoist_invariants(graph)
     graph = _cleaned(graph)
     folds = {"loop_invariant": hoisted, "named_padding": write_paddings(graph), **fold(graph)}
     prepared = graph.to_model()
     onnx.checker.check_model(prepared, full_check=True)
-    difference = max(difference, _compare_fold(shipped, graph, imported, feeds, tolerance, threads))
-    onnx.save(shipped.to_model(), folder / "imported.onnx")
     onnx.save(prepared, folder / "prepared.onnx")
-    bridged = _bridged(files, feeds[0], tolerance, threads, folder) if files.format == "pir" else ""
-    proof = Proof(difference, tolerance, len(feeds), folds, bridged)
-    (folder / "proof.json").write_text(json.dumps(asdict(proof), sort_keys=True), encoding="utf-8")
-    return proof
+    del prepared
+    difference = max(difference, _compare_fold(shipped, graph, imported, feeds, tolerance, threads))
+    return difference, folds
 
 
 def prepare_apart(files: ModelFiles, feeds: list[Feed], tolerance: float, threads: int, folder: Path) -> None:
@@ -188,11 +201,32 @@ def _renamed(imported: Imported, feed: Feed, files: ModelFiles) -> Graph:
 
 
 def _cleaned(graph: Graph) -> Graph:
-    """Constants folded by onnxsim; its fusions stay off, they break up what `fold` and runtimes match."""
+    """Constants folded by onnxsim; its fusions stay off, they break up what `fold` and runtimes match.
+
+    Large weights are inputs meanwhile, since it holds a model several times over; the graph is left without them.
+    """
     import onnxsim
 
-    model, _ = onnxsim.simplify(graph.to_model(), perform_optimization=False)
-    return Graph(model)
+    weights = {name: graph.constants.pop(name) for name in _large_weights(graph)}
+    model = graph.to_model()
+    for name, value in weights.items():
+        kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+        model.graph.input.append(helper.make_tensor_value_info(name, kind, value.shape))
+    cleaned = Graph(onnxsim.simplify(model, perform_optimization=False)[0])
+    cleaned.inputs = [name for name in cleaned.inputs if name not in weights]
+    cleaned.constants |= weights
+    return cleaned
+
+
+def _large_weights(graph: Graph) -> list[str]:
+    """Constants of a megabyte and more from which nothing constant is computed."""
+    readers = graph.consumers()
+
+    def weighs(node: NodeProto) -> bool:
+        return node.op_type in _WEIGHING and not all(map(graph.is_constant, node.input))
+
+    large = [name for name, value in graph.constants.items() if value.nbytes >= _LARGE]
+    return [name for name in large if readers[name] and all(map(weighs, readers[name]))]
 
 
 def _compare_import(

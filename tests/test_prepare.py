@@ -7,20 +7,50 @@ import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxsim
 import pytest
+from onnx import ModelProto
 from tiny_models import TinyNet, kinds, run, small_detector
 
 from quant.errors import InputError
 from quant.fold import fold
 from quant.graph import Graph
-from quant.prepare import Proof, first_operator_apart, missing_loop, nothing_in_int8, prepare, read_proof
+from quant.prepare import Proof, _cleaned, first_operator_apart, missing_loop, nothing_in_int8, prepare, read_proof
 from quant.runtime import Feed
 from quant.source import ModelFiles, file_sha256
 
 MODEL = "ch_ppocr_mobile_v2_cls_infer"
+
+
+# --- cleaning --------------------------------------------------------------------------------------
+
+
+def test_large_weights_stay_out_of_the_simplifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = TinyNet((1, 3, 8, 8))
+    turned = net.op("Transpose", net.const(net.weights(5, 8)), perm=[1, 0])
+    weighed = net.op("MatMul", net.op("MatMul", net.conv("x", 3, 4), turned), net.const(net.weights(5, 6)))
+    net.op("Add", weighed, net.const(net.weights(6)))
+    before = net.graph()
+    plain = _cleaned(before.copy())
+    simplify, given = onnxsim.simplify, list[ModelProto]()
+
+    def noted(model: ModelProto, **how: Any) -> Any:
+        given.append(model)
+        return simplify(model, **how)
+
+    monkeypatch.setattr(onnxsim, "simplify", noted)
+    monkeypatch.setattr("quant.prepare._LARGE", 1)
+    cleaned = _cleaned(before.copy())
+    shapes = {tuple(constant.dims) for constant in given[0].graph.initializer}
+    assert shapes == {(5, 8), (6,)}, "what is turned, and what is added"
+    assert kinds(cleaned) == kinds(plain) == ["Conv", "MatMul", "MatMul", "Add"]
+    assert cleaned.inputs == plain.inputs and len(cleaned.constants) == len(plain.constants)
+    for mine, theirs in zip(run(cleaned.to_model(), net.feed()), run(plain.to_model(), net.feed()), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 # --- naming the first operator ---------------------------------------------------------------------
