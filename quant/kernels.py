@@ -234,6 +234,12 @@ def _maximum(node: NodeProto, inputs: Sequence[Value]) -> Value:
     return largest(*map(tensor, inputs))
 
 
+def _where(node: NodeProto, inputs: Sequence[Value]) -> Value:
+    import paddle
+
+    return paddle.where(*map(tensor, inputs))
+
+
 def _pairwise(name: str) -> Kernel:
     def apply(node: NodeProto, inputs: Sequence[Value]) -> Value:
         one, other = map(tensor, inputs)
@@ -294,4 +300,5 @@ KERNELS: dict[str, Kernel] = {
     "Tanh": _alone("tanh"),
     "Transpose": lambda node, inputs: inputs[0].transpose(list(attribute(node, "perm"))),
     "Unsqueeze": lambda node, inputs: inputs[0].unsqueeze(_axes(node, inputs)),
+    "Where": _where,
 }

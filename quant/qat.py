@@ -24,7 +24,7 @@ from quant.graph import Graph, reads
 from quant.plan import QuantPlan
 from quant.recipe import Training
 from quant.runtime import Feed
-from quant.student import ROUNDED, Reach, Student, whole_student
+from quant.student import ROUNDED, Reach, Student, leading_to, whole_student
 from quant.team import ALONE, Team
 from quant.training import Averaged, Schedule, Trainer, batches, load_checkpoint, save_checkpoint, shuffled
 
@@ -97,10 +97,11 @@ def _trainable(prepared: Graph, plan: QuantPlan, settings: Training, feed: Feed)
         ends = _ends(prepared, whole, reach)
         if not ends:
             raise reach.refusal
-        nodes = [node for node in whole.nodes if reach.computed.issuperset(node.output)]
+        nodes = leading_to(reach.trained, whole.nodes)
         student = Student(plan, whole.traced, nodes, settings.learned, quantizers=settings.quantizers)
         left_out = (
-            f"{_share(plan, reach):.0%} of the multiply-accumulates are trained; {str(reach.refusal).partition(';')[0]}"
+            f"{_share(plan, reach):.0%} of the multiply-accumulates in INT8 are trained; "
+            f"{str(reach.refusal).partition(';')[0]}"
         )
     sought = aims(
         prepared,

@@ -126,7 +126,7 @@ class Reach:
 
     Attributes:
         computed: tensors that can be computed, the pictures among them.
-        trained: those of them that operators with integer weights lead to.
+        trained: those of them that operators with integer weights lead to; numbers that gradients can pass alone.
         refusal: of the first operator without a differentiable counterpart; None where all have one.
     """
 
@@ -220,7 +220,7 @@ class Student:
         self._spanned.clear()
         self._means = means or {}
         known: dict[str, Value] = {**self._constants, **values}
-        nodes = _leading_to(keep, self.nodes)
+        nodes = leading_to(keep, self.nodes)
         last = {name: index for index, node in enumerate(nodes) for name in reads(node)}
         for index, node in enumerate(nodes):
             for name, value in zip(node.output, self._computed(node, known), strict=True):
@@ -245,7 +245,7 @@ class Student:
                         known |= zip(node.output, self._computed(node, known), strict=True)
                     computed.update(node.output)
                     if node.output[0] in self._operators or trained.intersection(read):
-                        trained |= {name for name in node.output if not isinstance(known[name], np.ndarray)}
+                        trained |= {name for name in node.output if _differentiable(known[name])}
                 except NotTrainable as error:
                     refusals.append(error)
             for name in read:
@@ -391,7 +391,7 @@ def student_outputs(student: Student, feed: Feed) -> list[Array]:
     return [np.asarray(value) for value in found.values()]
 
 
-def _leading_to(names: Collection[str], nodes: Sequence[NodeProto]) -> list[NodeProto]:
+def leading_to(names: Collection[str], nodes: Sequence[NodeProto]) -> list[NodeProto]:
     """The nodes without which some tensors cannot be computed."""
     wanted, found = set(names), list[NodeProto]()
     for node in reversed(nodes):
@@ -399,6 +399,11 @@ def _leading_to(names: Collection[str], nodes: Sequence[NodeProto]) -> list[Node
             wanted.update(reads(node))
             found.append(node)
     return found[::-1]
+
+
+def _differentiable(value: Value) -> bool:
+    """Whether gradients can pass; they end where a value turns into integers, or into sizes."""
+    return not isinstance(value, np.ndarray) and bool(value.is_floating_point())
 
 
 def _host_or_tensor(value: Array) -> Value:

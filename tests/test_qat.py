@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from onnx import TensorProto
 from test_flow import flowing_plan, mobile_block
 from test_plan import plan_of
 from test_reconstruction import coarse, error
@@ -111,7 +112,8 @@ def test_what_comes_before_an_operator_without_counterpart_is_trained_and_the_re
     said = check_trainable(net.graph(), plan, settings(), net.feed())
     share = 1 - macs[last] / sum(macs.values())
     assert said == (
-        f"{share:.0%} of the multiply-accumulates are trained; operator 'strange' is a Sin, which cannot be trained here"
+        f"{share:.0%} of the multiply-accumulates in INT8 are trained; "
+        "operator 'strange' is a Sin, which cannot be trained here"
     )
     refined, curve = taught(net, plan)
     assert error(net, refined) == pytest.approx(min(point.error for point in curve))
@@ -129,10 +131,22 @@ def test_before_the_first_step_the_cut_student_is_the_simulation() -> None:
     graph, plan = net.graph(), coarse(plan_of(net), 0.05)
     trainable = _trainable(graph, plan, settings(), net.feed())
     assert [aim.tensor for aim in trainable.sought] == ["border"]
+    assert {name for _, name in trainable.student.parameters} == {str(op.weight) for op in plan.operators[:2]}
     model = placed(graph, plan, FloatWriter()).to_model(["border"])
     simulated = onnx_session(model, 1, integers=False).run(net.feed(), ["border"])[0]
     found = trainable.student.run(net.feed(), ["border"])["border"]
     np.testing.assert_allclose(np.asarray(found), simulated, rtol=1e-4, atol=1e-5)
+
+
+def test_training_ends_where_values_turn_into_integers() -> None:
+    net = TinyNet((1, 3, 8, 8), free=(0, 2, 3))
+    before = net.op("Relu", net.conv("x", 3, 6))
+    places = net.op("TopK", before, net.const(np.array([2])), outputs=2)
+    whole = net.op("Cast", net.op("Cast", before, to=TensorProto.INT64), to=TensorProto.FLOAT)
+    net.conv(net.op("Concat", places, net.op("Sin", whole), axis=-1), 6, 2)
+    trainable = _trainable(net.graph(), plan_of(net), settings(), net.feed())
+    assert [aim.tensor for aim in trainable.sought] == [before]
+    assert "is a TopK, which cannot be trained here" in trainable.left_out
 
 
 def test_a_node_behind_what_can_be_trained_is_refused() -> None:

@@ -165,6 +165,18 @@ def test_functions_of_single_values(kind: str) -> None:
     np.testing.assert_allclose(compute(net.nodes[0], [tensor(feed["x"])])[0].numpy(), run(net.model(), feed)[0], 1e-5)
 
 
+def test_a_gradient_passes_what_a_mask_lets_through() -> None:
+    net = TinyNet((1, 3, 2))
+    mask = net.const(np.array([[[True], [False], [True]]]))
+    net.op("Where", mask, "x", net.const(np.float32(-7)))
+    given = tensor(net.feed()["x"])
+    given.stop_gradient = False
+    found = compute(net.nodes[0], [net.constants[mask], given, np.float32(-7)])[0]
+    np.testing.assert_array_equal(found.numpy(), run(net.model(), net.feed())[0])
+    found.sum().backward()
+    np.testing.assert_array_equal(given.grad.numpy(), np.array([[[1, 1], [0, 0], [1, 1]]], dtype=np.float32))
+
+
 def test_a_pool_with_holes_is_refused() -> None:
     net = TinyNet((1, 2, 6, 6))
     net.op("MaxPool", "x", kernel_shape=[2, 2], dilations=[2, 2])
