@@ -365,7 +365,7 @@ def _connected(address: str | None) -> tuple[Any, bool]:
         _check_answers(place)
     try:
         ray.init(address=place, **settings)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # the last: as where it has no token
         raise _no_cluster(place, error) from error
     return ray, True
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import weakref
@@ -492,6 +493,20 @@ def test_an_address_that_nobody_answers_at_is_said_at_once(
     address = ["--address", "127.0.0.1:1"] if given == "--address" else []
     assert _guarded(["eval", "--all", "--out", str(tmp_path), "--executor", "ray", *address]) == 2
     assert "no Ray cluster at 127.0.0.1:1 (" in capsys.readouterr().err
+
+
+def test_a_cluster_that_refuses_is_no_internal_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Guarded(Cluster):
+        def init(self, **settings: Any) -> None:
+            raise self.RayError("no authentication\ntoken was found")
+
+    monkeypatch.setitem(sys.modules, "ray", Guarded({}))  # type: ignore[arg-type]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert _guarded(["eval", "--all", "--out", str(tmp_path), "--executor", "ray", "--address", address]) == 2
+    assert f"no Ray cluster at {address} (no authentication token was found)" in capsys.readouterr().err
 
 
 def test_a_job_without_rows_says_why() -> None:
