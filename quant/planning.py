@@ -63,6 +63,7 @@ from quant.plan import (
     REDUCED_WEIGHTS,
     Operator,
     QuantPlan,
+    corrected_graph,
     load_plan,
     quantizable_operators,
     quantize_weight,
@@ -331,7 +332,8 @@ def _with_full_biases(job: Job, graph: Graph, plan: QuantPlan) -> QuantPlan:
 def fitted(job: Job, graph: Graph, plan: QuantPlan) -> QuantPlan:
     """The plan with weights and biases that fit the operators that it quantizes."""
     feeds = first_feeds(job, job.selection.calibration, job.recipe.ladder.fit_samples)
-    advance = counted(job.options.progress, job.title("fitting weights"), len(fitted_operators(graph, plan)))
+    layers = len(fitted_operators(corrected_graph(graph, plan), plan))
+    advance = counted(job.options.progress, job.title("fitting weights"), layers)
     found, results = refit(graph, plan, feeds, job.options.threads, job.recipe.seed, advance)
     nearer = sum(result.after < result.before for result in results)
     return replace(found, notes=[*plan.notes, f"weights of {nearer} of {len(results)} layers fitted to FP32"])
