@@ -357,11 +357,11 @@ def _printing_nothing() -> Iterator[None]:
         os.close(kept)
 
 
-def badness(rung: Rung) -> tuple[bool, float]:
-    """Lower is better: the drop, and half of the discordance, which varies less between samples."""
+def badness(rung: Rung) -> tuple[bool, float, float]:
+    """Lower is better: the drop, and half of the discordance, which varies less between samples; then the error."""
     if rung.score is None:
-        return True, rung.error
-    return False, max(rung.score.drop, 0.0) + rung.score.discordance / 2
+        return True, rung.error, rung.error
+    return False, max(rung.score.drop, 0.0) + rung.score.discordance / 2, rung.error
 
 
 def save_rungs(rungs: Sequence[Rung], folder: Path) -> None:

@@ -99,9 +99,9 @@ def train_on(
     return done
 
 
-def _order(rung: Rung) -> tuple[bool, tuple[bool, float], float]:
-    """Lower is better: one that passes, then outcomes, then the error, which tells plans with equal outcomes apart."""
-    return not rung.passed, badness(rung), rung.error
+def _order(rung: Rung) -> tuple[bool, tuple[bool, float, float]]:
+    """Lower is better: one that passes, then outcomes and the error."""
+    return not rung.passed, badness(rung)
 
 
 def _methods(recipe: Recipe, fitted: bool) -> list[Method]:

@@ -160,7 +160,7 @@ def front(points: Sequence[Point]) -> list[Point]:
     scored = sorted((p for p in points if p.rung.score), key=lambda point: (point.latency, badness(point.rung)))
     kept: list[Point] = []
     for point in scored:
-        if not kept or badness(point.rung) < badness(kept[-1].rung):
+        if not kept or badness(point.rung)[:2] < badness(kept[-1].rung)[:2]:
             kept.append(point)
     return kept
 
