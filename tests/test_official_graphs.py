@@ -150,7 +150,7 @@ TRAINED = {
     "PP-OCRv4_server_rec_doc": ("", 1.0),
     "PP-DocLayout-S": ("NonMaxSuppression", 1.0),
     "SLANet_plus": ("Loop", 1.0),
-    "RT-DETR-H_layout_3cls": ("Where", 0.9),
+    "RT-DETR-H_layout_3cls": ("ReduceMax", 0.99),
 }
 """The operator before which training ends, and the least share of the work in INT8 that comes before it."""
 
@@ -166,7 +166,7 @@ def test_an_official_graph_is_trained(name: str, tmp_path: Path) -> None:
     settings = load_recipe(RECIPES.get(name, name)).qat
     settings = settings.model_copy(update={"iterations": 1, "evaluate_every": 1, "learning_rate": 1.0})
     left_out = check_trainable(graph, plan, settings, feeds[0])
-    assert (f" is a {end}, which cannot be trained here" in left_out) if end else not left_out
+    assert (f" is a {end}, which cannot be trained here" in left_out) if end else not left_out, left_out
     assert not end or float(left_out.partition("%")[0]) >= 100 * least
     looks: list[QuantPlan] = []
     trained, _ = distil(graph, plan, feeds[:1], settings, lambda p: -len(looks.append(p) or looks), seed=0, threads=2)
