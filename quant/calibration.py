@@ -148,10 +148,16 @@ def count_work(graph: Graph, feed: Feed, threads: int) -> Work:
     wanted = {*nodes, *(name for node in nodes.values() for name in node.input[:2] if not graph.is_constant(name))}
     ordered = sorted(wanted)
     exposed, places = stepwise(graph, ordered, "Shape")
+    # Sizes alone are handed out: all tensors at once were 10 GB of PP-FormulaNet-L.
+    outer = {
+        name: exposed.fresh_name(f"{name}_shape") for name, place in zip(ordered, places, strict=True) if place == name
+    }
+    exposed.nodes += [helper.make_node("Shape", [name], [shape], name=shape) for name, shape in outer.items()]
+    places = [outer.get(name, place) for name, place in zip(ordered, places, strict=True)]
     arrays = onnx_session(exposed.to_model(places), threads).run(feed, places)
     shapes = {
-        name: [array.shape] if place == name else [tuple(map(int, sizes)) for sizes in array]
-        for name, place, array in zip(ordered, places, arrays, strict=True)
+        name: [tuple(map(int, sizes)) for sizes in np.atleast_2d(array)]
+        for name, array in zip(ordered, arrays, strict=True)
     }
     shapes |= {name: [value.shape] for name, value in graph.constants.items()}
     return Work({name: _macs(node, shapes) for name, node in nodes.items()})
