@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import numpy as np
+from onnx import helper
 
 from quant.graph import Graph
 from quant.placement import place, written_chains
@@ -167,12 +168,18 @@ def corrected_operators(plan: QuantPlan) -> list[str]:
 
 
 def channel_means(graph: Graph, names: list[str], feeds: Sequence[Feed], threads: int) -> dict[str, Array]:
-    """Mean of every channel of these tensors over pictures, their batches and places, float64[C]."""
-    session = onnx_session(graph.to_model(names), threads)
+    """Mean of every channel of what these convolutions write over pictures, their batches and places, float64[C]."""
+    bench, writers = graph.copy(), graph.producers()
+    means = {name: bench.fresh_name(f"{name}_mean") for name in graph.last_first(names)}
+    for name, mean in means.items():
+        axes = [0, *range(2, graph.constants[writers[name].input[1]].ndim)]
+        bench.nodes.append(helper.make_node("ReduceMean", [name], [mean], name=mean, axes=axes, keepdims=0))
+    asked = [means[name] for name in names]
+    session = onnx_session(bench.to_model(asked), threads)
     totals: dict[str, Array] = {}
     for feed in feeds:
-        for name, value in zip(names, session.run(feed, names), strict=True):
-            totals[name] = totals.get(name, 0) + _means(value)
+        for name, value in zip(names, session.run(feed, asked), strict=True):
+            totals[name] = totals.get(name, 0) + value.astype(np.float64)
     return {name: total / len(feeds) for name, total in totals.items()}
 
 

@@ -59,8 +59,9 @@ def collect_statistics(
     sizes = _sizes(graph, tensors, first, threads)
     steps = [max(1, size * pictures // COUNTED) for size in sizes]
     exposed, places = stepwise(graph, tensors)
-    watched = [_watch(exposed, place, step) for place, step in zip(places, steps, strict=True)]
-    outputs = [name for names in watched for name in names]
+    found = dict(zip(places, steps, strict=True))
+    watched = {place: _watch(exposed, place, found[place]) for place in exposed.last_first(places)}
+    outputs = [name for place in places for name in watched[place]]
     model = exposed.to_model(outputs)
     model.graph.input.append(helper.make_tensor_value_info(_PICTURE, TensorProto.INT64, [1]))
     session = onnx_session(model, threads)
@@ -79,10 +80,17 @@ def collect_statistics(
 def _sizes(graph: Graph, tensors: Sequence[str], feed: Feed, threads: int) -> list[int]:
     """How many values each tensor holds for a picture, in all steps of loops."""
     exposed, places = stepwise(graph, tensors)
-    shapes = [exposed.fresh_name(f"{place}_shape") for place in places]
-    exposed.nodes += [helper.make_node("Shape", [p], [s], name=s) for p, s in zip(places, shapes, strict=True)]
-    found = onnx_session(exposed.to_model(shapes), threads).run(feed, shapes)
+    shapes = _add_shapes(exposed, places)
+    asked = [shapes[place] for place in places]
+    found = onnx_session(exposed.to_model(asked), threads).run(feed, asked)
     return [math.prod(map(int, shape)) for shape in found]
+
+
+def _add_shapes(graph: Graph, tensors: Sequence[str]) -> dict[str, str]:
+    """Have the runtime tell the sizes of tensors, and not the tensors; returns under which names."""
+    names = {tensor: graph.fresh_name(f"{tensor}_shape") for tensor in graph.last_first(tensors)}
+    graph.nodes += [helper.make_node("Shape", [tensor], [name], name=name) for tensor, name in names.items()]
+    return names
 
 
 def _watch(graph: Graph, tensor: str, step: int) -> list[str]:
@@ -148,11 +156,7 @@ def count_work(graph: Graph, feed: Feed, threads: int) -> Work:
     wanted = {*nodes, *(name for node in nodes.values() for name in node.input[:2] if not graph.is_constant(name))}
     ordered = sorted(wanted)
     exposed, places = stepwise(graph, ordered, "Shape")
-    # Sizes alone are handed out: all tensors at once were 10 GB of PP-FormulaNet-L.
-    outer = {
-        name: exposed.fresh_name(f"{name}_shape") for name, place in zip(ordered, places, strict=True) if place == name
-    }
-    exposed.nodes += [helper.make_node("Shape", [name], [shape], name=shape) for name, shape in outer.items()]
+    outer = _add_shapes(exposed, [name for name, place in zip(ordered, places, strict=True) if place == name])
     places = [outer.get(name, place) for name, place in zip(ordered, places, strict=True)]
     arrays = onnx_session(exposed.to_model(places), threads).run(feed, places)
     shapes = {

@@ -194,17 +194,17 @@ def _is_pointwise(graph: Graph, node: NodeProto) -> bool:
 
 
 def _channel_reaches(graph: Graph, tensors: list[str], feeds: Iterable[Feed], threads: int) -> dict[str, _Reach]:
-    extremes = [(f"{name}_lowest", f"{name}_highest") for name in tensors]
+    extremes = {name: (f"{name}_lowest", f"{name}_highest") for name in graph.last_first(tensors)}
     bench = graph.copy()
-    for name, (low, high) in zip(tensors, extremes, strict=True):
+    for name, (low, high) in extremes.items():
         for kind, output in (("ReduceMin", low), ("ReduceMax", high)):
             bench.nodes.append(helper.make_node(kind, [name], [output], name=output, axes=[2, 3], keepdims=0))
-    wanted = [name for pair in extremes for name in pair]
+    wanted = [name for pair in extremes.values() for name in pair]
     session = onnx_session(bench.to_model(wanted), threads)
     reaches: dict[str, _Reach] = {}
     for feed in feeds:
         found = dict(zip(wanted, session.run(feed, wanted), strict=True))
-        for name, (low, high) in zip(tensors, extremes, strict=True):
+        for name, (low, high) in extremes.items():
             reaches.setdefault(name, _Reach(found[low][0], found[high][0])).update(found[low], found[high])
     if not reaches:
         raise InputError("no calibration picture can be read; give another set with --data")

@@ -59,6 +59,15 @@ class Graph:
                 readers[name].append(node)
         return readers
 
+    def last_first(self, tensors: Iterable[str]) -> list[str]:
+        """Tensors, those that are written last first.
+
+        The order in which to add nodes that tell something of them: onnxruntime begins with what the last node of a
+        model needs and comes to the first one last, so the other way around all tensors would be held until the end.
+        """
+        places = {name: index for index, node in enumerate(self.nodes) for name in node.output}
+        return sorted(tensors, key=lambda name: places.get(name, -1), reverse=True)
+
     def is_constant(self, name: str) -> bool:
         return name in self.constants
 

@@ -94,9 +94,9 @@ def range_errors(
     readers = {name: bench.readers(name) for name in distinct}
     trials = {
         (name, numbers): bench.add_trial(name, readers[name], quantizer)
-        for name, quantizers in distinct.items()
+        for name in graph.last_first(distinct)
         if readers[name]
-        for numbers, quantizer in quantizers.items()
+        for numbers, quantizer in distinct[name].items()
     }
     sums = bench.measure(feeds, threads)
     errors = {trial: sum(sums[key] for key in distances) for trial, distances in trials.items()}
