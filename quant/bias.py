@@ -140,7 +140,7 @@ class Simulated:
         chains = written_chains(corrected_graph(graph, plain), plain)
         factors = {chain.writer: chain.factor for chain in chains if chain.factor is not None}
         writer = FloatWriter()
-        return cls(Graph(place(graph, plain, writer).to_model()), factors, writer.bias_steps)
+        return cls(place(graph, plain, writer).copy(), factors, writer.bias_steps)
 
     def put_right(self, values: Sequence[dict[str, Array]], name: str, exact: Array, count: int) -> Array:
         """Shift what a convolution writes so that its channels' means over the first pictures are the exact ones.
@@ -175,7 +175,7 @@ def channel_means(graph: Graph, names: list[str], feeds: Sequence[Feed], threads
         axes = [0, *range(2, graph.constants[writers[name].input[1]].ndim)]
         bench.nodes.append(helper.make_node("ReduceMean", [name], [mean], name=mean, axes=axes, keepdims=0))
     asked = [means[name] for name in names]
-    session = onnx_session(bench.to_model(asked), threads)
+    session = onnx_session(bench.to_light_model(asked), threads)
     totals: dict[str, Array] = {}
     for feed in feeds:
         for name, value in zip(names, session.run(feed, asked), strict=True):

@@ -62,8 +62,8 @@ def collect_statistics(
     found = dict(zip(places, steps, strict=True))
     watched = {place: _watch(exposed, place, found[place]) for place in exposed.last_first(places)}
     outputs = [name for place in places for name in watched[place]]
-    model = exposed.to_model(outputs)
-    model.graph.input.append(helper.make_tensor_value_info(_PICTURE, TensorProto.INT64, [1]))
+    model = exposed.to_light_model(outputs)
+    model.model.graph.input.append(helper.make_tensor_value_info(_PICTURE, TensorProto.INT64, [1]))
     session = onnx_session(model, threads)
     statistics = {name: Histogram(average=MovingRange(momentum)) for name in tensors}
     for count, feed in enumerate(chain([first], remaining), start=1):
@@ -82,7 +82,7 @@ def _sizes(graph: Graph, tensors: Sequence[str], feed: Feed, threads: int) -> li
     exposed, places = stepwise(graph, tensors)
     shapes = _add_shapes(exposed, places)
     asked = [shapes[place] for place in places]
-    found = onnx_session(exposed.to_model(asked), threads).run(feed, asked)
+    found = onnx_session(exposed.to_light_model(asked), threads).run(feed, asked)
     return [math.prod(map(int, shape)) for shape in found]
 
 
@@ -151,6 +151,11 @@ class Work:
 
 def count_work(graph: Graph, feed: Feed, threads: int) -> Work:
     """Multiply-accumulates of Conv, ConvTranspose and MatMul, in all steps of loops, by running the graph once."""
+    return mean_work(graph, [feed], threads)
+
+
+def mean_work(graph: Graph, feeds: Sequence[Feed], threads: int) -> Work:
+    """The mean over several pictures, of which each may take a loop through another number of steps."""
     written = {node.output[0]: node for node in graph.nodes if node.output} | inner_nodes(graph)
     nodes = {name: node for name, node in written.items() if node.op_type in QUANTIZABLE}
     wanted = {*nodes, *(name for node in nodes.values() for name in node.input[:2] if not graph.is_constant(name))}
@@ -158,19 +163,15 @@ def count_work(graph: Graph, feed: Feed, threads: int) -> Work:
     exposed, places = stepwise(graph, ordered, "Shape")
     outer = _add_shapes(exposed, [name for name, place in zip(ordered, places, strict=True) if place == name])
     places = [outer.get(name, place) for name, place in zip(ordered, places, strict=True)]
-    arrays = onnx_session(exposed.to_model(places), threads).run(feed, places)
-    shapes = {
-        name: [tuple(map(int, sizes)) for sizes in np.atleast_2d(array)]
-        for name, array in zip(ordered, arrays, strict=True)
-    }
-    shapes |= {name: [value.shape] for name, value in graph.constants.items()}
-    return Work({name: _macs(node, shapes) for name, node in nodes.items()})
-
-
-def mean_work(graph: Graph, feeds: Sequence[Feed], threads: int) -> Work:
-    """The mean over several pictures, of which each may take a loop through another number of steps."""
-    found = [count_work(graph, feed, threads).macs for feed in feeds]
-    return Work({name: round(sum(macs[name] for macs in found) / len(found)) for name in found[0]})
+    session = onnx_session(exposed.to_light_model(places), threads)
+    known = {name: [value.shape] for name, value in graph.constants.items()}
+    totals = dict.fromkeys(nodes, 0)
+    for feed in feeds:
+        found = zip(ordered, session.run(feed, places), strict=True)
+        shapes = known | {name: [tuple(map(int, sizes)) for sizes in np.atleast_2d(array)] for name, array in found}
+        for name, node in nodes.items():
+            totals[name] += _macs(node, shapes)
+    return Work({name: round(total / len(feeds)) for name, total in totals.items()})
 
 
 def _macs(node: NodeProto, shapes: Mapping[str, Sequence[Shape]]) -> int:

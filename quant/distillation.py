@@ -109,7 +109,7 @@ class Teacher:
         self._names, self._convs = [aim.tensor for aim in sought], [*convs]
         graph = prepared.ending_at([*self._names, *self._convs])
         self._means = [_add_mean(graph, name) for name in self._convs]
-        self._session = onnx_session(graph.to_model([*self._names, *self._means]), threads)
+        self._session = onnx_session(graph.to_light_model([*self._names, *self._means]), threads)
 
     def answer(self, feed: Feed) -> tuple[list[Array], dict[str, Array]]:
         """Its values of the sought tensors, and the mean of each channel of `convs` over the batch, float32[C]."""

@@ -200,7 +200,7 @@ def _channel_reaches(graph: Graph, tensors: list[str], feeds: Iterable[Feed], th
         for kind, output in (("ReduceMin", low), ("ReduceMax", high)):
             bench.nodes.append(helper.make_node(kind, [name], [output], name=output, axes=[2, 3], keepdims=0))
     wanted = [name for pair in extremes.values() for name in pair]
-    session = onnx_session(bench.to_model(wanted), threads)
+    session = onnx_session(bench.to_light_model(wanted), threads)
     reaches: dict[str, _Reach] = {}
     for feed in feeds:
         found = dict(zip(wanted, session.run(feed, wanted), strict=True))

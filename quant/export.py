@@ -180,7 +180,7 @@ def _differences(
     # sums saturate: there its nodes are computed as they stand.
     here = TARGETS[target].executed
     sessions = [
-        onnx_session(graph.to_model(), threads),
+        onnx_session(graph.to_light_model(), threads),
         simulated_session(graph, plan, threads),
         open_session(target, folder, threads)
         if here

@@ -10,7 +10,8 @@ holds gives it a new name, so that equal names in two versions of a graph can be
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,22 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 Shape = tuple[int | None, ...]
+
+LARGE = 2**20
+"""Bytes from which on a constant is a weight that is worth not to be copied."""
+
+
+@dataclass(frozen=True)
+class LightModel:
+    """A model in memory beside its large constants, which every copy and every protobuf would hold once more.
+
+    Attributes:
+        model: declares them as external data, at no place.
+        weights: arrays by name, C-contiguous; shared with the graph.
+    """
+
+    model: ModelProto
+    weights: dict[str, np.ndarray]
 
 
 class Graph:
@@ -76,7 +93,7 @@ class Graph:
         if tensor in self.constants:
             return self.constants[tensor].shape
         if self._shapes is None:
-            self._shapes = _inferred_shapes(self.to_model())
+            self._shapes = _inferred_shapes(self.to_light_model().model)
         return self._shapes.get(tensor)
 
     def copy_shape(self, source: str, tensor: str) -> None:
@@ -127,11 +144,18 @@ class Graph:
 
     def to_model(self, extra_outputs: Iterable[str] = ()) -> ModelProto:
         """Write the graph back as a model of the same opset, optionally with more outputs."""
+        return self._written(initializers(self.constants), extra_outputs)
+
+    def to_light_model(self, extra_outputs: Iterable[str] = ()) -> LightModel:
+        """The same for a session, which reads large constants where they are."""
+        small, weights = light_initializers(self.constants)
+        return LightModel(self._written(small, extra_outputs), weights)
+
+    def _written(self, constants: list[TensorProto], extra_outputs: Iterable[str] = ()) -> ModelProto:
         inputs = [i for i in self._model.graph.input if i.name in self.inputs]
         outputs = list(self._output_infos)
         outputs += [onnx.ValueInfoProto(name=n) for n in extra_outputs if n not in self.outputs]
-        initializers = [numpy_helper.from_array(np.asarray(v, order="C"), n) for n, v in self.constants.items()]
-        graph = helper.make_graph(self.nodes, self._model.graph.name, inputs, outputs, initializers)
+        graph = helper.make_graph(self.nodes, self._model.graph.name, inputs, outputs, constants)
         model = helper.make_model(graph, opset_imports=self._model.opset_import)
         model.ir_version = self._model.ir_version
         model.producer_name = "paddle-quant"
@@ -153,16 +177,18 @@ class Graph:
 
     def ending_at(self, tensors: Sequence[str]) -> Graph:
         """A copy that computes some float tensors and nothing else."""
-        model = self.to_model()
-        del model.graph.output[:]
-        for name in tensors:
-            model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, self.shape(name)))
-        part = Graph(model)
+        part = self.copy()
+        part.outputs = [*tensors]
+        part._output_infos = [helper.make_tensor_value_info(n, TensorProto.FLOAT, self.shape(n)) for n in tensors]
         part.prune()
         return part
 
     def copy(self) -> Graph:
-        return Graph(self.to_model())
+        """A graph to be changed; the arrays are the same, since nobody changes one in place."""
+        copied = Graph(self._written([]))
+        copied.constants = dict(self.constants)
+        copied._names |= copied.constants.keys()
+        return copied
 
     def body(self, loop: NodeProto) -> Graph:
         """A copy of what a loop holds, as a graph of its own; names made in it are new around it, too."""
@@ -183,6 +209,25 @@ def _outline(model: ModelProto) -> ModelProto:
     outline.graph.name = model.graph.name
     outline.graph.input.extend(model.graph.input)
     return outline
+
+
+def initializers(constants: Mapping[str, np.ndarray]) -> list[TensorProto]:
+    """Constants as a model holds them."""
+    return [numpy_helper.from_array(np.asarray(value, order="C"), name) for name, value in constants.items()]
+
+
+def light_initializers(constants: Mapping[str, np.ndarray]) -> tuple[list[TensorProto], dict[str, np.ndarray]]:
+    """Constants as a `LightModel` holds them: all as its model does, and the large ones."""
+    weights = {name: np.asarray(value, order="C") for name, value in constants.items() if value.nbytes >= LARGE}
+    small = {name: value for name, value in constants.items() if name not in weights}
+    return [*initializers(small), *(_declared(name, value) for name, value in weights.items())], weights
+
+
+def _declared(name: str, value: np.ndarray) -> TensorProto:
+    kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+    tensor = TensorProto(name=name, data_type=kind, dims=value.shape, data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="memory")
+    return tensor
 
 
 def reads(node: NodeProto) -> list[str]:

@@ -96,7 +96,7 @@ def _train(folder: Path) -> None:
     team, job = launched_team(), json.loads((folder / "job.json").read_text(encoding="utf-8"))
     graph, threads = Graph(onnx.load(str(folder / "prepared.onnx"))), job["threads"]
     held_out = load_feeds(folder / "held_out", job["held_out"])
-    exact_session = onnx_session(graph.to_model(), threads)
+    exact_session = onnx_session(graph.to_light_model(), threads)
     exact = [exact_session.run(feed) for feed in held_out] if team.leads else []
     found, curve = distil(
         graph,

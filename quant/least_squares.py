@@ -194,7 +194,7 @@ def _lessons(graph: Graph, layers: Sequence[_Layer], feeds: Sequence[Feed], thre
         count = max(sum(values <= _TAUGHT for values in room), 1)
         group, waiting = waiting[:count], waiting[count:]
         names = [layer.name for layer in group]
-        session = onnx_session(graph.ending_at(names).to_model(), threads)
+        session = onnx_session(graph.ending_at(names).to_light_model(), threads)
         taught: list[list[Array]] = [[] for _ in group]
         for index, feed in enumerate(feeds):
             for layer, found, values in zip(group, taught, session.run(feed, names), strict=True):

@@ -515,7 +515,7 @@ class SearchJudge:
     @cached_property
     def _exact(self) -> tuple[list[Feed], list[list[np.ndarray]]]:
         feeds = first_feeds(self.job, self.job.selection.search, self.job.recipe.ladder.error_samples)
-        session = onnx_session(self.graph.to_model(), self.job.options.threads)
+        session = onnx_session(self.graph.to_light_model(), self.job.options.threads)
         return feeds, [session.run(feed) for feed in feeds]
 
     def _session(self, plan: QuantPlan, threads: int) -> Session:
@@ -534,7 +534,7 @@ def _exact_search_scores(job: Job, graph: Graph) -> Path:
     search = job.selection.search
 
     def build(folder: Path) -> None:
-        session = onnx_session(graph.to_model(), 1)
+        session = onnx_session(graph.to_light_model(), 1)
         scores = _search_scores(job, search, session, f"{job.recipe.name}: FP32 on the search split")
         write_array(folder / "scores.npy", scores)
 

@@ -251,7 +251,7 @@ def _compare_import(
 
 def _import_session(graph: Graph, files: ModelFiles, threads: int) -> Session:
     try:
-        return onnx_session(graph.to_model(), threads)
+        return onnx_session(graph.to_light_model(), threads)
     except RuntimeError as error:
         better = ". Give its PIR form, inference.json, if it has one" if files.format == "paddle" else ""
         what = "what paddle2onnx makes of it is no ONNX model that onnxruntime loads"
@@ -261,7 +261,9 @@ def _import_session(graph: Graph, files: ModelFiles, threads: int) -> Session:
 def _first_anchor_apart(graph: Graph, files: ModelFiles, feed: Feed, tolerance: float, threads: int, work: Path) -> str:
     traced = trace_anchors(files, feed, work)
     nodes = [node for node in graph.nodes if node.op_type in ANCHORS.values()]
-    values = onnx_session(graph.to_model([n.output[0] for n in nodes]), threads).run(feed, [n.output[0] for n in nodes])
+    values = onnx_session(graph.to_light_model([n.output[0] for n in nodes]), threads).run(
+        feed, [n.output[0] for n in nodes]
+    )
     for (kind, name, original), node, value in zip(traced, nodes, values, strict=False):
         if ANCHORS[kind] != node.op_type or not largest_difference([value], [original]) <= _scaled(tolerance, original):
             return f"operator {kind} '{name}' (ONNX {node.op_type} '{node.name or node.output[0]}')"
@@ -271,7 +273,7 @@ def _first_anchor_apart(graph: Graph, files: ModelFiles, feed: Feed, tolerance: 
 def _compare_fold(
     shipped: Graph, prepared: Graph, imported: Imported, feeds: list[Feed], tolerance: float, threads: int
 ) -> float:
-    session = onnx_session(prepared.to_model(), threads)
+    session = onnx_session(prepared.to_light_model(), threads)
     worst = 0.0
     for feed, reference in zip(feeds, imported.reference, strict=True):
         difference = largest_difference(session.run(feed), reference)
@@ -288,8 +290,8 @@ def first_operator_apart(before: Graph, after: Graph, feed: Feed, tolerance: flo
     written = before.producers()
     nodes = [node for node in after.nodes if node.output and node.output[0] in written]
     names = [node.output[0] for node in nodes]
-    expected = onnx_session(before.to_model(names), threads).run(feed, names)
-    found = onnx_session(after.to_model(names), threads).run(feed, names)
+    expected = onnx_session(before.to_light_model(names), threads).run(feed, names)
+    found = onnx_session(after.to_light_model(names), threads).run(feed, names)
     for node, one, other in zip(nodes, expected, found, strict=True):
         if not largest_difference([one], [other]) <= _scaled(tolerance, one):
             return f"operator {node.op_type} '{node.output[0]}'"

@@ -203,7 +203,7 @@ class ProgramBuilder:
         self._block = self._program.global_block()
         self._values: dict[str, list[Entry]] = {}
         self._origins: dict[str, str] = {}
-        for info in graph.to_model().graph.input:
+        for info in graph.to_light_model().model.graph.input:
             if info.name in graph.inputs:
                 self._declare_input(info.name, info.type.tensor_type)
 

@@ -163,7 +163,7 @@ def correct_biases(graph: Graph, plan: QuantPlan, feeds: Iterable[Feed], threads
     chains = active_chains(graph, plan)
     twins = [_add_twin(paired, node, plan, chains) for node in list(paired.nodes) if _correctable(node, plan)]
     tensors = [name for pair in twins for name in pair]
-    session = onnx_session(paired.to_model(tensors), threads, integers=False)
+    session = onnx_session(paired.to_light_model(tensors), threads, integers=False)
     sums = {exact: np.zeros(1) for exact, _ in twins}
     count = 0
     for feed in feeds:

@@ -189,7 +189,7 @@ class _Bench:
         """Every distance, summed over the pictures."""
         if not self.distances:
             return {}
-        model = self.graph.to_model(self.distances)
+        model = self.graph.to_light_model(self.distances)
         session = onnx_session(model, threads, integers=False, plan_buffers=False)
         total = np.zeros(len(self.distances))
         for feed in feeds:

@@ -144,7 +144,7 @@ def _position(traced: Traced, name: str) -> int:
 
 def _exact(prepared: Graph, aim: str, traced: Traced, inputs: Sequence[Feed], threads: int) -> list[Array]:
     """What FP32 computes for a tensor, times the factor that the plan's convolution writes it with."""
-    session = onnx_session(prepared.ending_at([aim]).to_model(), threads)
+    session = onnx_session(prepared.ending_at([aim]).to_light_model(), threads)
     factor = traced.factors.get(aim, np.ones(1, dtype=np.float32))
     shape = (1, -1, 1, 1) if aim in traced.factors else (1,)
     return [session.run(feed, [aim])[0] * factor.reshape(shape) for feed in inputs]

@@ -87,7 +87,7 @@ def collect_moments(
     chosen = [node for node in found if is_supported(graph, node)]
     tensors = list(dict.fromkeys(node.input[0] for node in chosen))
     inner = [name for name in tensors if name not in graph.inputs]
-    session = onnx_session(graph.to_model(inner), threads)
+    session = onnx_session(graph.to_light_model(inner), threads)
     # Each has a generator of its own, so that it does not matter in which order threads draw.
     draws = {node.output[0]: np.random.default_rng([seed, number]) for number, node in enumerate(chosen)}
     moments: dict[str, Moments] = {}

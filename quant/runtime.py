@@ -11,6 +11,7 @@ import numpy as np
 from onnx import ModelProto
 
 from quant.errors import InputError, Unavailable
+from quant.graph import LightModel
 from quant.source import SHIPPED_FILES
 from quant.target import TARGETS, ArtifactFormat, TargetName
 
@@ -94,7 +95,7 @@ def streams(target: TargetName, threads: int) -> tuple[int, int]:
 
 
 def onnx_session(
-    model: ModelProto | Path, threads: int, *, integers: bool = True, plan_buffers: bool = True
+    model: ModelProto | LightModel | Path, threads: int, *, integers: bool = True, plan_buffers: bool = True
 ) -> Session:
     """An onnxruntime CPU session of a model file or a model in memory.
 
@@ -112,7 +113,7 @@ def openvino_session(file: Path, threads: int, precision: Precision = "f32") -> 
 
 
 class _OnnxRuntime:
-    def __init__(self, model: ModelProto | Path, threads: int, integers: bool, plan_buffers: bool) -> None:
+    def __init__(self, model: ModelProto | LightModel | Path, threads: int, integers: bool, plan_buffers: bool) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -124,6 +125,11 @@ class _OnnxRuntime:
         # Else the idle threads of one session take the cores from the next: FP32 and INT8 in turn run at half speed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.disable_quant_qdq", "0" if integers else "1")
+        if isinstance(model, LightModel):
+            self._weights = model.weights  # that the session reads as long as it lives
+            values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in model.weights.values()]
+            options.add_external_initializers(list(model.weights), values)
+            model = model.model
         source = str(model) if isinstance(model, Path) else model.SerializeToString()
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

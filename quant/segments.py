@@ -9,11 +9,11 @@ from functools import cached_property
 
 import numpy as np
 import onnx
-from onnx import NodeProto, helper, numpy_helper
+from onnx import NodeProto, helper
 from onnx.helper import make_tensor_value_info, np_dtype_to_tensor_dtype
 
 from quant.conversion import OPSET
-from quant.graph import Graph, reads
+from quant.graph import Graph, LightModel, light_initializers, reads
 from quant.runtime import Session, onnx_session
 
 Array = np.ndarray
@@ -49,11 +49,11 @@ class Segment:
         """Ready to run on values of the types of those given."""
         inputs = [make_tensor_value_info(n, np_dtype_to_tensor_dtype(kept[n].dtype), None) for n in self.reads]
         outputs = [onnx.ValueInfoProto(name=name) for name in self._computed]
-        constants = [numpy_helper.from_array(np.asarray(value, order="C"), n) for n, value in self.constants.items()]
+        constants, weights = light_initializers(self.constants)
         body = helper.make_graph(self.nodes, "segment", inputs, outputs, constants)
         model = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)])
         model.ir_version = IR_VERSION
-        return onnx_session(model, threads, integers=False)
+        return onnx_session(LightModel(model, weights), threads, integers=False)
 
     def run(self, values: list[dict[str, Array]], session: Session) -> None:
         """Put what later nodes read in the place of what earlier nodes left, picture by picture to spare memory."""

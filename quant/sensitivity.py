@@ -56,7 +56,7 @@ def measure_errors(
         feeds: pictures of the search split.
         advance: called after each part.
     """
-    reference = onnx_session(graph.to_model(), threads)
+    reference = onnx_session(graph.to_light_model(), threads)
     exact = [reference.run(feed) for feed in feeds]
     runs, errors = Parts(graph, plan, calibration, feeds, threads), {}
     for key, names in parts.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from onnx import ModelProto, NodeProto, helper
+from onnx import NodeProto, helper
 
 from quant.flow import GATE_READ_SCALE, GATE_SCALE, GATE_ZERO
 from quant.graph import Graph
@@ -20,12 +20,12 @@ from quant.runtime import Session, onnx_session
 
 def simulated_session(prepared: Graph, plan: QuantPlan, threads: int) -> Session:
     """The simulation, ready to run."""
-    return onnx_session(simulated_model(prepared, plan), threads, integers=False)
+    return onnx_session(simulated(prepared, plan).to_light_model(), threads, integers=False)
 
 
-def simulated_model(prepared: Graph, plan: QuantPlan) -> ModelProto:
+def simulated(prepared: Graph, plan: QuantPlan) -> Graph:
     """The prepared graph in which quantized tensors are rounded and clipped; to be run without integer kernels."""
-    return place(prepared, plan, FloatWriter()).to_model()
+    return place(prepared, plan, FloatWriter())
 
 
 @dataclass

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from test_flow import flowing_plan, mobile_block
 from test_plan import plan_of
-from tiny_models import TinyNet, run, simulate, small_detector, small_recognizer
+from tiny_models import TinyNet, run, simulate, simulated_model, small_detector, small_recognizer
 
 from quant.bias import Parts, sequential_biases
 from quant.graph import Graph
 from quant.placement import active_chains, place
 from quant.plan import QuantPlan, corrected_graph
 from quant.runtime import Feed
-from quant.simulation import FloatWriter, simulated_model
+from quant.simulation import FloatWriter
 
 
 def coarse(plan: QuantPlan) -> QuantPlan:

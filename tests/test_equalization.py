@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import TinyNet, kinds, run, simulate
+from tiny_models import TinyNet, kinds, run, simulate, simulated_model
 
 from quant.calibration import collect_statistics
 from quant.equalization import FLOOR, Equalizer, equalize, load_equalizers, make_equalizers, save_equalizers
@@ -15,7 +15,6 @@ from quant.observer import MinMax
 from quant.plan import QuantPlan, corrected_graph, load_plan, quantizable_operators
 from quant.ptq import activation_tensors, make_plan
 from quant.runtime import Feed
-from quant.simulation import simulated_model
 
 
 def uneven_net() -> TinyNet:

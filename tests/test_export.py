@@ -15,13 +15,12 @@ import yaml
 from onnx import numpy_helper
 from test_plan import plan_of
 from test_simulation import plan_for
-from tiny_models import TinyNet, run, session_values, simulate, small_detector, small_recognizer
+from tiny_models import TinyNet, run, session_values, simulate, simulated_model, small_detector, small_recognizer
 
 from quant.errors import InputError
 from quant.export import check_artifact, export_artifact, misread_operators, quantized_model
 from quant.plan import QuantPlan
 from quant.runtime import Feed, onnx_session, open_session
-from quant.simulation import simulated_model
 
 YML: dict[str, Any] = {
     "Global": {"model_name": "tiny"},

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from test_plan import LARGEST, plan_of
-from tiny_models import TinyNet, run, simulate
+from tiny_models import TinyNet, run, simulate, simulated_model
 
 from quant.calibration import collect_statistics
 from quant.equalization import equalize, make_equalizers
@@ -20,7 +20,6 @@ from quant.observer import MinMax
 from quant.placement import written_chains
 from quant.plan import QuantPlan, corrected_graph, load_plan, quantizable_operators
 from quant.ptq import activation_tensors, make_plan, observed_outputs, scales_for_biases, stored_outputs
-from quant.simulation import simulated_model
 
 
 def mobile_block(shift: float = 0.25) -> TinyNet:

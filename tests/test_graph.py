@@ -6,10 +6,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from test_invariants import WIDTH, attending_model
 from tiny_models import TinyNet, kinds, run, small_detector, small_recognizer
 
 from quant.fold import remove_identities
 from quant.graph import Graph, attribute, reads
+from quant.runtime import onnx_session
 
 
 @pytest.mark.parametrize("net", [small_detector(), small_recognizer()], ids=["detector", "recognizer"])
@@ -190,3 +192,37 @@ def test_a_part_of_a_graph_ends_at_given_tensors() -> None:
     assert part.outputs == ["kept"] and [node.op_type for node in part.nodes] == ["Identity", "Relu"]
     feed = {"x": np.array([1.0, -2.0], dtype=np.float32)}
     np.testing.assert_array_equal(run(part.to_model(), feed)[0], [1, 0])
+
+
+def test_a_light_model_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = TinyNet((1, 3, 8, 8))
+    net.op("MatMul", net.op("Relu", net.conv("x", 3, 4)), net.const(net.weights(8, 5)))
+    graph, feed = net.graph(), net.feed()
+    monkeypatch.setattr("quant.graph.LARGE", 4 * 40)
+    light = graph.to_light_model()
+    assert sorted(weight.shape for weight in light.weights.values()) == [(4, 3, 3, 3), (8, 5)]
+    assert light.model.ByteSize() < graph.to_model().ByteSize() - 4 * (108 + 40) + 200
+    for found, expected in zip(onnx_session(light, 1).run(feed), run(graph.to_model(), feed), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_the_body_of_a_loop_reads_weights_beside_a_light_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = Graph(attending_model())
+    monkeypatch.setattr("quant.graph.LARGE", 1)
+    feed = {"x": np.ones((1, 3, WIDTH), np.float32)}
+    light = graph.to_light_model()
+    assert light.weights
+    for found, expected in zip(onnx_session(light, 1).run(feed), run(graph.to_model(), feed), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_copy_is_changed_alone_and_shares_weights() -> None:
+    graph = small_detector().graph()
+    before = [node.SerializeToString() for node in graph.nodes]
+    copied = graph.copy()
+    weight = copied.nodes[0].input[1]
+    assert copied.constants[weight] is graph.constants[weight]
+    copied.constants[weight] = copied.constants[weight] + 1
+    copied.nodes[0].input[1] = copied.add_constant("other", np.zeros(1, np.float32))
+    assert [node.SerializeToString() for node in graph.nodes] == before
+    assert copied.constants[weight] is not graph.constants[weight] and "other" not in "".join(graph.constants)

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_flow import distance, flowing_plan, optimized_kinds
-from tiny_models import TinyNet, run, simulate
+from tiny_models import TinyNet, run, simulate, simulated_model
 
 from quant import export, placement
 from quant.export import quantized_model
 from quant.joins import takes
 from quant.plan import QuantPlan, load_plan
-from quant.simulation import simulated_model
 
 
 def gated(net: TinyNet, data: str, channels: int) -> str:

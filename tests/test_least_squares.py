@@ -11,7 +11,7 @@ from test_flow import flowing_plan, mobile_block
 from test_plan import plan_of
 from test_reconstruction import error
 from test_rounding import correlated, layers
-from tiny_models import TinyNet, simulate, small_detector, small_recognizer
+from tiny_models import TinyNet, simulate, simulated_model, small_detector, small_recognizer
 
 from quant import least_squares
 from quant.bias import sequential_biases
@@ -19,7 +19,7 @@ from quant.errors import NotTrainable
 from quant.least_squares import Joint, PartResult, fitted_operators, refit
 from quant.plan import QuantPlan
 from quant.runtime import Feed, onnx_session
-from quant.simulation import integer_limits, simulated_model
+from quant.simulation import integer_limits
 
 CASES = {
     "detector": (small_detector, plan_of),

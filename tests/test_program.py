@@ -12,13 +12,12 @@ import numpy as np
 import onnx
 import pytest
 from test_plan import plan_of
-from tiny_models import TinyNet, run, simulate, small_detector, small_recognizer
+from tiny_models import TinyNet, run, simulate, simulated_model, small_detector, small_recognizer
 
 from quant.errors import InputError
 from quant.graph import Graph
 from quant.program import MODEL_FILE, PARAMS_FILE, import_paddle, write_program
 from quant.runtime import Feed, open_session
-from quant.simulation import simulated_model
 
 Array = np.ndarray[Any, Any]
 Build = Callable[[TinyNet], str]

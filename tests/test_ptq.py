@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from test_plan import plan_of
-from tiny_models import TinyNet, run, simulate, small_detector, small_recognizer
+from tiny_models import TinyNet, run, simulate, simulated_model, small_detector, small_recognizer
 
 from quant.calibration import collect_statistics
 from quant.graph import Graph
 from quant.observer import MeanSquaredError, MinMax, RangeMethod
 from quant.plan import QuantPlan, quantizable_operators
 from quant.ptq import activation_tensors, correct_biases, make_plan, with_damages
-from quant.simulation import simulated_model
 
 
 def test_tensors_to_calibrate_are_named_once_in_graph_order() -> None:

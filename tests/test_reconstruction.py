@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from test_flow import flowing_plan, mobile_block
 from test_plan import plan_of
-from tiny_models import TinyNet, run, simulate, small_detector, small_recognizer
+from tiny_models import TinyNet, run, simulate, simulated_model, small_detector, small_recognizer
 
 from quant.errors import NotTrainable
 from quant.plan import QUANTIZABLE, QuantPlan
 from quant.recipe import Reconstruction, load_recipe
 from quant.reconstruction import parts, reconstruct
-from quant.simulation import simulated_model
 from quant.student import Student, trace
 from quant.training import RATES, Schedule, relative_square
 

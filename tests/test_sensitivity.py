@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_pipeline import NAME, Place, noted_stages, place
 from test_plan import plan_of
-from tiny_models import TinyNet, run, simulate, small_detector, small_recognizer
+from tiny_models import TinyNet, run, simulate, simulated_model, small_detector, small_recognizer
 
 from quant import cli, sensitivity_report
 from quant.advice import GroupImpact, OperatorImpact, advise, most_damaging
@@ -41,7 +41,7 @@ from quant.sensitivity_report import (
     load_sensitivity,
     report_sensitivity,
 )
-from quant.simulation import simulated_model, simulated_session
+from quant.simulation import simulated_session
 
 __all__ = ["place"]  # the fixture
 

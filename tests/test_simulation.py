@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 from test_plan import plan_of
-from tiny_models import TinyNet, run, simulate, small_detector, small_recognizer
+from tiny_models import TinyNet, run, simulate, simulated_model, small_detector, small_recognizer
 
 from quant.graph import Graph
 from quant.placement import numbers_of
 from quant.plan import ActivationQuantizer, QuantPlan
-from quant.simulation import FloatWriter, integer_limits, make_quantizer, simulated_model
+from quant.simulation import FloatWriter, integer_limits, make_quantizer
 
 Array = np.ndarray[Any, Any]
 

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from test_program import MODES, feeds, parameters, predictor
 from test_task import DET, REC, Image, adapter, drawn_line, drawn_page, model_folder, real_pictures
-from tiny_models import Array, TinyNet, run, session_values, simulate, small_detector, small_recognizer
+from tiny_models import Array, TinyNet, run, session_values, simulate, simulated_model, small_detector, small_recognizer
 
 from quant import slim
 from quant.errors import InputError, Unavailable
@@ -24,7 +24,6 @@ from quant.program import MODEL_FILE, PARAMS_FILE, write_program
 from quant.ptq import activation_tensors
 from quant.recipe import PaddleSlim, load_recipe
 from quant.runtime import Feed, onnx_session
-from quant.simulation import simulated_model
 from quant.slim import SMALLEST_SCALE, SlimScales, load_scales, slim_plan, slim_scales
 from quant.source import read_model
 

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from test_flow import block_with_dead_channels, flowing_plan, mobile_block
 from test_plan import plan_of
-from tiny_models import TinyNet, run, simulate, small_detector, small_recognizer
+from tiny_models import TinyNet, run, simulate, simulated_model, small_detector, small_recognizer
 
 from quant.errors import NotTrainable
 from quant.kernels import compute, tensor
 from quant.plan import QuantPlan
 from quant.program import import_paddle
-from quant.simulation import simulated_model
 from quant.student import KINDS, Kind, Student, student_outputs, whole_student
 
 

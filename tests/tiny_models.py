@@ -11,7 +11,9 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from quant.graph import Graph
+from quant.plan import QuantPlan
 from quant.runtime import Feed, onnx_session
+from quant.simulation import simulated
 
 Array = np.ndarray[Any, Any]
 OPSET = 17
@@ -98,6 +100,11 @@ def run(model: ModelProto, feed: Feed, *outputs: str) -> list[Array]:
 
 def simulate(model: ModelProto, feed: Feed, *outputs: str) -> list[Array]:
     return onnx_session(model, 1, integers=False).run(feed, outputs or None)
+
+
+def simulated_model(prepared: Graph, plan: QuantPlan) -> ModelProto:
+    """The reference output of a plan as a model."""
+    return simulated(prepared, plan).to_model()
 
 
 def kinds(graph: Graph) -> list[str]:
