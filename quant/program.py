@@ -672,6 +672,49 @@ def _write_expand(builder: ProgramBuilder, node: NodeProto) -> None:
     _unary("expand_v2", shape=wanted)(builder, node)
 
 
+def _write_tile(builder: ProgramBuilder, node: NodeProto) -> None:
+    _unary("tile", repeat_times=builder.integers(node, 1, "repeats") or [])(builder, node)
+
+
+def _write_pad(builder: ProgramBuilder, node: NodeProto) -> None:
+    """Constant borders, joined on axis by axis: the oneDNN kernel of `pad` writes beyond its tensor (Paddle 3.3)."""
+    if attribute(node, "mode", "constant") != "constant" or builder.integers(node, 3, "axes") is not None:
+        raise unsupported(node, "only constant borders of all axes are supported")
+    widths = np.array(builder.integers(node, 1, "widths")).reshape(2, -1).T
+    value = builder.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else np.float32(0)
+    if value is None or (widths < 0).any():
+        raise unsupported(node, "its value must be constant, and no width negative")
+    data, result = builder.variable(node.input[0]), node.output[0]
+    padded = [axis for axis, both in enumerate(widths) if both.any()] or [0]
+    for axis in padded:
+        name = result if axis == padded[-1] else f"{result}.axis{axis}"
+        before, after = (
+            _border(builder, data, f"{name}.{side}", axis, int(width), value.item())
+            for side, width in zip(("before", "after"), widths[axis], strict=True)
+        )
+        builder.emit("concat", {"X": [*before, data, *after]}, {"Out": name}, axis=axis)
+        data = name
+
+
+def _border(builder: ProgramBuilder, data: str, name: str, axis: int, width: int, value: float) -> list[str]:
+    """A border of one value along one axis of a tensor; empty where it has no width."""
+    if not width:
+        return []
+    first = {"axes": [axis], "starts": [0], "ends": [1], "infer_flags": [1], "decrease_axis": []}
+    builder.emit("slice", {"Input": data}, {"Out": f"{name}.place"}, **first)
+    builder.emit("fill_any_like", {"X": f"{name}.place"}, {"Out": f"{name}.value"}, value=value, dtype=-1)
+    times = [width if other == axis else 1 for other in range(len(builder.shape(data)))]
+    builder.emit("tile", {"X": f"{name}.value"}, {"Out": name}, repeat_times=times)
+    return [name]
+
+
+def _write_einsum(builder: ProgramBuilder, node: NodeProto) -> None:
+    """Beside the product stand lists, a value for each operand, that only its gradient reads."""
+    operands, result = [builder.variable(name) for name in node.input], node.output[0]
+    unread = {slot: [f"{result}.{slot}{place}" for place in range(len(operands))] for slot in ("InnerCache", "XShape")}
+    builder.emit("einsum", {"Operands": operands}, {"Out": result, **unread}, equation=attribute(node, "equation"))
+
+
 def _write_top_k(builder: ProgramBuilder, node: NodeProto) -> None:
     count = builder.integers(node, 1, "number") or []
     values, places = node.output
@@ -875,6 +918,7 @@ _WRITERS: dict[str, OpWriter] = {
     "ConvTranspose": _write_conv_transpose,
     "DepthToSpace": _write_depth_to_space,
     "Div": _write_div,
+    "Einsum": _write_einsum,
     "Erf": _unary("erf"),
     "Exp": _unary("exp"),
     "Expand": _write_expand,
@@ -890,6 +934,7 @@ _WRITERS: dict[str, OpWriter] = {
     "MatMul": _write_matmul,
     "MaxPool": _pool("max"),
     "Mul": _elementwise("elementwise_mul"),
+    "Pad": _write_pad,
     "Pow": _elementwise("elementwise_pow"),
     "ReduceMax": _reduction("reduce_max"),
     "ReduceMean": _reduction("reduce_mean"),
@@ -906,6 +951,7 @@ _WRITERS: dict[str, OpWriter] = {
     "Squeeze": _write_squeeze,
     "Sub": _elementwise("elementwise_sub"),
     "Tanh": _unary("tanh"),
+    "Tile": _write_tile,
     "TopK": _write_top_k,
     "Transpose": _write_transpose,
     "Unsqueeze": _write_unsqueeze,

@@ -209,6 +209,21 @@ OPERATORS: dict[str, Build] = {
     ),
     "log of exp": lambda net: net.op("Log", net.op("Exp", "x")),
     "expand": lambda net: net.op("Expand", net.op("GlobalAveragePool", "x"), ints(net, 1, 1, 3, 5)),
+    "tile": lambda net: net.op(
+        "Tile", net.op("Slice", "x", ints(net, 0), ints(net, 1), ints(net, 1)), ints(net, 1, 3, 1, 2)
+    ),
+    "pad": lambda net: net.op("Pad", "x", ints(net, 0, 0, 0, 2, 0, 0, 1, 2)),
+    "pad by nothing": lambda net: net.op("Relu", net.op("Pad", "x", ints(net, *[0] * 8))),
+    "pad rows of channels": lambda net: net.op(
+        "Pad",
+        net.op("Transpose", "x", perm=[0, 2, 3, 1]),
+        ints(net, 0, 0, 1, 0, 0, 2, 3, 0),
+        net.const(np.float32(0.5)),
+    ),
+    "einsum": lambda net: net.op(
+        "Einsum", net.op("Transpose", "x", perm=[0, 2, 3, 1]), net.const(net.weights(5, 4)), equation="nyxc,jc->nyxj"
+    ),
+    "einsum of two activations": lambda net: net.op("Einsum", "x", net.op("Relu", "x"), equation="nchw,ncjw->nchj"),
     "grid sample": lambda net: net.op(
         "GridSample",
         "x",
@@ -438,6 +453,14 @@ UNSUPPORTED: dict[str, tuple[Build, str]] = {
     "blocks before channels": (
         lambda net: net.op("DepthToSpace", "x", blocksize=2, name="odd"),
         "DepthToSpace.*'odd'.*CRD",
+    ),
+    "reflected borders": (
+        lambda net: net.op("Pad", "x", ints(net, 0, 0, 1, 1, 0, 0, 1, 1), mode="reflect", name="odd"),
+        "Pad.*'odd'.*constant borders",
+    ),
+    "cut borders": (
+        lambda net: net.op("Pad", "x", ints(net, 0, 0, -1, 0, 0, 0, 0, 0), name="odd"),
+        "Pad.*'odd'.*no width negative",
     ),
     "flattened at the end": (lambda net: net.op("Flatten", "x", axis=2, name="odd"), "Flatten.*'odd'"),
 }
